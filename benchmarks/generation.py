@@ -1,0 +1,24 @@
+"""Generation speed: prompt of 64 tokens, 64 new ones, 16 Euler steps, guidance 7.
+
+    .venv/bin/python -m benchmarks.generation [--size S|M] [--batch N] [--threads N]
+
+One JSON line a row; peak_bytes is the process's peak so far.
+"""
+
+import torch
+
+from benchmarks.common import model, report, rows
+from opencola.models.sampling import Sampling
+
+
+def main() -> None:
+    """Time the rows that the command line asks for."""
+    for options, size, batch in rows("Generation speed.", [1, 8]):
+        cola = model(options, size).eval()
+        prompts = torch.randint(0, cola.vae.config.vocab_size, (batch, 64)).tolist()
+        sampling = Sampling(max_new_tokens=64, steps=16, guidance=7.0)
+        report("generate", size, batch, options, 64 * batch, lambda: list(cola.generate(prompts, sampling)))  # noqa: B023
+
+
+if __name__ == "__main__":
+    main()

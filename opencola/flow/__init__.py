@@ -1,0 +1,1 @@
+"""Noise to latents: paths, solvers, likelihoods and the diffusion transformer."""

@@ -1,0 +1,122 @@
+"""The block-causal diffusion transformer: the velocity of the latent prior (model.md §3, official-format §3)."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from opencola.layers.attention import Attend, packed, rotary
+from opencola.layers.cache import KVCache
+from opencola.layers.transformer import AdaptiveBlock, LayerNorm, TimeEmbedding, initialise, modulate
+
+Modulation = list[Tensor]
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Sizes of the DiT. Defaults are small; the release's values stand in its config.json."""
+
+    latent_dim: int = 16
+    """Channels d of a latent; the Text VAE's."""
+    width: int = 128
+    """Width of the trunk and of the time embedding."""
+    num_layers: int = 4
+    """Blocks."""
+    num_heads: int = 4
+    """Attention heads."""
+    head_dim: int = 32
+    """Width of a head; num_heads * head_dim may differ from width."""
+    expansion: int = 4
+    """MLP width over trunk width."""
+    rope_dim: int = 24
+    """Rotated channels of every head, the first ones."""
+    block_size: int = 4
+    """Latents generated together, S."""
+    norm_eps: float = 1e-5
+    """Epsilon of every norm."""
+    attention_bias: bool = False
+    """Bias of the attention's projections."""
+
+    def __post_init__(self) -> None:
+        if self.rope_dim % 2 or not 0 <= self.rope_dim <= self.head_dim:
+            raise ValueError(f"dit.rope_dim {self.rope_dim} must be even and at most dit.head_dim {self.head_dim}")
+        if self.block_size < 1:
+            raise ValueError(f"dit.block_size must be at least 1, not {self.block_size}")
+
+
+class BlockCausalDiT(nn.Module):
+    """Velocity of noisy latents given clean ones before them. What a row sees is the caller's `attend`."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, eps = config.width, config.norm_eps
+        self.latent_in = nn.Linear(config.latent_dim, width)
+        self.time_embedding = TimeEmbedding(width)
+        sizes = (width, config.num_heads, config.head_dim, config.expansion, eps, config.attention_bias)
+        self.blocks = nn.ModuleList(AdaptiveBlock(*sizes) for _ in range(config.num_layers))
+        self.final_norm = LayerNorm(width, eps)
+        self.final_modulation = nn.Linear(width, 2 * width)
+        self.velocity_out = nn.Linear(width, config.latent_dim)
+        initialise(self, lambda linear: linear.in_features**-0.5)
+        # every block starts as the identity and the velocity at zero, the usual start of adaptive-norm transformers
+        for name, weight in self.named_parameters():
+            if name.endswith(("modulation.weight", "velocity_out.weight")):
+                nn.init.zeros_(weight)
+
+    def modulation(self, t: Tensor) -> Modulation:
+        """Shifts, scales and gates of distinct times t (M,) in [0, 1]: per block (M, 6 D), and last (M, 2 D)."""
+        a = F.silu(self.time_embedding(t))
+        blocks = (block.get_submodule("modulation") for block in self.blocks)
+        return [layer(a) for layer in (*blocks, self.final_modulation)]
+
+    def forward(
+        self, z: Tensor, modulation: Modulation, index: Tensor, positions: Tensor, attend: Attend, skip: int = 0
+    ) -> Tensor:
+        """Velocity (B, R - skip, d) of rows z (B, R, d), without the first `skip` rows.
+
+        modulation: of the distinct times; index: int64 broadcastable to (B, R), each row's time among them; positions
+        (R,) or (B, R).
+        """
+        config = self.config
+        h = self.latent_in(z)
+        table = rotary(positions, config.rope_dim, 10000.0, torch.promote_types(z.dtype, torch.float32))
+        for layer, block in enumerate(self.blocks):
+            last = layer == config.num_layers - 1
+            h = block(h, layer, F.embedding(index, modulation[layer]), table, attend, skip if last else 0)
+        shift, scale = F.embedding(index[:, skip:], modulation[-1]).chunk(2, dim=-1)
+        return self.velocity_out(modulate(self.final_norm(h), shift, scale))
+
+    def packed(
+        self, z_0: Tensor, z_t: Tensor, t: Tensor, pinned: Tensor | None = None, history: Tensor | None = None
+    ) -> Tensor:
+        """Velocities of all blocks of several noisy copies in one pass (model.md §3): like z_t.
+
+        z_0 (B, N, d): clean latents, the history; z_t (B, copies, N, d); t (B, copies, G) with G dividing N: a time for
+        each of G equal parts of a copy; pinned (B, copies, N) bool: rows that are clean, at time 0; history (B,) bool:
+        samples that see their history, all when not given.
+        """
+        block_size = self.config.block_size
+        batch, copies, num_latents, _ = z_t.shape
+        if num_latents % block_size:
+            raise ValueError(f"{num_latents} latents are not a multiple of block_size {block_size}")
+        num_clean = num_latents - block_size
+        index = 1 + torch.arange(t.numel(), device=t.device).view(t.shape)
+        index = index.repeat_interleave(num_latents // t.shape[-1], dim=-1)
+        if pinned is not None:
+            index = index.masked_fill(pinned, 0)
+        index = torch.cat((index.new_zeros(batch, num_clean), index.flatten(1)), dim=1)
+        place = torch.arange(num_latents, device=z_t.device)
+        positions = torch.cat((place[:num_clean], place.repeat(copies)))
+        rows = torch.cat((z_0[:, :num_clean].detach(), z_t.flatten(1, 2)), dim=1)
+        modulation = self.modulation(torch.cat((t.new_zeros(1), t.flatten())))
+        attend = packed(num_clean, num_latents, block_size, history)
+        velocity = self(rows, modulation, index, positions, attend, skip=num_clean)
+        return velocity.unflatten(1, (copies, num_latents))
+
+    def empty_cache(self, batch: int, capacity: int) -> KVCache:
+        """Cache for `capacity` latents a sample."""
+        config = self.config
+        like = self.velocity_out.weight
+        return KVCache.empty(like, batch, config.num_layers, config.num_heads, config.head_dim, capacity)

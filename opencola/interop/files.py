@@ -1,0 +1,169 @@
+"""Model folders: a config.json, and safetensors in one file or several. Every error is one line that names the file."""
+
+import json
+import math
+import os
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises FileNotFoundError, or ValueError with the line when it is not one."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing")
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}, line {error.lineno}: not valid JSON: {error.msg}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}, byte {error.start}: not UTF-8 text") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: expected a JSON object, found {type(values).__name__}")
+    return values
+
+
+def write_json(file: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON file under a temporary name, then move it into place."""
+    draft = _draft(file)
+    draft.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    draft.replace(file)
+
+
+def checked(file: Path, key: str, value: Any, hint: Any) -> Any:
+    """`value` as the type `hint` of a configuration field asks for it. Raises ValueError naming file, key and value."""
+    if get_origin(hint) in (Union, types.UnionType):
+        if value is None:
+            return None
+        (hint,) = (kind for kind in get_args(hint) if kind is not type(None))
+    if get_origin(hint) is Literal:
+        fits, wanted = value in get_args(hint), "one of " + ", ".join(repr(choice) for choice in get_args(hint))
+    elif get_origin(hint) is tuple:
+        fits, wanted = isinstance(value, list) and all(isinstance(item, str) for item in value), "a list of strings"
+    elif hint is float:
+        fits, wanted = type(value) in (int, float) and math.isfinite(value), "a number"
+    else:
+        fits, wanted = type(value) is hint, {int: "a whole number", bool: "true or false", str: "a string"}[hint]
+    if not fits:
+        raise ValueError(f"{file}: {key} is {value!r}, but must be {wanted}")
+    return tuple(value) if isinstance(value, list) else value
+
+
+class StoredTensors:
+    """The tensors of a model folder, read from disk one at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open the folder's files. Raises FileNotFoundError for a missing one, ValueError for a damaged one."""
+        single, index = folder / WEIGHTS, folder / INDEX
+        if single.is_file():
+            self._opened = {single: _open(single)}
+            self.files = dict.fromkeys(self._opened[single].keys(), single)
+            return
+        if not index.is_file():
+            raise FileNotFoundError(f"{folder} holds neither {WEIGHTS} nor {INDEX}")
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise ValueError(f"{index}: weight_map must say which file each tensor is in")
+        self.files = {name: folder / shard for name, shard in weight_map.items()}
+        for name, shard in self.files.items():
+            if shard.parent != folder:
+                raise ValueError(f"{index}: tensor {name} is said to be outside the folder, in {weight_map[name]}")
+            if not shard.is_file():
+                raise FileNotFoundError(f"{shard} is missing, but {index.name} says that it holds tensor {name}")
+        self._opened = {shard: _open(shard) for shard in sorted(set(self.files.values()))}
+        held = {shard: set(handle.keys()) for shard, handle in self._opened.items()}
+        for name, shard in self.files.items():
+            if name not in held[shard]:
+                raise ValueError(
+                    f"{shard} holds no tensor {name}, though {index.name} says so: the download is incomplete"
+                )
+
+    def read(self, name: str, shape: torch.Size) -> Tensor:
+        """A tensor of the given shape. Raises ValueError when it is missing or of another shape or kind."""
+        if name not in self.files:
+            raise ValueError(f"{self._somewhere()}: tensor {name} is missing; {CONFIG} asks for it")
+        file = self.files[name]
+        try:
+            tensor: Tensor = self._opened[file].get_tensor(name)
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(f"{file}: tensor {name} cannot be read: {_one_line(error)}") from error
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{file}: tensor {name} has shape {list(tensor.shape)}, but {CONFIG} gives it {list(shape)}"
+            )
+        if not tensor.is_floating_point():
+            raise ValueError(f"{file}: tensor {name} has dtype {tensor.dtype}; quantised weights are not supported")
+        return tensor
+
+    def refuse_others(self, expected: set[str]) -> None:
+        """Raise ValueError when there are tensors that are not expected."""
+        if others := sorted(self.files.keys() - expected):
+            more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+            raise ValueError(
+                f"{self.files[others[0]]}: unexpected tensor {others[0]}{more}; no such model has {CONFIG}"
+            )
+
+    def _somewhere(self) -> Path:
+        files = sorted(set(self.files.values()) | self._opened.keys())
+        return files[0] if len(files) == 1 else files[0].with_name(INDEX)
+
+
+def write_tensors(
+    folder: Path, tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], max_bytes: int
+) -> None:
+    """Write tensors, each as its dtype, into one file of at most `max_bytes`, or into several with an index.
+
+    Everything is written under temporary names first; files of an older model in the folder go when the new ones stand.
+    """
+    shards: list[list[str]] = [[]]
+    size = total = 0
+    for name, tensor in tensors.items():
+        num_bytes = tensor.numel() * dtypes[name].itemsize
+        if shards[-1] and size + num_bytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size, total = size + num_bytes, total + num_bytes
+    files = [folder / f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        files = [folder / WEIGHTS]
+    try:
+        for file, names in zip(files, shards, strict=True):
+            values = {name: tensors[name].detach().to("cpu", dtypes[name]).contiguous() for name in names}
+            save_file(values, _draft(file), metadata={"format": "pt"})
+        old = {folder / WEIGHTS, folder / INDEX, *folder.glob("model-?????-of-?????.safetensors")}
+        for file in files:
+            _draft(file).replace(file)
+    finally:
+        for file in files:
+            _draft(file).unlink(missing_ok=True)
+    if len(shards) > 1:
+        weight_map = {name: file.name for file, names in zip(files, shards, strict=True) for name in names}
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    for file in old - {*files, *([folder / INDEX] if len(shards) > 1 else [])}:
+        file.unlink(missing_ok=True)
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is damaged or not a safetensors file: {_one_line(error)}") from error
+
+
+def _draft(file: Path) -> Path:
+    return file.with_name(f".{file.name}.{os.getpid()}")
+
+
+def _one_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,1 @@
+"""Attention, masks, caches and transformer blocks; torch only."""

@@ -1,0 +1,72 @@
+"""KVCache: the keys and values of committed rows, a value passed in and out."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from opencola.layers.attention import Attend, attention
+
+ROUND = 16  # key counts are rounded up to whole vectors, so that padding never changes a sum's order
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """Finished (normalised, rotated) keys and values of every layer, with a length per sample.
+
+    A read places the call's rows behind the committed ones, where no later reader looks, so nothing is concatenated;
+    `append` returns the cache that counts them. Older values stay valid until another row is appended to them.
+    """
+
+    keys: list[Tensor]  # per layer (B, capacity, H, Dh)
+    values: list[Tensor]
+    lengths: Tensor  # (B,) committed rows of each sample
+
+    @classmethod
+    def empty(
+        cls, like: Tensor, batch: int, num_layers: int, num_heads: int, head_dim: int, capacity: int
+    ) -> "KVCache":
+        """Room for `capacity` rows a sample, with the dtype and device of `like`."""
+        shape = (batch, -(-capacity // ROUND) * ROUND, num_heads, head_dim)
+        keys, values = ([like.new_zeros(shape) for _ in range(num_layers)] for _ in range(2))
+        return cls(keys, values, torch.zeros(batch, dtype=torch.long, device=like.device))
+
+    def append(self, counts: Tensor | int) -> "KVCache":
+        """Commit the first `counts` rows of the last read, per sample (B,) or for all."""
+        return replace(self, lengths=self.lengths + counts)
+
+    def select(self, rows: Tensor) -> "KVCache":
+        """The cache of the samples `rows` (indices), copied."""
+        return KVCache([k[rows] for k in self.keys], [v[rows] for v in self.values], self.lengths[rows])
+
+    def positions(self, num_rows: int) -> Tensor:
+        """Positions (B, num_rows) of rows that follow the committed ones."""
+        return self.lengths[:, None] + torch.arange(num_rows, device=self.lengths.device)
+
+    def attend(self, num_rows: int, block_size: int, alone: int = 0) -> Attend:
+        """Pattern of rows that follow the committed ones: they see what is committed and, block-causally, each other.
+
+        block_size: as in `masks.block_causal`, counted from position 0. alone: that many further samples at the end of
+        the batch see only their own rows (the unconditional branch of guidance).
+        """
+        length = int(self.lengths.max()) + num_rows
+        if length > self.keys[0].shape[1]:
+            raise ValueError(f"cache holds {self.keys[0].shape[1]} rows, {length} asked for")
+        length = -(-length // ROUND) * ROUND
+        samples = torch.arange(len(self.lengths), device=self.lengths.device)[:, None]
+        slots = self.positions(num_rows)
+        key = torch.arange(length, device=slots.device)
+        end = self.lengths[:, None] + num_rows
+        seen = (slots[..., None] // block_size >= key // block_size) & (key < end)[:, None]
+        seen = seen[:, None]  # (B, 1, R, T)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys, values = self.keys[layer], self.values[layer]
+            batch = len(q) - alone
+            keys[samples, slots], values[samples, slots] = k[:batch].to(keys.dtype), v[:batch].to(values.dtype)
+            out = attention(q[:batch], keys[:, :length].to(q.dtype), values[:, :length].to(q.dtype), seen)
+            if not alone:
+                return out
+            return torch.cat((out, attention(q[batch:], k[batch:], v[batch:])), dim=0)
+
+        return attend

@@ -1,0 +1,39 @@
+"""Who may see whom: one predicate on (query, key) index tensors each, and its dense mask."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Predicate = Callable[[Tensor, Tensor], Tensor]
+
+
+def block_causal(block_size: int) -> Predicate:
+    """Position p sees position r iff block(p) >= block(r); block size 1 is strictly causal (official-format §3.4)."""
+    return lambda query, key: query // block_size >= key // block_size
+
+
+def clean_beside_noisy(num_clean: int, num_latents: int, block_size: int) -> Predicate:
+    """Packed training rows [clean | noisy copy 1 | noisy copy 2 ...] (model.md §3).
+
+    Clean rows 0..num_clean-1 are block-causal among themselves; a row of a noisy copy (num_latents rows each) sees the
+    clean blocks before its own and its own block of its own copy.
+    """
+
+    def predicate(query: Tensor, key: Tensor) -> Tensor:
+        query_noisy, key_noisy = query >= num_clean, key >= num_clean
+        query_row, key_row = query - num_clean, key - num_clean
+        query_block = torch.where(query_noisy, query_row % num_latents, query) // block_size
+        key_block = torch.where(key_noisy, key_row % num_latents, key) // block_size
+        same_copy = query_row // num_latents == key_row // num_latents
+        history = ~key_noisy & torch.where(query_noisy, query_block > key_block, query_block >= key_block)
+        return history | (query_noisy & key_noisy & same_copy & (query_block == key_block))
+
+    return predicate
+
+
+def dense(predicate: Predicate, num_queries: int, num_keys: int, device: torch.device | None = None) -> Tensor:
+    """Boolean mask (num_queries, num_keys), true where the query may see the key."""
+    query = torch.arange(num_queries, device=device)[:, None]
+    key = torch.arange(num_keys, device=device)[None, :]
+    return predicate(query, key)

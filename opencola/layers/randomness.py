@@ -1,0 +1,25 @@
+"""Random draws that depend on what they are for, never on batch order, rank or what was drawn before."""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def generator(seed: int, purpose: str, *keys: int) -> torch.Generator:
+    """CPU generator determined by (seed, purpose, keys), such as (seed, "noise", sample id, block)."""
+    digest = hashlib.blake2b(repr((seed, purpose, *keys)).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+@torch.compiler.disable
+def normal(shape: Sequence[int], seed: int, purpose: str, ids: Tensor, *keys: int) -> Tensor:
+    """Standard normal float32 (len(ids), *shape) on the CPU; row i depends only on (seed, purpose, ids[i], keys)."""
+    return torch.stack([torch.randn(tuple(shape), generator=generator(seed, purpose, i, *keys)) for i in ids.tolist()])
+
+
+@torch.compiler.disable
+def uniform(shape: Sequence[int], seed: int, purpose: str, ids: Tensor, *keys: int) -> Tensor:
+    """Uniform [0, 1) float32 (len(ids), *shape) on the CPU; row i depends only on (seed, purpose, ids[i], keys)."""
+    return torch.stack([torch.rand(tuple(shape), generator=generator(seed, purpose, i, *keys)) for i in ids.tolist()])

@@ -1,0 +1,162 @@
+"""Transformer blocks of the Text VAE (`Block`) and of the DiT (`AdaptiveBlock`), and the time embedding.
+
+Norms are computed in float32 (or wider) under autocast, too.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from opencola.layers.attention import Attend, Rotary, rotate_halves, rotate_pairs
+
+Activation = Literal["swiglu", "gelu", "silu"]
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm computed in at least float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last axis of x."""
+        return super().forward(x.to(torch.promote_types(x.dtype, self.compute_dtype)))
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The parameters' dtype, or float32 without parameters."""
+        return torch.float32 if self.weight is None else self.weight.dtype
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """Sizes and conventions of a Text VAE block (official-format §1.2, §4.2)."""
+
+    width: int
+    num_heads: int
+    ffn_dim: int
+    multi_query: bool
+    activation: Activation
+    post_norm: bool
+    qk_norm: bool
+    qk_norm_affine: bool
+    qkv_bias: bool
+    bias: bool
+    norm_affine: bool
+    norm_eps: float
+    clip_qkv: float | None
+
+
+class Block(nn.Module):
+    """Attention and MLP block of the Text VAE, with the release's norm placement (official-format §4.2)."""
+
+    def __init__(self, config: BlockConfig) -> None:
+        super().__init__()
+        width, eps = config.width, config.norm_eps
+        kv_width = width // config.num_heads if config.multi_query else width
+        self.config = config
+        self.splits = [width, kv_width, kv_width]
+        self.norm_attention = LayerNorm(width, eps, elementwise_affine=config.norm_affine)
+        self.qkv = nn.Linear(width, sum(self.splits), bias=config.qkv_bias)
+        qk_norm = config.qk_norm
+        self.norm_q = LayerNorm(width, eps, config.qk_norm_affine) if qk_norm else nn.Identity()
+        self.norm_k = LayerNorm(kv_width, eps, config.qk_norm_affine) if qk_norm else nn.Identity()
+        self.attention_out = nn.Linear(width, width, bias=config.bias)
+        self.norm_mlp = LayerNorm(width, eps)
+        self.mlp_in = nn.Linear(width, config.ffn_dim, bias=config.bias)
+        gated = config.activation == "swiglu"
+        self.mlp_out = nn.Linear(config.ffn_dim // 2 if gated else config.ffn_dim, width, bias=config.bias)
+
+    def forward(self, x: Tensor, layer: int, table: Rotary, attend: Attend) -> Tensor:
+        """x (B, R, D) -> (B, R, D); `layer` is this block's number for `attend`."""
+        config = self.config
+        qkv = self.qkv(x if config.post_norm else self.norm_attention(x))
+        if config.clip_qkv is not None:
+            qkv = qkv.clamp(-config.clip_qkv, config.clip_qkv)
+        q, k, v = qkv.split(self.splits, dim=-1)
+        q, k = self.norm_q(q), self.norm_k(k)
+        q, k, v = (part.unflatten(-1, (-1, config.width // config.num_heads)) for part in (q, k, v))
+        q, k = rotate_halves(q, table).to(v.dtype), rotate_halves(k, table).to(v.dtype)
+        attended = self.attention_out(attend(layer, q, k, v).flatten(-2))
+        if config.post_norm:
+            # the release normalises the residual stream here, not the attention output; its weights depend on it (Q1)
+            x = self.norm_attention(x) + attended
+            return x + self.norm_mlp(self.mlp_out(self.activation(self.mlp_in(x))))
+        x = x + attended
+        return x + self.mlp_out(self.activation(self.mlp_in(self.norm_mlp(x))))
+
+    def activation(self, x: Tensor) -> Tensor:
+        """SwiGLU (value half first, gate half second), exact GELU or SiLU."""
+        if self.config.activation == "swiglu":
+            value, gate = x.chunk(2, dim=-1)
+            return value * F.silu(gate)
+        return F.gelu(x) if self.config.activation == "gelu" else F.silu(x)
+
+
+class AdaptiveBlock(nn.Module):
+    """Attention and MLP block of the DiT, modulated by the time (official-format §3.2)."""
+
+    def __init__(
+        self, width: int, num_heads: int, head_dim: int, expansion: int, eps: float, attention_bias: bool
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * num_heads * head_dim, bias=attention_bias)
+        self.norm_q, self.norm_k = LayerNorm(head_dim, eps), LayerNorm(head_dim, eps)
+        self.attention_out = nn.Linear(num_heads * head_dim, width, bias=attention_bias)
+        self.norm = LayerNorm(width, eps, elementwise_affine=False)
+        self.mlp_in = nn.Linear(width, expansion * width)
+        self.mlp_out = nn.Linear(expansion * width, width)
+        self.modulation = nn.Linear(width, 6 * width)  # shift, scale, gate of the attention, then of the MLP
+
+    def forward(
+        self, h: Tensor, layer: int, modulation: Tensor, table: Rotary, attend: Attend, skip: int = 0
+    ) -> Tensor:
+        """h (B, R, D), modulation broadcastable to (B, R, 6 D) -> (B, R - skip, D).
+
+        The first `skip` rows only give keys and values: nothing else of them is wanted after the last block.
+        """
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation.chunk(6, dim=-1)
+        u = modulate(self.norm(h), shift_1, scale_1)
+        q, k, v = self.qkv(u).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+        q = rotate_pairs(self.norm_q(q), table).to(v.dtype)
+        k = rotate_pairs(self.norm_k(k), table).to(v.dtype)
+        if skip:
+            q, h, gate_1, shift_2, scale_2, gate_2 = (x[:, skip:] for x in (q, h, gate_1, shift_2, scale_2, gate_2))
+        h = torch.addcmul(h, gate_1, self.attention_out(attend(layer, q, k, v).flatten(-2)).to(h.dtype))
+        u = modulate(self.norm(h), shift_2, scale_2)
+        return torch.addcmul(h, gate_2, self.mlp_out(F.gelu(self.mlp_in(u), approximate="tanh")).to(h.dtype))
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x * (1 + scale) + shift."""
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoid of 1000 t (256 values, sine half first) -> two-layer SiLU MLP -> width (official-format §3.1)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp_in = nn.Linear(256, width)
+        self.mlp_hidden = nn.Linear(width, width)
+        self.mlp_out = nn.Linear(width, width)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """t (M,) in [0, 1] -> (M, D)."""
+        wide = torch.promote_types(t.dtype, torch.float32)
+        frequencies = torch.exp(torch.arange(128, device=t.device, dtype=wide) * (-math.log(10000.0) / 128))
+        phases = (1000 * t.to(wide))[:, None] * frequencies
+        x = torch.cat((phases.sin(), phases.cos()), dim=-1).to(self.mlp_in.weight.dtype)
+        return self.mlp_out(F.silu(self.mlp_hidden(F.silu(self.mlp_in(x)))))
+
+
+def initialise(module: nn.Module, std: Callable[[nn.Linear], float]) -> None:
+    """Normal weights of the given deviation and zero biases for every linear layer below `module`."""
+    for child in module.modules():
+        if isinstance(child, nn.Linear):
+            nn.init.normal_(child.weight, std=std(child))
+            if child.bias is not None:
+                nn.init.zeros_(child.bias)

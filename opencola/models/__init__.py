@@ -1,0 +1,1 @@
+"""Whole language models, built from the rooms above."""

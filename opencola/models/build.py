@@ -1,0 +1,56 @@
+"""From a configuration to a model: the only place that tells the model families apart."""
+
+from typing import assert_never
+
+from opencola.models.cola import Cola, ColaConfig, PriorObjective
+from opencola.models.stage_one import StageOne, StageOneConfig
+
+ModelConfig = StageOneConfig | ColaConfig
+Model = StageOne | Cola
+FAMILIES = ("vae", "cola")
+
+
+def config_class(family: str) -> type[ModelConfig]:
+    """The configuration class of a family. Raises ValueError, with the names there are, for any other name."""
+    match family:
+        case "vae":
+            return StageOneConfig
+        case "cola":
+            return ColaConfig
+        case _:
+            raise ValueError(f"there is no model family {family!r}; the families are: {', '.join(FAMILIES)}")
+
+
+def build(config: ModelConfig) -> Model:
+    """A model with random weights, drawn from torch's global generator."""
+    match config:
+        case StageOneConfig():
+            return StageOne(config)
+        case ColaConfig():
+            return Cola(config)
+        case _:
+            assert_never(config)
+
+
+def starting_parts(config: ModelConfig) -> dict[str, bool]:
+    """The parts that training can start from, by attribute, and whether it must: a prior needs a trained Text VAE."""
+    match config:
+        case StageOneConfig():
+            return {"vae": False}
+        case ColaConfig(prior=PriorObjective(strategy="scratch")):
+            return {"dit": False}
+        case ColaConfig():
+            return {"vae": True, "dit": False}
+        case _:
+            assert_never(config)
+
+
+def start(model: Model) -> None:
+    """To be called when the starting weights are in, before the optimizer is made: freezes what is not to be trained."""
+    match model:
+        case StageOne():
+            pass
+        case Cola():
+            model.freeze_parts()
+        case _:
+            assert_never(model)

@@ -1,0 +1,168 @@
+"""Cola DLM: the Text VAE and the block-causal prior, and their joint training (model.md §§3-4)."""
+
+import copy
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from opencola.flow.dit import BlockCausalDiT, DiTConfig
+from opencola.flow.path import TimestepLaw, interpolate, target_velocity
+from opencola.layers import randomness
+from opencola.models import generation
+from opencola.models.language_model import Loss
+from opencola.text.corpus import Batch
+from opencola.vae.gaussian import DiagonalGaussian
+from opencola.vae.objective import VAEObjective, latent_metrics, reconstruct
+from opencola.vae.text_vae import TextVAE, TextVAEConfig
+
+
+@dataclass(frozen=True)
+class PriorObjective:
+    """Flow matching and how the latent space moves under it (model.md §§3-4)."""
+
+    strategy: Literal["fixed", "joint", "scratch", "interval"] = "joint"
+    """Latent space: frozen VAE; trained along from stage 1; trained along from random weights; in cycles of both."""
+    joint_steps: int = 2000
+    """Steps of a cycle in which the VAE trains along (interval)."""
+    frozen_steps: int = 3000
+    """Steps of a cycle in which it does not (interval)."""
+    vae_learning_rate_ratio: float = 1.0
+    """The VAE's learning rate over the DiT's."""
+    lambda_vae: float = 1.0
+    """Weight of the VAE's terms."""
+    lambda_fm: float = 1.0
+    """Weight of the flow-matching loss."""
+    lambda_ref: float = 0.1
+    """Weight of KL(q || q_ref), q_ref a frozen copy of the encoder that training started from."""
+    encoder_gradient: bool = True
+    """Whether the flow-matching loss reaches the encoder through z_t. History and target never carry gradient."""
+    noisy_copies: int = 2
+    """Noisy copies per clean sequence: more training of the prior per pass over the history."""
+    time: TimestepLaw = field(default_factory=TimestepLaw)
+    prompt_in_block: float = 0.3
+    """Probability that a block is given a clean prefix of random length, without loss there."""
+    history_dropout: float = 0.1
+    """Probability that a sequence's noisy blocks see no history, for guidance."""
+
+
+@dataclass(frozen=True)
+class ColaConfig:
+    """A whole Cola DLM."""
+
+    vae: TextVAEConfig = field(default_factory=TextVAEConfig)
+    dit: DiTConfig = field(default_factory=DiTConfig)
+    objective: VAEObjective = field(default_factory=VAEObjective)
+    prior: PriorObjective = field(default_factory=PriorObjective)
+
+    def __post_init__(self) -> None:
+        if self.vae.latent_dim != self.dit.latent_dim:
+            raise ValueError(f"vae.latent_dim {self.vae.latent_dim} differs from dit.latent_dim {self.dit.latent_dim}")
+        if self.vae.attention == "full" or self.dit.block_size % self.vae.visible_block:
+            raise ValueError(
+                f"vae.attention {self.vae.attention} with vae.block_size {self.vae.block_size} sees beyond blocks of "
+                f"dit.block_size {self.dit.block_size}, so blocks cannot be decoded one by one: it must divide that"
+            )
+        if self.prior.strategy == "scratch" and self.prior.lambda_ref:
+            raise ValueError("prior.strategy scratch has no stage-1 encoder to stay near: set prior.lambda_ref to 0")
+
+
+class Cola(nn.Module):
+    """Text VAE `vae` and prior `dit`."""
+
+    def __init__(self, config: ColaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vae = TextVAE(config.vae)
+        self.dit = BlockCausalDiT(config.dit)
+        self.reference: TextVAE | None = None
+
+    def freeze_parts(self) -> None:
+        """Call when the starting weights are in: freezes the VAE (`fixed`) or keeps a frozen reference copy of it."""
+        prior = self.config.prior
+        if prior.strategy == "fixed":
+            self.vae.requires_grad_(False)
+        elif prior.lambda_ref:
+            self.reference = copy.deepcopy(self.vae).requires_grad_(False)
+            del self.reference.decoder, self.reference.decoder_in, self.reference.unpatch, self.reference.head
+
+    def learning_rate_ratios(self) -> dict[str, float]:
+        """The VAE's learning rate over the DiT's."""
+        return {"vae.": self.config.prior.vae_learning_rate_ratio}
+
+    generate = generation.generate
+
+    def vae_learns(self, step: int) -> bool:
+        """Whether the VAE trains along at this step."""
+        prior = self.config.prior
+        if prior.strategy == "interval":
+            return step % (prior.joint_steps + prior.frozen_steps) < prior.joint_steps
+        return prior.strategy != "fixed"
+
+    def loss(self, batch: Batch) -> Loss:
+        """lambda_vae (CE + beta E[log q] + lambda_mask L_mask) + lambda_fm L_FM + lambda_ref KL(q || q_ref)."""
+        objective, prior = self.config.objective, self.config.prior
+        terms: dict[str, Tensor] = {}
+        if self.vae_learns(batch.step):
+            result = reconstruct(self.vae, batch, objective)
+            per_token = 1 / self.config.vae.patch_size
+            terms["cross_entropy"] = prior.lambda_vae * result.cross_entropy
+            terms["entropy"] = -prior.lambda_vae * objective.beta * per_token * result.posterior.entropy().mean()
+            if objective.lambda_mask:
+                terms["mask"] = prior.lambda_vae * objective.lambda_mask * result.masked_cross_entropy
+            if self.reference is not None:
+                with torch.no_grad():
+                    reference = self.reference.encode(batch.tokens)
+                terms["reference"] = prior.lambda_ref * per_token * result.posterior.kl(reference).mean()
+            posterior, z = result.posterior, result.z
+            metrics = latent_metrics(posterior, z, result.accuracy)
+        else:
+            posterior, z = self._frozen_posterior(batch)
+            metrics = {"vae_logsnr": posterior.logsnr(), "latent_scale": z.flatten(0, 1).std(0)}
+        z_0 = self.vae.normalise(z)
+        terms["flow_matching"] = prior.lambda_fm * self.flow_matching(z_0, batch)
+        return Loss(sum(terms.values(), start=z_0.new_zeros(())), terms, metrics)
+
+    def _frozen_posterior(self, batch: Batch) -> tuple[DiagonalGaussian, Tensor]:
+        with torch.no_grad():
+            posterior = self.vae.encode(batch.tokens)
+            noise = randomness.normal(posterior.mean.shape[1:], batch.seed, "posterior", batch.ids)
+            return posterior, posterior.sample(noise.to(posterior.mean))
+
+    def flow_matching(self, z_0: Tensor, batch: Batch) -> Tensor:
+        """L_FM of normalised latents z_0 (B, N, d): mean squared error of the velocity on noisy rows (model.md §3)."""
+        prior, block_size = self.config.prior, self.config.dit.block_size
+        copies, (_, num_latents, dim) = prior.noisy_copies, z_0.shape
+        seed, ids = batch.seed, batch.ids
+        if not prior.encoder_gradient:
+            z_0 = z_0.detach()
+        z_1 = randomness.normal((copies, num_latents, dim), seed, "noise", ids).to(z_0)
+        groups = 1 if prior.time.per == "sequence" else num_latents // block_size
+        t = prior.time.times(randomness.normal((copies, groups), seed, "time", ids)).to(z_0)
+        row_times = t.repeat_interleave(num_latents // groups, dim=-1)[..., None]
+        z_0 = z_0[:, None]
+        z_t = interpolate(z_0, z_1, row_times)
+        pinned = self._prompt_rows(seed, ids, copies, num_latents).to(z_0.device)
+        z_t = torch.where(pinned[..., None], z_0.detach(), z_t)
+        history = None
+        if prior.history_dropout:
+            history = (randomness.uniform((), seed, "history", ids) >= prior.history_dropout).to(z_0.device)
+        velocity = self.dit.packed(z_0[:, 0], z_t, t, pinned, history)
+        target = target_velocity(z_0, z_1).detach()
+        return masked_mean_square(velocity, target, ~pinned)
+
+    def _prompt_rows(self, seed: int, ids: Tensor, copies: int, num_latents: int) -> Tensor:
+        """(B, copies, N) bool: rows given clean, 1 to S - 1 first latents of some blocks (prompt-in-block training)."""
+        block_size = self.config.dit.block_size
+        blocks = (copies, num_latents // block_size)
+        chosen = randomness.uniform(blocks, seed, "prompt", ids) < self.config.prior.prompt_in_block
+        length = 1 + (randomness.uniform(blocks, seed, "prompt length", ids) * (block_size - 1)).long()
+        prefix = torch.arange(block_size) < torch.where(chosen, length, 0)[..., None]
+        return prefix.flatten(-2) & (torch.tensor(block_size > 1))
+
+
+def masked_mean_square(velocity: Tensor, target: Tensor, scored: Tensor) -> Tensor:
+    """Mean over the scored rows (B, copies, N) of the mean over channels of the squared error."""
+    error = (velocity - target).square().mean(-1)
+    return (error * scored).sum() / scored.sum().clamp(min=1)

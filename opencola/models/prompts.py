@@ -1,0 +1,52 @@
+"""From prompts of any length to latents: what is history, what is pinned, what is generated (model.md §5)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from opencola.models.sampling import Sampling
+from opencola.vae.text_vae import TextVAE
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A batch of B prompts, encoded. Latents are normalised for the prior; S of them a block, P tokens a latent."""
+
+    tokens: Tensor  # (B, N * P) padded at the end
+    latents: Tensor  # (B, N, d)
+    history: Tensor  # (B,) latents in whole blocks: they go into the caches
+    pinned: Tensor  # (B,) latents known of the first generated block
+    known: list[list[int]]  # prompt tokens inside the first generated block, which it gives again
+
+
+def encode_prompts(
+    vae: TextVAE, prompts: Sequence[Sequence[int]], sampling: Sampling, block_size: int, pad_id: int
+) -> Prompts:
+    """Encode prompts (token ids, maybe none) by the posterior mean. Raises ValueError for ids beyond the vocabulary."""
+    patch = vae.config.patch_size
+    chunk = block_size * patch
+    texts = [list(prompt) for prompt in prompts]
+    for number, prompt in enumerate(texts):
+        if prompt and not 0 <= min(prompt) <= max(prompt) < vae.config.vocab_size:
+            raise ValueError(f"prompt {number} has a token id outside 0..{vae.config.vocab_size - 1}")
+    if sampling.first_block in ("left_pad", "right_pad"):
+        fill = [[pad_id] * (-len(prompt) % chunk) for prompt in texts]
+        left = sampling.first_block == "left_pad"
+        texts = [pad + prompt if left else prompt + pad for pad, prompt in zip(fill, texts, strict=True)]
+    release = sampling.compatibility == "release"
+    # a patch that the prompt fills in part is left to the prior; the release pads it, and pads leak into it (Q7)
+    latents = [-(-len(prompt) // patch) if release else len(prompt) // patch for prompt in texts]
+    visible = [-(-len(prompt) // chunk) * block_size for prompt in texts] if release else latents
+    history = [count - count % block_size for count in latents]
+    width = max(1, *(-(-len(prompt) // chunk) for prompt in texts)) * chunk
+    tokens = torch.tensor([prompt + [pad_id] * (width - len(prompt)) for prompt in texts])
+    tokens = tokens.to(vae.head.weight.device)
+    counts = torch.tensor(latents, device=tokens.device)
+    start = torch.tensor(history, device=tokens.device)
+    posterior = vae.encode(tokens, torch.tensor(visible, device=tokens.device))
+    known = [prompt[first * patch :] for prompt, first in zip(texts, history, strict=True)]
+    if release:  # a prompt whose last patch closes a block is not trimmed there
+        known = [tail if count % block_size else [] for tail, count in zip(known, latents, strict=True)]
+    return Prompts(tokens, vae.normalise(posterior.mean), start, counts - start, known)

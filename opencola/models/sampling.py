@@ -1,0 +1,97 @@
+"""How to sample: the settings of generation, and the choice of tokens from logits (model.md §5, official-format §6)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from opencola.flow.ode import Solver
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Settings of generation."""
+
+    max_new_tokens: int = 64
+    """Tokens to write at most, the prompt not counted."""
+    steps: int = 16
+    """Solver steps per block."""
+    solver: Solver = "euler"
+    """Solver of the flow; stochastic puts fresh noise in at every step, adaptive is dopri5."""
+    eta: float = 1.0
+    """Share of fresh noise of the stochastic solver; 0 is Euler."""
+    tolerance: float = 1e-4
+    """Relative and absolute tolerance of the adaptive solver."""
+    guidance: float = 7.0
+    """Classifier-free guidance: 1 leaves the unconditional pass out."""
+    candidates: int = 1
+    """Candidates per block; the one with the smallest round-trip error |z - mu(encode(decode(z)))|² is kept."""
+    first_block: Literal["clean", "partial", "left_pad", "right_pad"] = "clean"
+    """A prompt that ends inside a block: pin its latents clean, re-noise them along, or pad the prompt."""
+    repaint_repeats: int = 1
+    """Times that `partial` does each step while it re-noises the known latents."""
+    repaint_fraction: float = 0.5
+    """First share of the steps in which `partial` does so."""
+    temperature: float = 0.0
+    """Temperature of the token choice; 0 takes the most probable token."""
+    top_k: int = 0
+    """Choose among the k most probable tokens; 0: all."""
+    top_p: float = 1.0
+    """Choose among the most probable tokens that together reach this probability."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens already written; 1: none."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the text; they are cut off."""
+    ignore_eos: bool = False
+    """Go on after the end-of-text token."""
+    seed: int = 0
+    """All noise depends on this, the sample's id and the block alone."""
+    compatibility: Literal["none", "release"] = "none"
+    """`release` repeats the public release's prompt padding, seeds, budget and stopping (official-format §5, §9)."""
+    bf16_times: bool = False
+    """Round the times that the DiT sees to bfloat16, as the public release does on a GPU (official-format §8)."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "steps", "candidates", "repaint_repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0:
+            raise ValueError("temperature and top_k must be at least 0, top_p in (0, 1], repetition_penalty above 0")
+        if not 0 <= self.eta <= 1 or not 0 <= self.repaint_fraction <= 1:
+            raise ValueError("eta and repaint_fraction must lie in [0, 1]")
+
+
+def penalise(logits: Tensor, seen: Sequence[Sequence[int]], penalty: float) -> Tensor:
+    """Logits (B, R, V) with every token of seen[b] made less likely, once however often it was seen."""
+    logits = torch.nan_to_num(logits, nan=0.0, posinf=1e4, neginf=-1e4)
+    if penalty == 1:
+        return logits
+    before = torch.zeros(logits.shape[0], 1, logits.shape[-1], dtype=torch.bool, device=logits.device)
+    for row, tokens in zip(before, seen, strict=True):
+        row[:, list(tokens)] = True
+    return torch.where(before, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Distribution (..., V) that tokens are drawn from: temperature (not 0), then top-k, then top-p."""
+    logits = logits / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        smallest = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
+    if sampling.top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        mass = ordered.softmax(-1)
+        beyond = mass.cumsum(-1) - mass > sampling.top_p
+        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), -torch.inf)
+    return logits.softmax(-1)
+
+
+def choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
+    """Token ids (B, R) from logits (B, R, V), every sample with its own generator."""
+    if sampling.temperature < 1e-5:
+        return logits.argmax(-1)
+    weights = probabilities(logits, sampling).cpu()
+    drawn = [torch.multinomial(w, 1, generator=g)[:, 0] for w, g in zip(weights, generators, strict=True)]
+    return torch.stack(drawn).to(logits.device)

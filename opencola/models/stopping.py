@@ -1,0 +1,78 @@
+"""When a sample ends, and which of a block's tokens are given out: our rule and the public release's."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from opencola.models.prompts import Prompts
+from opencola.models.sampling import Sampling
+
+StopRule = Callable[[int, list[int]], int | None]
+Finished = Literal["", "eos", "stop", "length"]
+
+
+@dataclass(frozen=True)
+class TokenBlock:
+    """New tokens of one sample, and why it ended when these are its last."""
+
+    sample: int
+    tokens: list[int]
+    finished: Finished
+
+
+class OwnStop:
+    """Every sample ends on its own: at its end-of-text token, its stop rule, or exactly its budget of new tokens."""
+
+    def __init__(self, prompts: Prompts, sampling: Sampling, eos_ids: Sequence[int], stop: StopRule) -> None:
+        self.known = prompts.known
+        self.budget = sampling.max_new_tokens
+        self.eos_ids = set() if sampling.ignore_eos else set(eos_ids)
+        self.stop = stop
+        self.new: list[list[int]] = [[] for _ in prompts.known]
+
+    def cut(self, active: Sequence[int], blocks: Sequence[list[int]], number: int) -> list[TokenBlock]:
+        """Tokens to give out of block `number` of the active samples; the end-of-text token is not among them."""
+        return [
+            self._cut(i, block[len(self.known[i]) if number == 0 else 0 :])
+            for i, block in zip(active, blocks, strict=True)
+        ]
+
+    def _cut(self, sample: int, block: list[int]) -> TokenBlock:
+        before = len(self.new[sample])
+        finished: Finished = ""
+        block = block[: self.budget - before]
+        if before + len(block) == self.budget:
+            finished = "length"
+        end = next((place for place, token in enumerate(block) if token in self.eos_ids), None)
+        if end is not None:
+            block, finished = block[:end], "eos"
+        self.new[sample] += block
+        keep = self.stop(sample, self.new[sample])
+        if keep is not None:
+            block, finished = block[: max(0, keep - before)], "stop"
+        return TokenBlock(sample, block, finished)
+
+
+class ReleaseStop:
+    """The release's rule (official-format §5, Q11): all samples end together, tokens known from the prompt count."""
+
+    def __init__(self, prompts: Prompts, sampling: Sampling, eos_ids: Sequence[int], size: int, patch: int) -> None:
+        self.known = prompts.known
+        self.eos_ids = set(eos_ids)
+        self.budget = sampling.max_new_tokens
+        self.chunk = size * patch
+        pinned = prompts.pinned.tolist()
+        self.one_block = any(rows > 0 and self.budget < size - rows for rows in pinned)
+        self.ended = [False] * len(prompts.known)
+
+    def cut(self, active: Sequence[int], blocks: Sequence[list[int]], number: int) -> list[TokenBlock]:
+        """Tokens to give out of block `number`: everything but the prompt's own."""
+        for i, block in zip(active, blocks, strict=True):
+            self.ended[i] |= not self.eos_ids.isdisjoint(block)
+        finished: Finished = ""
+        if self.one_block or (number + 1) * self.chunk >= self.budget:
+            finished = "length"
+        elif all(self.ended):
+            finished = "eos"
+        start = [len(self.known[i]) if number == 0 else 0 for i in active]
+        return [TokenBlock(i, block[s:], finished) for i, block, s in zip(active, blocks, start, strict=True)]

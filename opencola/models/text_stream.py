@@ -1,0 +1,106 @@
+"""From blocks of tokens to text as it is written: whole characters, stop strings, the end-of-text token."""
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from opencola.models.cola import Cola
+from opencola.models.sampling import Sampling
+from opencola.models.stopping import Finished, TokenBlock
+from opencola.text.tokenizer import UNFINISHED, Tokenizer
+
+
+@dataclass(frozen=True)
+class TextPiece:
+    """What a block adds to one sample."""
+
+    sample: int
+    """The prompt's place in the list."""
+    text: str
+    """New text, possibly none: characters that are cut, and text that may become a stop string, wait for the next."""
+    tokens: list[int]
+    """New token ids; where a stop string ends the text, none that lie wholly behind the text's end."""
+    finished: Finished
+    """Why the sample ended, when this is its last piece."""
+
+
+def generate_text(
+    model: Cola, tokenizer: Tokenizer, prompts: Sequence[str], sampling: Sampling, ids: Sequence[int] | None = None
+) -> Iterator[list[TextPiece]]:
+    """Continue prompts (any text, also ""), and yield a piece for every unfinished sample, block by block.
+
+    A sample's pieces join to its exact continuation. ids: the samples' ids, which with the seed decide their noise
+    (their places in the list when not given). Raises ValueError for a model and a tokenizer that do not belong together,
+    an empty stop string, or a token that the sampling needs and the tokenizer lacks.
+    """
+    release = sampling.compatibility == "release"
+    if tokenizer.vocab_size > model.vae.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, but the model knows only {model.vae.config.vocab_size}"
+        )
+    if "" in sampling.stop:
+        raise ValueError("an empty stop string would end every text at once: leave it out")
+    if release and sampling.stop:
+        raise ValueError("the public release knows no stop strings: leave out either stop or compatibility release")
+    encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    texts = [_Continuation(tokenizer, prompt, sampling.stop) for prompt in encoded]
+    blocks = model.generate(
+        encoded,
+        sampling,
+        eos_ids=() if sampling.ignore_eos else (tokenizer.eos_id,),
+        # elsewhere padding is never seen, so that a tokenizer without such a token will do
+        pad_id=tokenizer.pad_id if release or sampling.first_block in ("left_pad", "right_pad") else 0,
+        ids=ids,
+        stop=lambda sample, tokens: texts[sample].stop(tokens),
+    )
+    for pieces in blocks:
+        yield [texts[block.sample].take(block) for block in pieces]
+
+
+class _Continuation:
+    """The text of one sample as it grows."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int], stops: Sequence[str]) -> None:
+        self._tokenizer = tokenizer
+        self._prompt = prompt
+        self._stops = stops
+        # A decoder may treat the beginning of a text differently, so the prompt is decoded along and cut off.
+        self._start = len(tokenizer.decode(prompt))
+        self._stream = tokenizer.stream()
+        self._stream.push(prompt)
+        self._stream.close()  # a prompt is whole, even one that ends in U+FFFD
+        self._text = ""
+        self._given = 0  # characters
+        self._end: int | None = None  # where a stop string begins
+
+    def stop(self, tokens: list[int]) -> int | None:
+        """How many of all new tokens to keep if the text that they give holds a stop string, else None."""
+        text = self._decode(tokens)
+        found = [place for string in self._stops if (place := text.find(string)) >= 0]
+        if not found:
+            return None
+        end = self._end = min(found)
+        return bisect_left(
+            range(len(tokens)), end, key=lambda count: len(self._decode(tokens[:count]).rstrip(UNFINISHED))
+        )
+
+    def take(self, block: TokenBlock) -> TextPiece:
+        """The text that a block completes."""
+        self._text += self._stream.push(block.tokens)
+        if block.finished:
+            self._text += self._stream.close()
+            end = len(self._text) if self._end is None else self._end
+        else:
+            end = len(self._text) - _possible_stop(self._text, self._stops)
+        text = self._text[self._given : end]
+        self._given = end
+        return TextPiece(block.sample, text, block.tokens, block.finished)
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self._tokenizer.decode(self._prompt + tokens)[self._start :]
+
+
+def _possible_stop(text: str, stops: Sequence[str]) -> int:
+    """Length of the longest end of the text that a stop string begins with."""
+    lengths = (length for string in stops for length in range(len(string)) if text.endswith(string[:length]))
+    return max(lengths, default=0)

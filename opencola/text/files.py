@@ -1,0 +1,121 @@
+"""Documents from local files: `.txt`, `.jsonl`, `.parquet`, or a folder of these.
+
+- `.txt`: one document, unless the file holds form feeds or lines that read `<|endoftext|>`: these separate documents.
+- `.jsonl`: one JSON object a line, its text in a field (`text`, unless told otherwise); blank lines are skipped.
+- `.parquet`: one document a row, its text in a column.
+- a folder: all of these below it, sorted by path; hidden files and other kinds are passed over.
+
+Text is UTF-8 and is kept as it stands, line ends included; a byte order mark at the front is dropped.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+SEPARATOR = re.compile(r"\f|^<\|endoftext\|>[ \t]*(?:\r?\n|\Z)", re.MULTILINE)
+BYTE_ORDER_MARK = "\ufeff"
+
+
+def read_documents(path: str | Path, text_field: str = "text") -> list[str]:
+    """Read the documents of a file or folder, in order, without those of white space alone.
+
+    Everything is read and checked at once, so that a broken line fails here and not hours into a run.
+    Raises FileNotFoundError when nothing is there, and ValueError, naming file and line or byte, for what cannot be
+    read: a binary file, bytes that are not UTF-8, broken JSON, a text field that is missing or not a string.
+    """
+    place = Path(path)
+    if not place.exists():
+        raise FileNotFoundError(f"no such file or folder: {place}")
+    if place.is_dir():
+        files = [file for file in sorted(place.rglob("*")) if _is_readable(file, place)]
+        if not files:
+            raise ValueError(f"no .txt, .jsonl or .parquet file in folder {place}")
+    else:
+        files = [place]
+    texts = [text for file in files for text in _read_file(file, text_field) if text.strip()]
+    if not texts:
+        raise ValueError(f"no documents in {place}: it is empty or holds only white space")
+    return texts
+
+
+def text_of(row: Any, text_field: str, place: str) -> str:
+    """The text of a row (a mapping) found at `place`; raises ValueError when it holds none that can be encoded."""
+    if not isinstance(row, dict):
+        raise ValueError(f"{place}: expected an object with a field {text_field!r}, found {_kind(row)}")
+    if text_field not in row:
+        fields = ", ".join(map(str, row)) or "none"
+        raise ValueError(f"{place}: no field {text_field!r}; the fields are: {fields} (choose one with text_field)")
+    text = row[text_field]
+    if not isinstance(text, str):
+        raise ValueError(f"{place}: field {text_field!r} must be a string, but is {_kind(text)}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which no UTF-8 text can hold
+        raise ValueError(f"{place}: field {text_field!r} holds half a surrogate pair at {error.start}") from error
+    return text
+
+
+def _is_readable(file: Path, folder: Path) -> bool:
+    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+    return not hidden and file.suffix.lower() in (".txt", ".jsonl", ".parquet") and file.is_file()
+
+
+def _read_file(file: Path, text_field: str) -> Iterator[str]:
+    match file.suffix.lower():
+        case ".txt":
+            return iter(SEPARATOR.split(_read_text(file)))
+        case ".jsonl":
+            return _read_jsonl(file, text_field)
+        case ".parquet":
+            return _read_parquet(file, text_field)
+        case _:
+            raise ValueError(f"{file}: cannot tell what it holds; give .txt, .jsonl, .parquet or a folder of these")
+
+
+def _read_text(file: Path) -> str:
+    data = file.read_bytes()
+    nul = data.find(b"\0")
+    if nul >= 0:
+        raise ValueError(f"{file}: NUL byte at byte {nul}: a binary file, or text that is not UTF-8")
+    try:
+        return data.decode("utf-8").removeprefix(BYTE_ORDER_MARK)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8 at byte {error.start} (0x{data[error.start]:02x})") from error
+
+
+def _read_jsonl(file: Path, text_field: str) -> Iterator[str]:
+    # Only "\n" ends a line: str.splitlines would also cut at characters that may stand inside a JSON string.
+    for number, line in enumerate(_read_text(file).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{file}, line {number}: not JSON: {error}") from error
+        yield text_of(row, text_field, f"{file}, line {number}")
+
+
+def _read_parquet(file: Path, text_field: str) -> Iterator[str]:
+    from pyarrow import ArrowException  # here, because it takes a moment to load and few need it
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(file) as table:
+            columns = table.schema_arrow.names
+            if text_field not in columns:
+                names = ", ".join(columns) or "none"
+                raise ValueError(f"{file}: no column {text_field!r}; the columns are: {names} (choose with text_field)")
+            number = 0
+            for batch in table.iter_batches(columns=[text_field]):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield text_of(row, text_field, f"{file}, row {number}")
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{file}: not a readable parquet file: {reason}") from error
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else type(value).__name__

@@ -1,0 +1,207 @@
+"""Text to token ids and back: byte-level BPE, or whatever a given `tokenizer.json` holds."""
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+
+END_OF_TEXT = "<|endoftext|>"
+PADDING = "<|pad|>"
+FILE_NAME = "tokenizer.json"
+
+# Names that tokenizer files in circulation give to the two tokens we need, commonest first.
+END_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]", "<|im_end|>", "[SEP]")
+PAD_NAMES = (PADDING, "<pad>", "[PAD]", "<|padding|>", "<|finetune_right_pad_id|>")
+
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+
+
+class Tokenizer:
+    """Lossless text <-> ids. Text is only ever text: special tokens are added by id, never read out of a document.
+
+    Wraps the `tokenizers` library, so any `tokenizer.json` loads. Tokenizers trained here cut text into bytes and
+    merge the frequent pairs (byte-level BPE), so every UTF-8 text survives `decode(encode(text))` unchanged.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, eos: str | None = None, pad: str | None = None) -> None:
+        """Wrap a `tokenizers.Tokenizer`; `eos` and `pad` name these two tokens where their names are unusual.
+
+        Raises ValueError when a given name is not a token of the file.
+        """
+        # A file may ask for truncation or padding, which would silently change documents.
+        backend.no_truncation()
+        backend.no_padding()
+        # Without this a document that contains the characters "<|endoftext|>" would end in the middle.
+        backend.encode_special_tokens = True
+        self._backend = backend
+        added = backend.get_added_tokens_decoder()
+        self._added = {token.content: id_ for id_, token in sorted(added.items())}
+        self._eos_id = None if eos is None else self.special_id(eos)
+        self._pad_id = None if pad is None else self.special_id(pad)
+        self._vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self._byte_level = _is_byte_level(backend)
+        self._num_bytes: dict[int, int] = {}
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """Learn byte-level BPE merges from `texts`; the same texts give the same tokenizer.
+
+        Ids 0 and 1 are `<|endoftext|>` and `<|pad|>`, then come the 256 bytes, then the merges. Little text may hold
+        fewer merges than asked for: read `vocab_size` afterwards. Raises ValueError for a size below 258.
+        """
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        smallest = len(alphabet) + 2
+        if vocab_size < smallest:
+            raise ValueError(f"vocab_size {vocab_size} is too small: 256 bytes and 2 special tokens need {smallest}")
+        backend = tokenizers.Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            # Sorted, because the library's alphabet comes in no fixed order and would otherwise settle ties.
+            initial_alphabet=sorted(alphabet),
+            special_tokens=[AddedToken(name, special=True, normalized=False) for name in (END_OF_TEXT, PADDING)],
+            show_progress=False,
+        )
+        backend.train_from_iterator(texts, trainer)
+        return cls(backend)
+
+    @classmethod
+    def load(cls, path: str | Path, eos: str | None = None, pad: str | None = None) -> "Tokenizer":
+        """Load a `tokenizer.json`, given as the file or as the folder that holds it.
+
+        Raises FileNotFoundError when there is none, ValueError when it is not a tokenizer file.
+        """
+        file = Path(path)
+        if file.is_dir():
+            file = file / FILE_NAME
+        if not file.is_file():
+            raise FileNotFoundError(f"no tokenizer at {file}: give a {FILE_NAME} or the folder that holds one")
+        try:
+            backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+        except Exception as error:  # the library raises plain Exception
+            raise ValueError(f"{file} is not a Hugging Face tokenizer file: {_one_line(error)}") from error
+        return cls(backend, eos=eos, pad=pad)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the tokenizer to a `.json` file, or as `tokenizer.json` into a folder; return the file's path.
+
+        A reader (or a crash) never sees half a file: it is written beside its place and then renamed.
+        """
+        file = Path(path)
+        if file.suffix != ".json" or file.is_dir():
+            file = file / FILE_NAME
+        file.parent.mkdir(parents=True, exist_ok=True)
+        draft = file.with_name(f".{file.name}.{os.getpid()}")
+        draft.write_text(self._backend.to_str(pretty=True), encoding="utf-8")
+        draft.replace(file)
+        return file
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows an embedding needs: the largest id (added tokens and gaps included) plus one."""
+        return self._vocab_size
+
+    @property
+    def eos_id(self) -> int:
+        """The token that ends a document. Raises ValueError when the file has none of the usual names."""
+        return self._find(self._eos_id, END_NAMES, "eos")
+
+    @property
+    def pad_id(self) -> int:
+        """The token that fills up a row. Raises ValueError when the file has none of the usual names."""
+        return self._find(self._pad_id, PAD_NAMES, "pad")
+
+    def special_id(self, name: str) -> int:
+        """The id of the special token `name`, such as `<|im_end|>`. Raises ValueError, with the names there are."""
+        if name not in self._added:
+            known = ", ".join(self._added) or "none"
+            raise ValueError(f"the tokenizer has no special token {name!r}; it has: {known}")
+        return self._added[name]
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, with nothing added in front or behind."""
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, on all processor cores."""
+        return [e.ids for e in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids; special tokens are not text and leave no trace. Broken UTF-8 becomes U+FFFD."""
+        return self._backend.decode(ids, skip_special_tokens=True)
+
+    def num_bytes(self, ids: Sequence[int]) -> int:
+        """UTF-8 bytes that the ids stand for, special tokens 0: the denominator of bits per byte.
+
+        For byte-level tokenizers this is exact even where a cut divides a character: the parts add up to the whole.
+        """
+        if not self._byte_level:
+            return len(self.decode(ids).encode())
+        return sum(self._bytes_of(int(id_)) for id_ in ids)
+
+    def stream(self) -> "TextStream":
+        """A decoder for ids that arrive block by block."""
+        return TextStream(self)
+
+    def _bytes_of(self, id_: int) -> int:
+        if id_ not in self._num_bytes:
+            token = self._backend.id_to_token(id_)
+            if token is None:
+                count = 0
+            elif token in self._added:
+                count = len(self.decode([id_]).encode())  # nothing for a special token
+            else:
+                count = len(token)  # the byte-level alphabet writes each byte as one character
+            self._num_bytes[id_] = count
+        return self._num_bytes[id_]
+
+    def _find(self, chosen: int | None, names: Sequence[str], role: str) -> int:
+        if chosen is not None:
+            return chosen
+        for name in names:
+            if name in self._added:
+                return self._added[name]
+        known = ", ".join(self._added) or "none"
+        raise ValueError(f"the tokenizer names no usual {role} token; pass {role}=NAME, one of its own: {known}")
+
+
+class TextStream:
+    """Decodes ids that arrive in pieces; a character cut between two pieces comes out whole, once it is complete.
+
+    What `push` and finally `close` return joins to `tokenizer.decode` of all ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._text = ""
+
+    def push(self, ids: Sequence[int]) -> str:
+        """Take the next ids (possibly none) and return the text that they complete."""
+        self._ids.extend(int(id_) for id_ in ids)
+        # Always from the beginning: decoders may treat the first token differently. Only the end can be unfinished.
+        text = self._tokenizer.decode(self._ids).rstrip(UNFINISHED)
+        return self._advance(text)
+
+    def close(self) -> str:
+        """The rest: what was held back as possibly unfinished (U+FFFD where it stayed unfinished)."""
+        return self._advance(self._tokenizer.decode(self._ids))
+
+    def _advance(self, text: str) -> str:
+        new = text[len(self._text) :]
+        self._text += new
+        return new
+
+
+def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:
+    """Whether each character of a token stands for one byte."""
+    parts = json.loads(backend.to_str())
+    return parts["decoder"] is not None and parts["decoder"]["type"] == "ByteLevel"
+
+
+def _one_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

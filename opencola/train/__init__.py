@@ -1,0 +1,1 @@
+"""Training: knows ``loss(batch)`` and no model family."""

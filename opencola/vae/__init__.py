@@ -1,0 +1,1 @@
+"""Tokens to continuous latents and back."""

@@ -1,0 +1,64 @@
+"""The Text VAE's losses: stage 1 of model.md §2, and the terms that stage 2 shares with it."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from opencola.layers import randomness
+from opencola.text.corpus import Batch
+from opencola.vae.gaussian import DiagonalGaussian
+from opencola.vae.text_vae import TextVAE
+
+
+@dataclass(frozen=True)
+class VAEObjective:
+    """Weights of the stage-1 loss CE + beta KL + lambda_mask L_mask, in nats per token."""
+
+    beta: float = 1e-3
+    """Weight of KL(q || N(0, I)); in stage 2, of the negative entropy of q."""
+    lambda_mask: float = 1.0
+    """Weight of the masking ("BERT-style") loss; 0 leaves the second view out."""
+    mask_ratio: float = 0.15
+    """Share of input tokens that the second view replaces by [MASK]."""
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What one pass of a batch through the VAE gives. Losses are means over scored tokens, in nats per token."""
+
+    posterior: DiagonalGaussian
+    z: Tensor  # a posterior sample, not normalised
+    cross_entropy: Tensor
+    masked_cross_entropy: Tensor
+    accuracy: Tensor
+
+
+def reconstruct(vae: TextVAE, batch: Batch, objective: VAEObjective) -> Reconstruction:
+    """Encode, sample, decode and score a batch, with the masked second view when lambda_mask is not 0 (model.md §2)."""
+    tokens, size = batch.tokens, len(batch.tokens)
+    inputs = tokens
+    if objective.lambda_mask:
+        drawn = randomness.uniform(tokens.shape[1:], batch.seed, "mask", batch.ids).to(tokens.device)
+        masked = drawn < objective.mask_ratio
+        inputs = torch.cat((tokens, tokens.masked_fill(masked, vae.mask_id)))
+    both = vae.encode(inputs)
+    noise = randomness.normal(both.mean.shape[1:], batch.seed, "posterior", batch.ids).to(both.mean)
+    z = both.sample(noise.repeat(len(inputs) // size, 1, 1))
+    logits = vae.decode(z)
+    losses = F.cross_entropy(logits.flatten(0, 1), tokens.repeat(len(inputs) // size, 1).flatten(), reduction="none")
+    losses = losses.view(len(inputs), -1)
+    masked_loss = losses.new_zeros(())
+    if objective.lambda_mask:
+        masked_loss = (losses[size:] * masked).sum() / masked.sum().clamp(min=1)
+    posterior = DiagonalGaussian(both.mean[:size], both.logvar[:size])
+    accuracy = (logits[:size].argmax(-1) == tokens).to(losses.dtype).mean()
+    return Reconstruction(posterior, z[:size], losses[:size].mean(), masked_loss, accuracy)
+
+
+def latent_metrics(posterior: DiagonalGaussian, z: Tensor, accuracy: Tensor) -> dict[str, Tensor]:
+    """Reported figures: reconstruction accuracy, VAE logSNR, standard deviation of each latent channel (d,)."""
+    scale = z.flatten(0, 1).std(0)
+    metrics = {"reconstruction_accuracy": accuracy, "vae_logsnr": posterior.logsnr(), "latent_scale": scale}
+    return {name: value.detach() for name, value in metrics.items()}

@@ -1,0 +1,196 @@
+"""The Text VAE: tokens to a sequence of latents and back (model.md §2, official-format §4)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from opencola.layers import masks
+from opencola.layers.attention import Attend, masked, rotary
+from opencola.layers.cache import KVCache
+from opencola.layers.transformer import Activation, Block, BlockConfig, LayerNorm, initialise
+from opencola.vae.gaussian import DiagonalGaussian
+
+
+@dataclass(frozen=True)
+class TextVAEConfig:
+    """Architecture of the Text VAE. Defaults are small; the release's values stand in its config.json."""
+
+    vocab_size: int = 1024
+    """Tokens; set from the tokenizer when training. The embedding has one row more, the [MASK] input."""
+    latent_dim: int = 16
+    """Channels d of a latent."""
+    patch_size: int = 1
+    """Tokens per latent, P."""
+    attention: Literal["causal", "block_causal", "full"] = "causal"
+    """What a latent sees: itself and before, its own block and before, or everything (no generation)."""
+    block_size: int = 4
+    """Block of the block-causal attention, in latents."""
+    width: int = 128
+    """Width of both transformers."""
+    ffn_dim: int = 512
+    """Width of the MLP's input projection (with swiglu, half of it reaches the output projection)."""
+    num_heads: int = 4
+    """Attention heads."""
+    encoder_layers: int = 2
+    """Blocks of the encoder."""
+    decoder_layers: int = 2
+    """Blocks of the decoder."""
+    multi_query: bool = False
+    """One key and value head shared by all query heads."""
+    activation: Activation = "swiglu"
+    """MLP activation."""
+    post_norm: bool = True
+    """Norm placement of the release; false is pre-norm."""
+    qk_norm: bool = True
+    """Normalise queries and keys over their whole width."""
+    qk_norm_affine: bool = True
+    """Learned gain and bias in those norms."""
+    qkv_bias: bool = False
+    """Bias of the fused query, key, value projection."""
+    bias: bool = True
+    """Bias of the other linear layers."""
+    norm_affine: bool = True
+    """Learned gain and bias in the attention norm."""
+    norm_eps: float = 1e-6
+    """Epsilon of every norm."""
+    clip_qkv: float | None = None
+    """Clamp queries, keys and values to [-c, c]."""
+    rope_theta: float = 500000.0
+    """Base of the rotary angles."""
+    normalise_mean: bool = True
+    """LayerNorm without parameters on the posterior mean."""
+    variational: bool = True
+    """Predict a variance; false gives a deterministic, normalised latent."""
+    fixed_logsnr: float | None = None
+    """Replace the predicted variance by the constant of this log signal-to-noise ratio."""
+    latent_shift: float = 0.0
+    """Subtracted from a latent before the prior sees it."""
+    latent_scale: float = 1.0
+    """Multiplied onto a shifted latent before the prior sees it."""
+
+    def __post_init__(self) -> None:
+        if self.width % self.num_heads or self.width // self.num_heads % 2:
+            raise ValueError(f"vae.width {self.width} must be an even multiple of vae.num_heads {self.num_heads}")
+        if self.activation == "swiglu" and self.ffn_dim % 2:
+            raise ValueError(f"vae.ffn_dim {self.ffn_dim} must be even with swiglu")
+        for name in ("vocab_size", "latent_dim", "patch_size", "block_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"vae.{name} must be at least 1, not {getattr(self, name)}")
+
+    @property
+    def visible_block(self) -> int:
+        """Latents that see each other in both directions: 1 when strictly causal."""
+        return 1 if self.attention == "causal" else self.block_size
+
+    @property
+    def block(self) -> BlockConfig:
+        """The transformer block's part of the configuration."""
+        return BlockConfig(
+            width=self.width,
+            num_heads=self.num_heads,
+            ffn_dim=self.ffn_dim,
+            multi_query=self.multi_query,
+            activation=self.activation,
+            post_norm=self.post_norm,
+            qk_norm=self.qk_norm,
+            qk_norm_affine=self.qk_norm_affine,
+            qkv_bias=self.qkv_bias,
+            bias=self.bias,
+            norm_affine=self.norm_affine,
+            norm_eps=self.norm_eps,
+            clip_qkv=self.clip_qkv,
+        )
+
+
+class TextVAE(nn.Module):
+    """Encoder q(z0 | x) and decoder p(x | z0). Shapes: tokens (B, L), latents (B, N, d) with L = N * patch_size."""
+
+    def __init__(self, config: TextVAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, patch = config.width, config.patch_size
+        self.embedding = nn.Embedding(config.vocab_size + 1, width)
+        self.patch = nn.Linear(width * patch, width)
+        self.encoder = nn.ModuleList(Block(config.block) for _ in range(config.encoder_layers))
+        heads = 2 if config.variational else 1
+        self.posterior = nn.Linear(width, heads * config.latent_dim, bias=config.bias)
+        self.decoder_in = nn.Linear(config.latent_dim, width, bias=config.bias)
+        self.decoder = nn.ModuleList(Block(config.block) for _ in range(config.decoder_layers))
+        self.unpatch = nn.Linear(width, width * patch)
+        self.final_norm = LayerNorm(width, config.norm_eps)
+        self.head = nn.Linear(width, config.vocab_size, bias=config.bias)
+        initialise(self, lambda linear: linear.in_features**-0.5)
+        nn.init.normal_(self.embedding.weight)
+        nn.init.normal_(self.head.weight, std=0.02)
+
+    @property
+    def mask_id(self) -> int:
+        """Input id of [MASK], the embedding's extra row."""
+        return self.config.vocab_size
+
+    def encode(self, tokens: Tensor, lengths: Tensor | None = None, cache: KVCache | None = None) -> DiagonalGaussian:
+        """Posterior of the latents, not yet normalised for the prior.
+
+        tokens (B, L) int64; lengths (B,): latents that exist, those behind are invisible padding; cache: the encoder's,
+        holding what was encoded before. Raises ValueError when patch_size does not divide L.
+        """
+        config = self.config
+        if tokens.shape[1] % config.patch_size:
+            raise ValueError(f"{tokens.shape[1]} tokens are not a multiple of patch_size {config.patch_size}")
+        x = self.embedding(tokens).unflatten(1, (-1, config.patch_size)).transpose(2, 3).flatten(2)
+        x = self._transform(self.encoder, self.patch(x), lengths, cache)
+        out = self.posterior(x)
+        out = out.to(torch.promote_types(out.dtype, torch.float32))
+        mean, logvar = out.chunk(2, dim=-1) if config.variational else (out, torch.full_like(out, -30.0))
+        if config.normalise_mean or not config.variational:
+            mean = F.layer_norm(mean, mean.shape[-1:], eps=config.norm_eps)
+            logvar = logvar.clamp(-30.0, 20.0)
+        if config.fixed_logsnr is not None:
+            logvar = torch.ones_like(mean) * (mean.detach().square().mean().log() - config.fixed_logsnr)
+        return DiagonalGaussian(mean, logvar)
+
+    def decode(self, z: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Logits (B, N * patch_size, V) of un-normalised latents z (B, N, d); cache: the decoder's."""
+        x = self._transform(self.decoder, self.decoder_in(z), None, cache)
+        x = self.unpatch(x).unflatten(-1, (-1, self.config.patch_size)).transpose(2, 3).flatten(1, 2)
+        return self.head(self.final_norm(x))
+
+    def normalise(self, z: Tensor) -> Tensor:
+        """Latent as the prior sees it: (z - shift) * scale."""
+        return (z - self.config.latent_shift) * self.config.latent_scale
+
+    def denormalise(self, z: Tensor) -> Tensor:
+        """Inverse of `normalise`."""
+        return z / self.config.latent_scale + self.config.latent_shift
+
+    def empty_cache(self, batch: int, capacity: int, part: Literal["encoder", "decoder"]) -> KVCache:
+        """Cache for `capacity` latents a sample."""
+        config = self.config
+        layers = config.encoder_layers if part == "encoder" else config.decoder_layers
+        heads = 1 if config.multi_query else config.num_heads
+        return KVCache.empty(self.head.weight, batch, layers, heads, config.width // config.num_heads, capacity)
+
+    def _transform(self, blocks: nn.ModuleList, x: Tensor, lengths: Tensor | None, cache: KVCache | None) -> Tensor:
+        config, rows = self.config, x.shape[1]
+        positions = torch.arange(rows, device=x.device) if cache is None else cache.positions(rows)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        table = rotary(positions, config.width // config.num_heads, config.rope_theta, dtype)
+        attend = self._pattern(rows, lengths, x.device) if cache is None else cache.attend(rows, config.visible_block)
+        for layer, block in enumerate(blocks):
+            x = block(x, layer, table, attend)
+        return x
+
+    def _pattern(self, rows: int, lengths: Tensor | None, device: torch.device) -> Attend:
+        config = self.config
+        if config.attention == "full":
+            mask = torch.ones(rows, rows, dtype=torch.bool, device=device)
+        else:
+            mask = masks.dense(masks.block_causal(config.visible_block), rows, rows, device)
+        if lengths is not None:
+            key = torch.arange(rows, device=device)
+            real = (key < lengths[:, None]) | (key == 0)  # key 0 stays, so that no row is left without a key
+            mask = (mask & real[:, None, :])[:, None]
+        return masked(mask)

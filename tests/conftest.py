@@ -1,0 +1,46 @@
+"""What every test gets: one thread, known seeds, and the golden fixtures of the official implementation."""
+
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def known_seeds() -> None:
+    """Start each test from the same global random state, so that no test depends on which ones ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def generator() -> Callable[[int], torch.Generator]:
+    """Make CPU generators: ``torch.randn(3, generator=generator(7))`` gives the same numbers in every run."""
+    return lambda seed: torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of golden fixtures, with ``configA`` and ``configB`` inside.
+
+    ``$OPENCOLA_SHARED/golden`` if that variable is set (an error if it is not there), else ``../shared/golden``, else
+    the repository's own small copies in ``tests/golden``. The test is skipped where there are none.
+    """
+    if shared := os.environ.get("OPENCOLA_SHARED"):
+        folder = Path(shared) / "golden"
+        if not folder.is_dir():
+            pytest.fail(f"OPENCOLA_SHARED={shared} has no folder 'golden'; correct or unset the variable")
+        return folder
+    for folder in (ROOT.parent / "shared" / "golden", ROOT / "tests" / "golden"):
+        if folder.is_dir():
+            return folder
+    pytest.skip("no golden fixtures: neither ../shared/golden nor tests/golden exists")

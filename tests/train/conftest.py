@@ -1,0 +1,132 @@
+"""A toy model and corpus for the training loop; run as a script, it trains them in a process that tests may kill."""
+
+import dataclasses
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from opencola.models.language_model import Loss
+from opencola.text.corpus import Batch
+from opencola.train import checkpoint
+from opencola.train.checkpoint import TrainState
+from opencola.train.loop import TrainConfig, train
+
+
+class Toy(nn.Module):
+    """Predicts the next token; draws from the global generator, and has a part that is frozen for seven steps."""
+
+    def __init__(self, broken_at: int | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(11, 8)
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.late = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 11)
+        self.broken_at = broken_at
+
+    def loss(self, batch: Batch) -> Loss:
+        """Cross-entropy and a penalty."""
+        x = self.embedding(batch.tokens)
+        x = x + 0.1 * torch.randn(x.shape)
+        for block in self.blocks:
+            x = x + torch.tanh(block(x))
+        if batch.step >= 7:
+            x = x + self.late(x)
+        logits = self.head(x[:, :-1])
+        ce = nn.functional.cross_entropy(logits.flatten(0, 1), batch.tokens[:, 1:].flatten())
+        penalty = 1e-3 * logits.square().mean()
+        if batch.step == self.broken_at:
+            penalty = penalty * float("inf")
+        bins = torch.tensor([float(batch.step), float("nan") if batch.step % 2 else 1.0, float("nan")])
+        return Loss(ce + penalty, {"ce": ce, "penalty": penalty}, {"bins": bins})
+
+    def learning_rate_ratios(self) -> dict[str, float]:
+        """All alike."""
+        return {}
+
+
+class Counts:
+    """An endless corpus of sums of random steps, modulo 11."""
+
+    def __init__(self, hook: Callable[[int], None]) -> None:
+        self.num_batches = 0
+        self.hook = hook
+
+    def __next__(self) -> Batch:
+        step, self.num_batches = self.num_batches, self.num_batches + 1
+        self.hook(step)
+        steps = torch.randint(1, 3, (4, 12), generator=torch.Generator().manual_seed(step))
+        return Batch(steps.cumsum(1) % 11, torch.arange(4 * step, 4 * step + 4), seed=0, step=step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it stands."""
+        return {"num_batches": self.num_batches}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Stand there."""
+        self.num_batches = state["num_batches"]
+
+
+def run(
+    folder: Path,
+    resume: bool = False,
+    broken_at: int | None = None,
+    hook: Callable[[int], None] = lambda step: None,
+    **fields: Any,
+) -> TrainState:
+    """Train the toy with these fields of TrainConfig."""
+    fields = {"steps": 20, "warmup": 3, "log_every": 1, "save_every": 5, "keep": 9, "ema": 0.9} | fields
+    return train(Toy(broken_at), Counts(hook), TrainConfig(**fields), folder, display=False, resume=resume)
+
+
+def everything(state: TrainState) -> list[Tensor]:
+    """All tensors of a run's state, in a fixed order."""
+    optimizers = [t for o in state.optimizers for s in o.state.values() for t in s.values()]
+    average = list(state.ema.average.values()) if state.ema else []
+    return [*state.model.state_dict().values(), *optimizers, *average, torch.get_rng_state()]
+
+
+@pytest.fixture(name="run")
+def run_fixture() -> Callable[..., TrainState]:
+    """Train the toy."""
+    return run
+
+
+@pytest.fixture(name="everything")
+def everything_fixture() -> Callable[[TrainState], list[Tensor]]:
+    """All tensors of a state."""
+    return everything
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if sys.argv[2] == "killed-in-save":
+        save = checkpoint.dcp.save
+
+        def save_and_die(tensors: dict[str, Any], **options: Any) -> None:
+            save(tensors, **options)
+            if "step-000010" in str(options["checkpoint_id"]):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        checkpoint.dcp = dataclasses.make_dataclass("Dcp", ["save", "load"])(save_and_die, checkpoint.dcp.load)
+        run(Path(sys.argv[1]))
+    else:
+
+        def announce(step: int) -> None:
+            if step == 7:
+                print("in step 7", flush=True)
+                time.sleep(0.5)  # the signal arrives here, inside the step
+
+        try:
+            run(Path(sys.argv[1]), hook=announce)
+        except KeyboardInterrupt as interrupt:
+            print(interrupt)
+            sys.exit(130)

@@ -1,0 +1,102 @@
+"""The loop learns, reports what it did, and stops when it should."""
+
+import json
+import math
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from opencola.train.checkpoint import TrainState, latest
+from opencola.train.loop import TrainConfig
+
+Run = Callable[..., TrainState]
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_learns(run: Run, tmp_path: Path, optimizer: str) -> None:
+    run(tmp_path, optimizer=optimizer, steps=150, save_every=1000, log_every=10, learning_rate=0.01)
+    losses = [record["loss/ce"] for record in records(tmp_path)]
+    assert losses[0] > 2.0 and losses[-1] < 1.0  # log 11 = 2.4 before, log 2 = 0.69 at best
+
+
+def test_records(run: Run, tmp_path: Path) -> None:
+    run(tmp_path, steps=12, log_every=5, schedule="constant", warmup=10, muon_learning_rate=0.03)
+    first, second, last = records(tmp_path)
+    assert [record["step"] for record in (first, second, last)] == [5, 10, 12]
+    assert [record["tokens"] for record in (first, second, last)] == [240, 480, 576]
+    assert first["bins"] == [2.0, 1.0, None] and last["bins"] == [10.5, 1.0, None]
+    assert first["loss"] == pytest.approx(first["loss/ce"] + first["loss/penalty"])
+    assert first["gradient_norm"] > 0 and second["seconds"] > first["seconds"]
+    assert second["tokens_per_second"] == pytest.approx(240 / (second["seconds"] - first["seconds"]))
+    assert first["learning_rate/muon"] == pytest.approx(0.015)
+    assert first["learning_rate/adamw"] == pytest.approx(0.001)
+
+
+def test_means_are_over_the_steps_since_the_last_record(run: Run, tmp_path: Path) -> None:
+    run(tmp_path / "all", steps=6, log_every=1)
+    run(tmp_path / "few", steps=6, log_every=3)
+    losses = [record["loss"] for record in records(tmp_path / "all")]
+    means = [record["loss"] for record in records(tmp_path / "few")]
+    assert means == pytest.approx([sum(losses[:3]) / 3, sum(losses[3:]) / 3])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_step(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match="step 12: term penalty is inf"):
+        run(tmp_path, broken_at=12, log_every=5)
+    last = latest(tmp_path / "checkpoints")
+    assert last and last.name == "step-000010"
+    assert [record["step"] for record in records(tmp_path)] == [5, 10]
+    assert run(tmp_path, resume=True).step == 20
+
+
+def test_a_time_limit_ends_the_run_and_paces_the_schedule(run: Run, tmp_path: Path) -> None:
+    state = run(tmp_path, steps=10**9, seconds=0.5, log_every=1, save_every=10**9, warmup=1, schedule="linear", final=0)
+    assert 0.5 <= state.seconds < 2.0 and state.step > 3
+    *_, before, last = records(tmp_path)
+    left = 1 - before["seconds"] / 0.5
+    assert last["learning_rate/muon"] == pytest.approx(0.02 * left)
+    assert latest(tmp_path / "checkpoints")
+    assert run(tmp_path, steps=10**9, seconds=0.5, resume=True).step == state.step
+
+
+def test_clipping_bounds_the_step(run: Run, tmp_path: Path) -> None:
+    still = run(tmp_path / "a", steps=1, clip=0.0, weight_decay=0.0).model.state_dict()
+    moved = run(tmp_path / "b", steps=1, weight_decay=0.0).model.state_dict()
+    before = run(tmp_path / "c", steps=1, learning_rate=0.0, muon_learning_rate=0.0).model.state_dict()
+    assert all(torch.equal(still[name], before[name]) for name in before)
+    assert not any(torch.equal(moved[name], before[name]) for name in before if not name.startswith("late"))
+
+
+def test_bf16_changes_the_computation_but_not_the_weights_type(run: Run, tmp_path: Path) -> None:
+    plain, rounded = run(tmp_path / "a", steps=3), run(tmp_path / "b", steps=3, bf16=True)
+    assert all(p.dtype == torch.float32 for p in rounded.model.parameters())
+    a, b = (torch.cat([p.flatten() for p in state.model.parameters()]) for state in (plain, rounded))
+    assert 0 < (a - b).abs().max() < 0.05
+
+
+def test_runs_outside_the_main_thread(run: Run, tmp_path: Path) -> None:
+    thread = threading.Thread(target=run, args=(tmp_path,), kwargs={"steps": 2})
+    thread.start()
+    thread.join(30)
+    assert latest(tmp_path / "checkpoints")
+
+
+@pytest.mark.parametrize("field", ["steps", "log_every", "save_every", "keep"])
+def test_impossible_counts_are_refused(field: str) -> None:
+    with pytest.raises(ValueError, match=f"{field} must be at least 1, but is 0"):
+        TrainConfig(**{field: 0})  # type: ignore[arg-type]
+
+
+def test_defaults_decay_to_the_final_fraction(run: Run, tmp_path: Path) -> None:
+    run(tmp_path, steps=100, log_every=1, save_every=100)
+    rate = records(tmp_path)[-1]["learning_rate/adamw"]
+    expected = 0.05 + 0.95 * (1 + math.cos(math.pi * 0.99)) / 2
+    assert rate == pytest.approx(2e-3 * expected)
