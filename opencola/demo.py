@@ -3,7 +3,7 @@
 import json
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -47,28 +47,29 @@ MAP_STORIES = 300
 MAPPED = ("animal", "place")
 HEADLINES = ("legal_sentences", "consistent_stories", "last_word_accuracy", "reconstruction_accuracy", "vae_logsnr")
 MEANING = {
-    "legal_sentences": "sentences the model wrote that the story world has; an unfinished one counts against it",
-    "consistent_stories": "whole stories that the world could have told, nothing changed from first to last sentence",
-    "last_word_accuracy": "stories without their last word that the model ended with the right one",
-    "last_word_ceiling": "the most that anyone can expect of that accuracy: mean chance of the likeliest last word",
-    "last_word_of_determined": "accuracy over ceiling: 1 is all that the story determines",
-    "reconstruction_accuracy": "tokens that come back from a latent sampled from the posterior",
-    "reconstruction_accuracy_mean": "tokens that come back from the posterior mean",
-    "vae_logsnr": "log of the latents' signal over their noise; the paper reports about 4.5",
-    "order_legal": "stories whose legal sentences come in the world's order",
-    "complete": "stories that open, end, and miss no part that a story must have",
-    "conflict_free": "stories whose legal sentences never contradict each other",
-    "distinct_continuations": "continuations unlike all others: a model that repeats itself has few",
-    "original_continuations": "continuations that repeat the held-out story word for word",
+    "legal_sentences": "written sentences that the world has",
+    "consistent_stories": "whole stories that the world could tell",
+    "last_word_accuracy": "stories given their right last word",
+    "last_word_ceiling": "best possible: the likeliest word's mean chance",
+    "last_word_of_determined": "accuracy over this ceiling",
+    "reconstruction_accuracy": "tokens that their latents give back",
+    "reconstruction_accuracy_of_mean": "the same from the posterior's mean, not a sample",
+    "vae_logsnr": "log of the latents' signal over noise",
+    "order_legal": "stories whose sentences come in a right order",
+    "complete": "stories that begin, end, and miss nothing between",
+    "conflict_free": "stories in which no sentence contradicts another",
+    "distinct_continuations": "continuations unlike all others",
+    "original_continuations": "continuations equal to the held-out story's own",
 }
 
 
 def finish(out: Path, num_stories: int = 200, display: bool = True, started: float | None = None) -> dict[str, Any]:
-    """Measure the model in `out` on held-out stories; write metrics.json, evaluation.jsonl, report.html; return metrics.
+    """Measure the model in `out` on held-out stories; write metrics.json, evaluation.jsonl and report.html there.
 
     out: an exported model with its tokenizer, the training stages' folders in it; display: show progress, samples and
-    results; started: `time.time()` at the start of everything that `seconds` shall count (by default the stages' training
-    and this evaluation). Raises FileNotFoundError or ValueError when `out` holds no such model.
+    results; started: `time.time()` at the start of everything that `seconds` shall count (by default the stages'
+    training and this evaluation). Returns what metrics.json holds. Raises FileNotFoundError or ValueError when `out`
+    holds no such model.
     """
     if num_stories < 1:
         raise ValueError(f"num_stories must be at least 1, but is {num_stories}")
@@ -109,17 +110,6 @@ def finish(out: Path, num_stories: int = 200, display: bool = True, started: flo
         "vae": asdict(model.vae.config),
         "dit": asdict(model.dit.config),
     }
-    evaluation = time.time() - begin
-    metrics: dict[str, Any] = {
-        "seconds": training + evaluation if started is None else time.time() - started,
-        "training_seconds": training,
-        "evaluation_seconds": evaluation,
-        **{measure.name: measure.value for measure in measures},
-        "mean_log_probability": mean_log_probability(continuations),
-        "intervals": {one.name: list(one.interval) for one in measures if one.interval is not None},
-        "counts": {measure.name: measure.count for measure in measures},
-        "settings": settings,
-    }
     num_parameters = sum(p.numel() for p in model.parameters())
     subtitle = (
         f"A Cola DLM of {num_parameters / 1e6:.2f} M parameters, trained for {training / 60:.1f} minutes on generated "
@@ -128,6 +118,17 @@ def finish(out: Path, num_stories: int = 200, display: bool = True, started: flo
     samples = continuations[:SAMPLES_SHOWN]
     page = Report("OpenCola: story world", subtitle, measures, HEADLINES, stages, samples, maps, trace, settings)
     (out / "report.html").write_text(render(page), encoding="utf-8")
+    now = time.time()
+    metrics: dict[str, Any] = {
+        "seconds": training + now - begin if started is None else now - started,
+        "training_seconds": training,
+        "evaluation_seconds": now - begin,
+        **{measure.name: measure.value for measure in measures},
+        "mean_log_probability": mean_log_probability(continuations),
+        "intervals": {one.name: list(one.interval) for one in measures if one.interval is not None},
+        "counts": {measure.name: measure.count for measure in measures},
+        "settings": settings,
+    }
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     if display:
         _show(samples, measures, out, metrics["seconds"])
@@ -135,8 +136,9 @@ def finish(out: Path, num_stories: int = 200, display: bool = True, started: flo
 
 
 def read_stages(out: Path) -> dict[str, list[dict[str, Any]]]:
-    """The records of every training stage in a run's folder, by name, in the order in which they ended."""
-    files = sorted(out.glob("*/metrics.jsonl"), key=lambda file: (file.stat().st_mtime, file))
+    """The records of every training stage below a run's folder, or in it, in the order in which they ended."""
+    found = [*out.glob("metrics.jsonl"), *out.glob("*/metrics.jsonl")]
+    files = sorted(found, key=lambda file: (file.stat().st_mtime, file))
     stages = {file.parent.name: [json.loads(line) for line in file.read_text().splitlines()] for file in files}
     return {name: records for name, records in stages.items() if records}
 
@@ -233,15 +235,14 @@ def _measures(
     shares = continuation_shares(continuations) | {
         "last_word_accuracy": accuracy,
         "reconstruction_accuracy": share(reconstruction.from_sample, reconstruction.count),
-        "reconstruction_accuracy_mean": share(reconstruction.from_mean, reconstruction.count),
+        "reconstruction_accuracy_of_mean": share(reconstruction.from_mean, reconstruction.count),
     }
-    numbers = {
-        "last_word_ceiling": (ceiling, len(last_words)),
-        "last_word_of_determined": (of_determined, len(last_words)),
-        "vae_logsnr": (reconstruction.logsnr, reconstruction.count),
-    }
-    found = {name: Measure(name, s.value, (s.low, s.high), s.count, MEANING[name]) for name, s in shares.items()}
-    found |= {name: Measure(name, value, None, count, MEANING[name]) for name, (value, count) in numbers.items()}
+    found = {name: Measure(name, s.value, True, (s.low, s.high), s.count, MEANING[name]) for name, s in shares.items()}
+    for name, value in (("last_word_ceiling", ceiling), ("last_word_of_determined", of_determined)):
+        found[name] = Measure(name, value, True, None, len(last_words), MEANING[name])
+    found["vae_logsnr"] = Measure(
+        "vae_logsnr", reconstruction.logsnr, False, None, reconstruction.count, MEANING["vae_logsnr"]
+    )
     return [found[name] for name in MEANING]
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,10 @@ def parse(target: Any, args: Sequence[str], **options: Any) -> Any:
     """`tyro.cli(target, args=args, **options)`, with mistakes as ValueError of one line; --help still exits."""
     said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.redirect_stderr(said))
+            if not {"-h", "--help"} & {*args}:  # where stdout is no terminal, tyro writes plain text
+                stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
             return tyro.cli(target, args=args, **options)
     except SystemExit as stop:
         if not stop.code:
@@ -20,12 +24,11 @@ def parse(target: Any, args: Sequence[str], **options: Any) -> Any:
         raise ValueError(_one_line(said.getvalue())) from None
 
 
-def _one_line(box: str) -> str:
-    """What tyro's message box says, without its frame and advice."""
-    lines = [line.strip("│ ") for line in box.splitlines()[1:-1]]
-    end = next((i for i, line in enumerate(lines) if not line or line.startswith("──")), len(lines))
-    message, advice = " ".join(lines[:end]), lines[end:]
-    flags = [line.split()[0] for line in lines if line.startswith("--")]
-    if message.startswith("Missing from"):
-        return f"missing: {', '.join(flags)}"
-    return f"{message}; did you mean {flags[0]}?" if "Perhaps you meant:" in advice and flags else message
+def _one_line(said: str) -> str:
+    """What tyro's message says, without its title, frame and advice; a guess at the right flag is kept."""
+    _, message, *advice = re.split(r"^ +-+ *$", said, flags=re.MULTILINE)
+    if "Missing from" in message:
+        return "missing: " + ", ".join(re.findall(r"^ {6}(\S+)", message, re.MULTILINE))
+    line = " ".join(message.split())
+    guess = re.search(r"^  (?:Perhaps you meant|Arguments similar to).*:\s+(--\S+)", "".join(advice), re.MULTILINE)
+    return f"{line}; did you mean {guess[1]}?" if guess else line

@@ -6,7 +6,7 @@ parser. Keys at the top are shared by all stages; `stages` maps names to what is
     out: runs/stories
     data: {length: 128, batch_size: 16}
     stages:
-      vae: {family: text_vae, model: {width: 128}, train: {steps: 2000}}
+      vae: {family: vae, train: {steps: 2000}}
       prior: {family: cola, init: vae, train: {steps: 5000}}
 
 A stage writes to `out`/<its name>, and `init` may name an earlier stage. Without `stages` the file is a single stage
@@ -15,7 +15,6 @@ that writes to `out` itself.
 
 import contextlib
 import dataclasses
-import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +24,8 @@ from typing import Any, Generic, TypeVar
 import tyro
 import yaml
 
+from opencola import flags
+from opencola.models.sampling import Sampling
 from opencola.text.corpus import CorpusConfig
 from opencola.train.loop import TrainConfig
 
@@ -68,6 +69,8 @@ class Recipe(Generic[Model]):
     """Model."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Training."""
+    sampling: Sampling = field(default_factory=Sampling)
+    """Settings of generation that the trained model brings along."""
 
 
 def read(recipe: str | Path, argv: Sequence[str], families: Families) -> list[tuple[str, Recipe[Any]]]:
@@ -202,24 +205,8 @@ def _parse(
     options: dict[str, Any] = {"return_unknown_args": not strict, **_STYLE}
     if default is not None:
         options["default"] = default
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            parsed = tyro.cli(stage, args=args, prog="recipe", **options)
-    except SystemExit:
-        raise ValueError(_one_line(said.getvalue())) from None
+    parsed = flags.parse(stage, args, prog="recipe", **options)
     return (parsed, []) if strict else parsed
-
-
-def _one_line(box: str) -> str:
-    """What tyro's message box says, without its frame and advice."""
-    lines = [line.strip("│ ") for line in box.splitlines()[1:-1]]
-    end = next((i for i, line in enumerate(lines) if not line or line.startswith("──")), len(lines))
-    message, advice = " ".join(lines[:end]), lines[end:]
-    flags = [line.split()[0] for line in lines if line.startswith("--")]
-    if message.startswith("Missing from"):
-        return f"missing: {', '.join(flags)}"
-    return f"{message}; did you mean {flags[0]}?" if "Perhaps you meant:" in advice and flags else message
 
 
 def _flags(values: dict[str, Any], prefix: str = "--") -> list[str]:

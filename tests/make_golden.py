@@ -19,7 +19,7 @@ FOLDER = Path(__file__).resolve().parent / "golden"
 PROMPT_LENGTHS = {"configA": (3, 8, 10), "configB": (5, 8, 15)}  # 15: a pad token inside a latent that closes a block
 GENERATE = {
     "configA": {"timestep_num": 16, "guidance_scale": 3.0, "max_new_tokens": 12, "repetition_penalty": 1.2},
-    "configB": {"timestep_num": 10, "guidance_scale": 7.0, "max_new_tokens": 24, "repetition_penalty": 1.1},
+    "configB": {"timestep_num": 12, "guidance_scale": 7.0, "max_new_tokens": 24, "repetition_penalty": 1.1},
 }
 SAMPLING = {
     "a": {"temperature": 0.8, "top_k": 12, "top_p": 0.9, "repetition_penalty": 1.1},
@@ -42,9 +42,7 @@ def make(name: str, seed: int) -> None:
     rope = dit_config["rope_dim"]
     dit_weights = random_weights(dit_shapes(dit_config), generator)
     for i in range(dit_config["num_layers"]):
-        dit_weights[f"blocks.{i}.msa.rope.rope.freqs"] = torch.tensor(
-            [10000 ** (-2 * j / rope) for j in range(rope // 2)]
-        )
+        dit_weights[f"blocks.{i}.msa.rope.rope.freqs"] = 1 / 10000 ** (torch.arange(0, rope, 2) / rope)
     vae_weights = random_weights(vae_shapes(vae_config), generator)
     folder = FOLDER / name
     for part, config, weights in (("cola_dit", dit_config, dit_weights), ("cola_vae", vae_config, vae_weights)):
@@ -201,5 +199,5 @@ def _noise(seed: int, ids: list[int], step: int, shape: tuple[int, int]) -> Tens
 
 
 if __name__ == "__main__":
-    make("configA", seed=2)
-    make("configB", seed=6)
+    make("configA", seed=9)
+    make("configB", seed=4)

@@ -28,8 +28,12 @@ ALLOWED: dict[str, set[str]] = {
     "interop": {"layers", "text", "vae", "flow", "models"},
 }
 ALLOWED["serve"] = {*ALLOWED, "interop"} - {"train", "evaluation"}
+ALLOWED["flags"] = set()
 ALLOWED["recipe"] = {*ALLOWED} - {"serve"}
+ALLOWED["run"] = {*ALLOWED} - {"serve", "evaluation"}
+ALLOWED["console"] = {*ALLOWED} - {"serve", "evaluation"}
 ALLOWED["report"] = {*ALLOWED} - {"serve"}
+ALLOWED["demo"] = {"text", "models", "evaluation", "interop"}
 ALLOWED["cli"] = {*ALLOWED}
 ALLOWED["__main__"] = {"cli"}
 

@@ -9,6 +9,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from opencola.evaluation.latents import LatentMap
 
@@ -45,7 +46,7 @@ def loss_curves(stages: Mapping[str, Sequence[Record]]) -> str:
     The axis is logarithmic, so terms that are ever zero or negative (an entropy can be) are left out.
     """
     with mpl.rc_context({**_STYLE, "svg.hashsalt": "losses"}):
-        figure = Figure(figsize=(9, 2.9), layout="constrained")
+        figure = Figure(figsize=(9, 2.8), layout="constrained")
         panels = figure.subplots(1, max(1, len(stages)), squeeze=False)[0]
         for axes, (name, records) in zip(panels, stages.items(), strict=False):
             _losses(axes, name, records)
@@ -64,6 +65,11 @@ def _losses(axes: Axes, name: str, records: Sequence[Record]) -> None:
     axes.grid(axis="y", linewidth=0.4, alpha=0.25, color=_INK)
     if axes.lines:
         axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        narrow = high < 100 * low  # decades alone would leave a small range without a label
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if narrow else (1.0,)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
         axes.legend()
 
 
@@ -92,7 +98,7 @@ def _points(axes: Axes, one: LatentMap) -> None:
     axes.set_yticks([])
     axes.set_xlabel("first principal axis")
     axes.set_ylabel("second principal axis")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=5, handletextpad=0, columnspacing=0.8)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=5, handletextpad=0, markerscale=1.8)
 
 
 def _svg(figure: Figure, description: str) -> str:
@@ -104,5 +110,6 @@ def _svg(figure: Figure, description: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href").replace(_INK, "currentColor")
-    svg = re.sub(r"(\d+\.\d{2})\d+", r"\1", svg)
+    # coordinates to a hundredth of a point; only inside tags, for between them are the numbers on the axes
+    svg = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d\.\d{2})\d+", r"\1", tag[0]), svg)
     return svg.replace("<svg ", f'<svg role="img" aria-label="{description}" ', 1)

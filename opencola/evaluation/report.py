@@ -13,10 +13,12 @@ from opencola.evaluation.stories import PROMPT_SENTENCES, Continuation
 
 @dataclass(frozen=True)
 class Measure:
-    """A result: its `name` in metrics.json, `value`, 95 % `interval` if it is a share, cases, and what it says."""
+    """A result: its `name` in metrics.json, its `value`, whether that is a share (a fraction of 1), the share's 95 %
+    `interval` where it was sampled, the number of cases, and what it says."""
 
     name: str
     value: float
+    is_share: bool
     interval: tuple[float, float] | None
     count: int
     meaning: str
@@ -24,17 +26,23 @@ class Measure:
     @property
     def label(self) -> str:
         """The name for people."""
-        return self.name.replace("_", " ").replace("vae logsnr", "VAE logSNR")
+        return self.name.replace("_", " ").replace("logsnr", "logSNR").replace("vae", "VAE")
 
     @property
     def text(self) -> str:
-        """The value for people: a share in percent."""
-        return f"{self.value:.2f}" if self.interval is None else f"{self.value:.1%}"
+        """The value for people."""
+        return f"{100 * self.value:.{self._digits}f} %" if self.is_share else f"{self.value:.2f}"
 
     @property
     def interval_text(self) -> str:
         """The interval for people, "" without one."""
-        return "" if self.interval is None else "{:.1%} to {:.1%}".format(*self.interval)
+        return (
+            "" if self.interval is None else "–".join(f"{100 * end:.{self._digits}f}" for end in self.interval) + " %"
+        )
+
+    @property
+    def _digits(self) -> int:
+        return 2 if 0.99 < self.value < 1 else 1  # near 1 the second digit tells a good value from a better one
 
 
 @dataclass(frozen=True)
@@ -141,16 +149,18 @@ def _samples(samples: Sequence[Continuation]) -> str:
     for sample in samples:
         spans = ""
         for number, sentence in enumerate(sample.sentences):
-            part = "prompt" if number < PROMPT_SENTENCES else "good"
-            text = escape(sentence.text)
+            part = "bad" if sentence.fault else "prompt" if number < PROMPT_SENTENCES else "good"
+            spans += f'<span class="{part}">{escape(sentence.text)}</span> '
             if sentence.fault:
-                part, text = "bad", f"{text} <small>{escape(sentence.fault)}</small>"
-            spans += f'<span class="{part}">{text}</span> '
-        mark = (
-            f'<em class="bad">✗ {escape(sample.fault)}</em>' if sample.fault else '<em class="good">✓ consistent</em>'
-        )
+                spans += f"<small>{escape(sentence.fault)}</small> "
+        mark = '<em class="good">✓ consistent</em>'
+        if sample.fault:
+            mark = f'<em class="bad">✗ {escape(sample.fault)}</em>'
         items += f"<li>{spans}{mark}</li>"
-    note = "The prompt is grey. A sentence that the world could not have told here is red, with the reason."
+    note = (
+        "The prompt is grey. A sentence that the world could not have told here is red, with the reason behind it; "
+        "illegal is one that no template of the story world makes."
+    )
     return f"<p>{note}</p><ol>{items}</ol>"
 
 
@@ -186,12 +196,13 @@ def _tokens(tokens: Sequence[str], last: Sequence[str], given: int) -> str:
     spans = ""
     for place, (token, final) in enumerate(zip(tokens, last, strict=True)):
         part = "given" if place < given else "there" if token == final else "not"
-        spans += f'<span class="{part}">{escape(token)}</span>'
+        spans += f'<span class="{part}">{escape(token if place else token.lstrip())}</span>'
     return spans
 
 
 def _settings(settings: Mapping[str, Any]) -> str:
-    return f"<pre>{escape(json.dumps(settings, indent=2, ensure_ascii=False))}</pre>"
+    text = escape(json.dumps(settings, indent=2, ensure_ascii=False))
+    return f"<details><summary>model, sampling, evaluation</summary><pre>{text}</pre></details>"
 
 
 def _scroll(table: str) -> str:
@@ -211,27 +222,30 @@ h2{font-size:1.2rem;margin:3rem 0 .75rem;padding-top:1rem;border-top:1px solid v
 p{max-width:46rem}header p,figcaption,section>p{color:var(--soft);margin:.25rem 0 1rem}
 figcaption,small{font-size:.82rem}
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(10.5rem,1fr));gap:.75rem;margin-bottom:1.5rem}
-.card{background:var(--card);border-radius:.6rem;padding:.9rem 1rem}
+.card{display:flex;flex-direction:column;background:var(--card);border-radius:.6rem;padding:.9rem 1rem}
 .card b{display:block;font-size:1.75rem;line-height:1.15;font-weight:650;font-variant-numeric:tabular-nums}
 .card span{font-size:.85rem;color:var(--soft)}
-.bar{display:block;position:relative;height:4px;margin-top:.6rem;border-radius:2px;background:var(--line)}
+.card span{margin-bottom:.6rem}
+.bar{display:block;position:relative;height:4px;margin-top:auto;border-radius:2px;background:var(--line)}
 .bar.none{visibility:hidden}
 .bar i{position:absolute;top:0;height:4px;min-width:2px;border-radius:2px;background:var(--accent);opacity:.55}
 .bar .mark{width:3px;margin-left:-1.5px;top:-3px;height:10px;opacity:1}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;font-size:.88rem;width:100%;font-variant-numeric:tabular-nums}
 th,td{text-align:right;padding:.35rem .7rem;border-bottom:1px solid var(--line);white-space:nowrap;vertical-align:top}
-th:first-child{text-align:left;padding-left:0}td.words,th.words{text-align:left;white-space:normal;min-width:16rem}
+th:first-child{text-align:left;padding-left:0}td.words,th.words{text-align:left;white-space:normal;min-width:16rem;padding-right:0}
 thead th{color:var(--soft);font-weight:500}tbody th{font-weight:600}
 figure{margin:0 0 1rem}svg{width:100%;height:auto;max-width:100%}
 svg text{font-family:inherit!important}
 ol{padding-left:1.6rem;margin:0}li{margin-bottom:.9rem;max-width:52rem}
-li em{font-style:normal;font-size:.85rem;white-space:nowrap}li small{font-style:italic}
+li em{font-style:normal;margin-left:.35rem;font-size:.85rem;white-space:nowrap}li small{font-style:italic}
 .prompt{color:var(--soft)}em.good{color:var(--good)}.bad{color:var(--bad)}
-span.bad{text-decoration:underline wavy 1px;text-underline-offset:3px}span.bad small{display:inline-block}
-.trace{width:auto}.trace td{text-align:left;padding-left:1rem}
-.tokens{font:.85rem/1.4 ui-monospace,Menlo,Consolas,monospace;white-space:pre!important}
+span.bad{text-decoration:underline wavy 1px;text-underline-offset:3px}li small{color:var(--bad);opacity:.8}
+.trace{width:auto}.trace td,.trace thead th{text-align:left}.trace td,.trace th{padding:.2rem 1.1rem .2rem 0}
+.trace tbody th{font-weight:400;color:var(--soft)}.trace tbody tr:last-child th{color:var(--ink)}
+.tokens{font:.8rem/1.4 ui-monospace,Menlo,Consolas,monospace;white-space:pre!important}
 .not{color:var(--soft);opacity:.65}.there{font-weight:600}
 .given{color:var(--soft);text-decoration:underline;text-underline-offset:3px}
+summary{cursor:pointer;color:var(--soft)}
 pre{background:var(--card);border-radius:.6rem;padding:1rem;font-size:.8rem;line-height:1.45;overflow-x:auto}
 """

@@ -145,7 +145,7 @@ def judge(prompt: str, continuation: str, reference: str) -> Continuation:
 
 
 def find_faults(text: str) -> list[Sentence]:
-    """Every sentence of a text with its own fault: not of the world, against what was told before, or out of place."""
+    """Every sentence of a text with its own fault: illegal, against what was told before, or out of place."""
     parsed = parse(text)
     in_order = [True] * len(parsed)
     if not check(text).order_legal:
@@ -154,10 +154,11 @@ def find_faults(text: str) -> list[Sentence]:
     found = []
     for i, sentence in enumerate(parsed):
         changed = sorted(v for v, value in sentence.commits.items() if told.setdefault(v, value) != value)
-        faults = [f"another {variable} than before" for variable in changed]
-        faults += [f"two values of {variable}" for variable in sorted(sentence.conflicts)]
+        faults = [f"another {', '.join(changed)} than before"] if changed else []
+        if sentence.conflicts:
+            faults.append(f"two values of {', '.join(sorted(sentence.conflicts))}")
         if sentence.kind is None:
-            faults.append("not a sentence of this world")
+            faults.append("illegal")
         elif not in_order[i] and (i == 0 or in_order[i - 1]):  # what follows the first is not its own fault
             faults.append("out of place")
         found.append(Sentence(sentence.text, "; ".join(faults)))

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
-import torchdiffeq
 from torch import Tensor
 
 Velocity = Callable[[Tensor, float], Tensor]
@@ -38,12 +37,12 @@ def solve(
 
     z: state at grid[0], any shape with the batch first; project: applied after every step to (z, time), to pin known
     rows; noise: step -> fresh standard normal like z and eta in [0, 1] its share, for `stochastic` (eta 0 is Euler);
-    tolerance: relative and absolute, for `adaptive` (dopri5, each sample with its own steps).
+    tolerance: relative and absolute, for `adaptive` (dopri5, with common steps for all samples).
     """
     for step, (t, t_next) in enumerate(itertools.pairwise(grid)):
         dt = t_next - t
         if solver == "adaptive":
-            z = _adaptive(velocity, z, t, t_next, tolerance)
+            z = _adaptive(lambda z, t: velocity(project(z, t), t), z, t, t_next, tolerance)
         elif solver == "midpoint":
             middle = project(z + 0.5 * dt * velocity(z, t), t + 0.5 * dt)
             z = z + dt * velocity(middle, t + 0.5 * dt)
@@ -78,7 +77,7 @@ def repaint(
     """Like `solve`, with the rows of `mask` re-noised to the current time instead of pinned (model.md §5, item 4).
 
     During the first `fraction` of the steps the known rows are put at (1 - t) known + t noise, and each step is done
-    `repeats` times, going back from t' to t by fresh noise in between. noise(step, repeat, use, ...) is standard normal.
+    `repeats` times, going back from t' to t by fresh noise in between. noise(step, repeat, use, ...): standard normal.
     """
     num_known = round(fraction * (len(grid) - 1))
     for step, (t, t_next) in enumerate(itertools.pairwise(grid)):
@@ -95,8 +94,16 @@ def repaint(
 
 
 def _adaptive(velocity: Velocity, z: Tensor, t: float, t_next: float, tolerance: float) -> Tensor:
+    import torchdiffeq  # brings scipy, a second of start-up that the other solvers need not pay
+
     times = torch.tensor([t, t_next], dtype=z.dtype, device=z.device)
     solved = torchdiffeq.odeint(
-        lambda time, state: velocity(state, float(time)), z, times, method="dopri5", rtol=tolerance, atol=tolerance
+        lambda time, state: velocity(state, float(time)),
+        z,
+        times,
+        method="dopri5",
+        rtol=tolerance,
+        atol=tolerance,
+        options={"step_t": times[1:]},  # end there: a longer step would ask for times below 0
     )
     return solved[-1]

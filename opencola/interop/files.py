@@ -72,7 +72,7 @@ class StoredTensors:
         if not index.is_file():
             raise FileNotFoundError(f"{folder} holds neither {WEIGHTS} nor {INDEX}")
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        if not isinstance(weight_map, dict) or not weight_map or {str} != {type(v) for v in weight_map.values()}:
             raise ValueError(f"{index}: weight_map must say which file each tensor is in")
         self.files = {name: folder / shard for name, shard in weight_map.items()}
         for name, shard in self.files.items():
@@ -110,7 +110,7 @@ class StoredTensors:
         if others := sorted(self.files.keys() - expected):
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""
             raise ValueError(
-                f"{self.files[others[0]]}: unexpected tensor {others[0]}{more}; no such model has {CONFIG}"
+                f"{self.files[others[0]]}: unexpected tensor {others[0]}{more}; {CONFIG} describes a model without"
             )
 
     def _somewhere(self) -> Path:
@@ -140,7 +140,10 @@ def write_tensors(
     try:
         for file, names in zip(files, shards, strict=True):
             values = {name: tensors[name].detach().to("cpu", dtypes[name]).contiguous() for name in names}
+            _draft(file).touch()
+            mode = _draft(file).stat().st_mode
             save_file(values, _draft(file), metadata={"format": "pt"})
+            _draft(file).chmod(mode)  # safetensors makes files that only their owner may read
         old = {folder / WEIGHTS, folder / INDEX, *folder.glob("model-?????-of-?????.safetensors")}
         for file in files:
             _draft(file).replace(file)

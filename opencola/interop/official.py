@@ -149,7 +149,7 @@ def _fill(model: Model, table: names.Table, constants: Mapping[str, Tensor], fol
     """Give a model on the meta device its stored parameters, one at a time."""
     stored = StoredTensors(folder)
     state: dict[str, Tensor] = {}
-    seen: set[str] = set(constants)
+    expected: set[str] = set(constants)
     for name, value in constants.items():
         found = stored.read(name, value.shape)
         if not torch.allclose(found.float(), value, rtol=1e-2):  # they may be stored in half precision
@@ -160,8 +160,8 @@ def _fill(model: Model, table: names.Table, constants: Mapping[str, Tensor], fol
         state[name] = torch.empty(parameter.shape, dtype=dtype)
         for release_name, view in names.release_views(table, name, state[name]).items():
             view.copy_(stored.read(release_name, view.shape))
-            seen.add(release_name)
-    stored.refuse_others(seen)
+            expected.add(release_name)
+    stored.refuse_others(expected)
     model.load_state_dict(state, assign=True)
     return model
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from opencola.layers.attention import Attend, attention
 
-ROUND = 16  # key counts are rounded up to whole vectors, so that padding never changes a sum's order
+ROUND = 48  # key counts are rounded up to whole steps of matrix kernels, so that padding never changes a sum's order
 
 
 @dataclass(frozen=True)

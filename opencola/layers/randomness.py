@@ -13,13 +13,11 @@ def generator(seed: int, purpose: str, *keys: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-@torch.compiler.disable
 def normal(shape: Sequence[int], seed: int, purpose: str, ids: Tensor, *keys: int) -> Tensor:
     """Standard normal float32 (len(ids), *shape) on the CPU; row i depends only on (seed, purpose, ids[i], keys)."""
     return torch.stack([torch.randn(tuple(shape), generator=generator(seed, purpose, i, *keys)) for i in ids.tolist()])
 
 
-@torch.compiler.disable
 def uniform(shape: Sequence[int], seed: int, purpose: str, ids: Tensor, *keys: int) -> Tensor:
     """Uniform [0, 1) float32 (len(ids), *shape) on the CPU; row i depends only on (seed, purpose, ids[i], keys)."""
     return torch.stack([torch.rand(tuple(shape), generator=generator(seed, purpose, i, *keys)) for i in ids.tolist()])

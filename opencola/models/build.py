@@ -2,6 +2,8 @@
 
 from typing import assert_never
 
+import torch
+
 from opencola.models.cola import Cola, ColaConfig, PriorObjective
 from opencola.models.stage_one import StageOne, StageOneConfig
 
@@ -46,7 +48,7 @@ def starting_parts(config: ModelConfig) -> dict[str, bool]:
 
 
 def start(model: Model) -> None:
-    """To be called when the starting weights are in, before the optimizer is made: freezes what is not to be trained."""
+    """To be called when the starting weights are in, before the optimizer is made: freezes what is not trained."""
     match model:
         case StageOne():
             pass
@@ -54,3 +56,8 @@ def start(model: Model) -> None:
             model.freeze_parts()
         case _:
             assert_never(model)
+
+
+def device() -> torch.device:
+    """Where models are put to train and to write: a GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -117,9 +117,10 @@ def prefill(vae: TextVAE, dit: BlockCausalDiT, prompts: Prompts, sampling: Sampl
     dit_cache, decoder = dit.empty_cache(batch, room), vae.empty_cache(batch, room, "decoder")
     encoder = vae.empty_cache(batch, room, "encoder") if sampling.candidates > 1 else None
     if longest:
-        z = prompts.latents[:, :longest]
+        z = prompts.latents[:, :longest].contiguous()  # a slice takes other kernels than a single sample's does
         dit_cache = commit(dit, dit_cache, z, prompts.history)
-        vae.decode(vae.denormalise(z), decoder)
+        # the release decodes latents as the prior sees them (Q8)
+        vae.decode(z if sampling.compatibility == "release" else vae.denormalise(z), decoder)
         decoder = decoder.append(prompts.history)
         if encoder is not None:
             vae.encode(prompts.tokens[:, : longest * patch], cache=encoder)
@@ -212,8 +213,17 @@ def denoise(
     draw: Callable[..., Tensor],
 ) -> Iterator[tuple[float, Tensor]]:
     """Transport noise z (B, S, d) to latents with the guided velocity; yields every state with its time."""
+    if sampling.solver == "adaptive" and len(z) > 1:  # every sample takes its own steps
+        samples = torch.arange(len(z), device=z.device).split(1)
+        singles = [
+            denoise(dit, cache.select(i), z[i], block.select(i), sampling, lambda *step, i=i: draw(*step)[i])
+            for i in samples
+        ]
+        for step in zip(*singles, strict=True):
+            yield step[0][0], torch.cat([state for _, state in step])
+        return
     size = dit.config.block_size
-    partial = sampling.first_block == "partial" and bool(block.pinned.any())
+    partial = sampling.first_block == "partial" and block.number == 0
     pinned = torch.zeros_like(block.pinned) if partial else block.pinned
     # without a history both branches coincide, and guidance would only multiply rounding
     scale = torch.where(cache.lengths > 0, sampling.guidance, 1.0).to(z)[:, None, None]
@@ -234,7 +244,7 @@ def denoise(
         if not guided:
             return v
         conditional, unconditional = v.chunk(2)
-        return guide(conditional, unconditional, scale)
+        return torch.where(scale == 1, conditional, guide(conditional, unconditional, scale))
 
     def project(state: Tensor, t: float) -> Tensor:
         return torch.where(pinned[..., None], block.known, state)

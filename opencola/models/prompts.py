@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from opencola.layers.cache import ROUND
 from opencola.models.sampling import Sampling
 from opencola.vae.text_vae import TextVAE
 
@@ -40,7 +41,8 @@ def encode_prompts(
     latents = [-(-len(prompt) // patch) if release else len(prompt) // patch for prompt in texts]
     visible = [-(-len(prompt) // chunk) * block_size for prompt in texts] if release else latents
     history = [count - count % block_size for count in latents]
-    width = max(1, *(-(-len(prompt) // chunk) for prompt in texts)) * chunk
+    longest = max(1, *(-(-len(prompt) // chunk) for prompt in texts)) * block_size
+    width = -(-longest // ROUND) * ROUND * patch
     tokens = torch.tensor([prompt + [pad_id] * (width - len(prompt)) for prompt in texts])
     tokens = tokens.to(vae.head.weight.device)
     counts = torch.tensor(latents, device=tokens.device)

@@ -30,8 +30,8 @@ def generate_text(
     """Continue prompts (any text, also ""), and yield a piece for every unfinished sample, block by block.
 
     A sample's pieces join to its exact continuation. ids: the samples' ids, which with the seed decide their noise
-    (their places in the list when not given). Raises ValueError for a model and a tokenizer that do not belong together,
-    an empty stop string, or a token that the sampling needs and the tokenizer lacks.
+    (their places in the list when not given). Raises ValueError for a model and a tokenizer that do not belong
+    together, an empty stop string, or a token that the sampling needs and the tokenizer lacks.
     """
     release = sampling.compatibility == "release"
     if tokenizer.vocab_size > model.vae.config.vocab_size:

@@ -28,7 +28,11 @@ def test_prefix(dit, stored) -> None:
         x = expected[f"x_{i}"][None]
         place = torch.arange(x.shape[1])
         attend = masked(masks.dense(masks.block_causal(dit.config.block_size), len(place), len(place)))
-        cases = {"t0": torch.zeros(len(place)), "tok": expected[f"t_{i}"], "scalar437.5": torch.full(place.shape, 437.5)}
+        cases = {
+            "t0": torch.zeros(len(place)),
+            "tok": expected[f"t_{i}"],
+            "scalar437.5": torch.full(place.shape, 437.5),
+        }
         cases["persample"] = expected["t_per_sample"][i].expand(len(place))
         for name, t in cases.items():
             v = velocity(dit, x, t[None], place, attend)
@@ -52,7 +56,9 @@ def test_scalar_time(dit, stored) -> None:
 def test_blocks_after_a_committed_prefix(dit, stored) -> None:
     """Both samples in one batch, with histories of different lengths."""
     expected, size = stored("dit_block"), dit.config.block_size
-    block, block2, t = (torch.stack([expected[f"{name}_{i}"] for i in SAMPLES]) for name in ("block", "block2", "t_block"))
+    block, block2, t = (
+        torch.stack([expected[f"{name}_{i}"] for i in SAMPLES]) for name in ("block", "block2", "t_block")
+    )
     prefixes = [expected[f"prefix_{i}"] for i in SAMPLES]
     prefix = torch.nn.utils.rnn.pad_sequence(prefixes, batch_first=True)
     cache = commit(dit, dit.empty_cache(2, 24), prefix, torch.tensor([len(prefix) for prefix in prefixes]))

@@ -35,7 +35,11 @@ def samples(dit: BlockCausalDiT, meta: dict[str, Any], expected: dict[str, Tenso
         z_t = torch.where(pinned[..., None], z_0, interpolate(z_0, z_1, t))
         assert_close(z_t[0, 0], expected[f"z_noisy_{i}"], **TOLERANCE)
         part = with_block_size(dit, sample["block_size"])
-        yield part.packed(z_0, z_t, t, pinned), target_velocity(z_0, z_1)[None], expected[f"loss_mask_{i}"].bool()[None, None]
+        yield (
+            part.packed(z_0, z_t, t, pinned),
+            target_velocity(z_0, z_1)[None],
+            expected[f"loss_mask_{i}"].bool()[None, None],
+        )
 
 
 def test_velocity(dit, meta, stored) -> None:

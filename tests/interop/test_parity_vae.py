@@ -93,3 +93,18 @@ def test_every_option(changes: dict[str, Any], tmp_path: Path, generator) -> Non
     else:
         assert_close(posterior.logvar[0], logvar.float(), **TOLERANCE)
     assert_close(vae.decode(mean.float()[None])[0], reference.decode(slow, mean).float(), **TOLERANCE)
+
+
+def test_log_variance_is_clamped(tmp_path: Path, generator) -> None:
+    config = golden_models.VAE | golden_models.MODELS["configB"][1]
+    weights = golden_models.random_weights(golden_models.vae_shapes(config), generator(1))
+    weights["encoder.final_layer.bias"][-config["latent_dim"] :] = torch.tensor([-60.0, -27.0, 17.0, 60.0])
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(weights, tmp_path / "model.safetensors")
+    tokens = torch.randint(config["vocab_size"], (8,), generator=generator(2))
+    logvar = official.load_vae(tmp_path).encode(tokens[None]).logvar[0]
+    expected = reference.encode(reference.read_model(tmp_path), tokens)[1]
+    assert expected is not None
+    assert_close(logvar, expected.float(), **TOLERANCE)
+    assert logvar[:, 0].tolist() == [-30.0] * 4
+    assert logvar[:, 3].tolist() == [20.0] * 4

@@ -1,0 +1,226 @@
+"""The command `opencola`: what it offers, and how it fails: one line on stderr and exit code 2.
+
+Each command loads what it needs when it runs, so that help comes at once.
+"""
+
+import difflib
+import io
+import os
+import shlex
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from opencola import __version__, flags
+
+USAGE = """usage: opencola COMMAND [FLAGS]
+
+Continuous latent diffusion language models: train them, and let them write.
+
+commands:
+{commands}
+  opencola COMMAND --help      its flags, with examples
+  opencola --version           print the version
+
+examples:
+  opencola generate --prompt "Once upon a time"
+  opencola demo
+  opencola train text --data.source my.txt
+"""
+
+
+@dataclass(frozen=True)
+class RunFlags:
+    """What to do about a run that is already there."""
+
+    resume: bool = False
+    """Go on where the run stopped; stages that are finished stay as they are."""
+    overwrite: bool = False
+    """Delete the run that is there, and start anew."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainFlags(RunFlags):
+    """What to train."""
+
+    recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE")]
+    """Recipe file, or the name of a recipe that comes with the package: demo, text, tinystories, fairytales."""
+    stage: str | None = None
+    """Train only this stage of the recipe."""
+
+
+@dataclass(frozen=True)
+class ExportFlags:
+    """Which model to write, and how."""
+
+    model: Path
+    """Folder of a finished run or of a model."""
+    to: Path
+    """Folder to write to."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Type of the stored weights; bf16 halves their size."""
+
+
+def train(argv: Sequence[str]) -> None:
+    """Train a model by a recipe.
+
+    Whatever the recipe sets can be set here, too, as --KEY VALUE; `opencola train RECIPE --help` lists it all.
+    After Ctrl-C or a crash, the same command with --resume goes on from the last checkpoint.
+
+    examples:
+      opencola train demo --out runs/mine --train.steps 500
+      opencola train text --data.source my.txt --out runs/mine
+      opencola train text --data.source my.txt --out runs/mine --resume
+      opencola train my-recipe.yaml --stage prior --overwrite
+    """
+    recipe = next(iter(argv), "-")
+    if {"-h", "--help"} & {*argv} and not recipe.startswith("-"):
+        train_recipe(recipe, ["--help"], TrainFlags(recipe=recipe))
+    options, settings = flags.parse(
+        TrainFlags, argv, prog="opencola train", description=help_of(train), return_unknown_args=True
+    )
+    out = train_recipe(options.recipe, settings, options, options.stage)
+    from opencola.run import PARTS
+
+    if PARTS["dit"].is_in(out):
+        print(f"The model is in {out}. Let it write: opencola generate --model {shlex.quote(str(out))} --prompt TEXT")
+
+
+def train_recipe(recipe: str, settings: Sequence[str], options: RunFlags, stage: str | None = None) -> Path:
+    """Train by a recipe file, or one that comes with the package; returns the folder of the run."""
+    from opencola import recipe as recipes
+    from opencola import run
+    from opencola.models import build
+
+    return run.run(recipes.read(recipe, settings, build.config_class), stage, options.resume, options.overwrite)
+
+
+def demo(argv: Sequence[str]) -> None:
+    """Train a tiny model on generated stories, in minutes, and measure what it writes.
+
+    Runs the recipe `demo` and then writes report.html and metrics.json beside the model. Whatever the recipe sets can
+    be set here, too, as --KEY VALUE; `opencola train demo --help` lists it all.
+
+    examples:
+      opencola demo
+      opencola demo --out runs/other --seed 1
+      opencola demo --resume
+    """
+    started = time.time()
+    options, settings = flags.parse(
+        RunFlags, argv, prog="opencola demo", description=help_of(demo), return_unknown_args=True
+    )
+    out = train_recipe("demo", settings, options)
+    from opencola.demo import finish
+
+    finish(out, started=None if options.resume else started)
+
+
+def generate(argv: Sequence[str]) -> None:
+    """Continue prompts.
+
+    A single prompt is continued before your eyes, several are printed as they are done. The same seed gives the same
+    texts, alone or in any batch.
+
+    examples:
+      opencola generate --prompt "Once upon a time"
+      opencola generate --model runs/demo --prompt "The fox" "The bear" --steps 32 --seed 7
+      opencola generate --prompts-file prompts.txt --jsonl out.jsonl
+    """
+    from opencola import console
+
+    console.generate(argv, help_of(generate))
+
+
+def chat(argv: Sequence[str]) -> None:
+    """Type beginnings of texts, and read how the model goes on.
+
+    examples:
+      opencola chat
+      opencola chat --model runs/demo --max-new-tokens 100
+    """
+    from opencola import console
+
+    console.chat(argv, help_of(chat))
+
+
+def export(argv: Sequence[str]) -> None:
+    """Write a trained model, with tokenizer and sampling settings, into a folder of its own.
+
+    The folder has the layout of the public Cola DLM release, which `opencola generate --model` reads.
+
+    examples:
+      opencola export --model runs/demo --to models/stories --dtype bf16
+    """
+    options = flags.parse(ExportFlags, argv, prog="opencola export", description=help_of(export))
+    import torch
+
+    from opencola import run
+
+    if options.to.exists() and any(options.to.iterdir()):
+        raise FileExistsError(f"{options.to} is not empty: choose another folder")
+    run.export(options.model, options.to, {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype])
+    print(f"The model is in {options.to}.")
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    function.__name__: function for function in (generate, chat, demo, train, export)
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit code: 0, 2 after a mistake of the user's, 130 after Ctrl-C."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may lack a letter that a model writes
+    try:
+        return dispatch(argv)
+    except KeyboardInterrupt as interrupt:
+        print(f"\n{str(interrupt) or 'interrupted'}", file=sys.stderr)
+        if argv[:1] in (["train"], ["demo"]):
+            again = [word for word in argv if word not in ("--overwrite", "--resume")]
+            print(f"go on: opencola {shlex.join(again)} --resume", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever read the output has gone, as in `opencola generate ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (OSError, ValueError, FloatingPointError) as error:
+        if isinstance(error, ValueError) and not is_ours(error):
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def dispatch(argv: Sequence[str]) -> int:
+    """Run the command that the first word names."""
+    match argv:
+        case ["--version" | "-V"]:
+            print(f"opencola {__version__}")
+        case [] | ["--help" | "-h" | "help"]:
+            lines = (f"  {name:<10} {help_of(function).splitlines()[0]}" for name, function in COMMANDS.items())
+            print(USAGE.format(commands="\n".join(lines)))
+        case [name, *rest] if name in COMMANDS:
+            COMMANDS[name](rest)
+        case [name, *_]:
+            near = difflib.get_close_matches(name, COMMANDS, 1)
+            advice = f"did you mean {near[0]}?" if near else f"the commands are: {', '.join(COMMANDS)}"
+            raise ValueError(f"there is no command {name!r}; {advice}")
+    return 0
+
+
+def help_of(function: Callable[..., None]) -> str:
+    """A command's docstring, without its indentation."""
+    first, *rest = (function.__doc__ or "").rstrip().split("\n")
+    return "\n".join([first, *(line.removeprefix("    ") for line in rest)])
+
+
+def is_ours(error: Exception) -> bool:
+    """Whether an error was raised by this package: then its message is meant for users."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return Path(frames[-1].filename).is_relative_to(Path(__file__).parent)

@@ -1,0 +1,235 @@
+"""Writing in the terminal: `opencola generate` and `opencola chat`."""
+
+import contextlib
+import itertools
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import tyro
+
+from opencola import flags
+from opencola.interop import official
+from opencola.models.build import device
+from opencola.models.cola import Cola
+from opencola.models.sampling import Sampling
+from opencola.models.text_stream import TextPiece, generate_text
+from opencola.text.tokenizer import Tokenizer
+
+SHIPPED = Path(__file__).parent / "shipped"
+# What a terminal would obey instead of showing: control characters other than tab and line feed.
+CONTROL = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)), "�")
+
+
+@dataclass(frozen=True)
+class ModelFlags:
+    """Which model writes, and how."""
+
+    model: Path = SHIPPED
+    """Folder of a run or of an exported model; without it the model that comes with the package writes."""
+    sampling: tyro.conf.OmitArgPrefixes[Sampling] = field(default_factory=Sampling)
+    """Settings of generation; the defaults are the model's own."""
+
+
+@dataclass(frozen=True)
+class GenerateFlags(ModelFlags):
+    """What to continue, and where to keep it."""
+
+    prompt: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
+    """Texts to continue."""
+    prompts_file: Path | None = None
+    """More of them: a .txt file with one in each line, or a .jsonl file of objects with a field `prompt`."""
+    jsonl: Path | None = None
+    """Write prompts, continuations and settings into this file, one JSON object in a line."""
+    batch_size: int = 16
+    """Prompts to continue at a time; the texts do not depend on it."""
+
+
+def read_flags(target: type, argv: Sequence[str], **options: Any) -> Any:
+    """Parse a command's flags, whose defaults depend on the model that they name."""
+    model = flags.parse(ModelFlags, argv, return_unknown_args=True, add_help=False)[0].model
+    return flags.parse(target, argv, default=target(model=model, sampling=official.load_sampling(model)), **options)
+
+
+def load(folder: Path) -> tuple[Cola, Tokenizer]:
+    """A model and its tokenizer. Raises FileNotFoundError, with what to do, where there is none."""
+    if folder == SHIPPED and not folder.is_dir():
+        raise FileNotFoundError(
+            "no model comes with this installation: train one (opencola demo) and name it (--model)"
+        )
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no such folder: {folder}")
+    return official.load(folder).to(device()).eval(), Tokenizer.load(folder)
+
+
+def generate(argv: Sequence[str], description: str) -> None:
+    """`opencola generate`."""
+    options: GenerateFlags = read_flags(GenerateFlags, argv, prog="opencola generate", description=description)
+    prompts = list(itertools.chain.from_iterable(options.prompt))
+    if options.prompts_file is not None:
+        prompts += read_prompts(options.prompts_file)
+        if options.jsonl is not None and options.jsonl.exists() and options.jsonl.samefile(options.prompts_file):
+            raise ValueError(f"{options.jsonl} holds the prompts: choose another file for --jsonl")
+    if not prompts:
+        raise ValueError("nothing to continue: give --prompt TEXT or --prompts-file FILE")
+    for prompt in prompts:
+        check_text(prompt, f"prompt {prompt!r}")
+    if options.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, but is {options.batch_size}")
+    model, tokenizer = load(options.model)
+    with contextlib.ExitStack() as stack:
+        file = None
+        if options.jsonl is not None:
+            options.jsonl.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(options.jsonl.open("w", encoding="utf-8"))
+        for first in range(0, len(prompts), options.batch_size):
+            ids = list(range(first, min(first + options.batch_size, len(prompts))))
+            write_batch(model, tokenizer, prompts, ids, options, file)
+
+
+def write_batch(
+    model: Cola,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    ids: list[int],
+    options: GenerateFlags,
+    file: TextIO | None,
+) -> None:
+    """Continue the prompts of these ids: a single one as it is written, several when they are done."""
+    alone = len(prompts) == 1
+    found: dict[int, list[TextPiece]] = {i: [] for i in ids}
+    if alone:
+        show(prompts[0], bold=True)
+    for pieces in generate_text(model, tokenizer, [prompts[i] for i in ids], options.sampling, ids):
+        for piece in pieces:
+            found[ids[piece.sample]].append(piece)
+            if alone:
+                show(piece.text)
+    if alone:
+        print()
+    for i, pieces in found.items():
+        text = "".join(piece.text for piece in pieces)
+        if not alone:
+            print(f"[{i}] ", end="")
+            show(prompts[i], bold=True)
+            show(f"{text}\n\n")
+        if file is not None:
+            record = {
+                "id": i,
+                "prompt": prompts[i],
+                "continuation": text,
+                "finished": pieces[-1].finished,
+                "ids": [token for piece in pieces for token in piece.tokens],
+                "seed": options.sampling.seed,
+                "settings": asdict(options.sampling),
+                "model": str(options.model),
+            }
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.flush()
+
+
+def read_prompts(file: Path) -> list[str]:
+    """Prompts from a .txt or .jsonl file; blank lines are none.
+
+    Raises FileNotFoundError, and ValueError naming the line that is no prompt.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"no such file: {file}")
+    if file.suffix not in (".txt", ".jsonl"):
+        raise ValueError(f"{file}: prompts are in a .txt file, one in each line, or in a .jsonl file")
+    prompts = []
+    for number, line in enumerate(file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        try:
+            text = line.decode().removesuffix("\r")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}, line {number}: not UTF-8 at byte {error.start} of the line") from None
+        if not text.strip():
+            continue
+        prompts.append(text if file.suffix == ".txt" else prompt_of(text, f"{file}, line {number}"))
+    if not prompts:
+        raise ValueError(f"{file} holds no prompts")
+    return prompts
+
+
+def prompt_of(line: str, place: str) -> str:
+    """The prompt in a line of a .jsonl file; raises ValueError, naming the place, where it holds none."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place}: not JSON: {error}") from None
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        raise ValueError(f"{place}: expected an object with a string in its field 'prompt'")
+    check_text(row["prompt"], place)
+    return row["prompt"]
+
+
+def check_text(text: str, place: str) -> None:
+    """Raise ValueError where a string is no text: halves of surrogate pairs, bytes that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{place}: not valid Unicode at character {error.start}") from None
+
+
+HELP = """Type the beginning of a text, and the model goes on from there. Every try has its own noise.
+  /set KEY VALUE   change a setting, such as /set steps 32
+  /set             show the settings
+  /help            show this
+  /quit            leave (so do Ctrl-D and Ctrl-C)"""
+
+
+def chat(argv: Sequence[str], description: str) -> None:
+    """`opencola chat`."""
+    options: ModelFlags = read_flags(ModelFlags, argv, prog="opencola chat", description=description)
+    model, tokenizer = load(options.model)
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 input() then has a history and arrow keys; Windows has no such module
+    print(HELP)
+    sampling = options.sampling
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        for turn in itertools.count():
+            line = input("\n> ")
+            try:
+                match line.split(maxsplit=1):
+                    case []:
+                        pass
+                    case ["/quit"]:
+                        return
+                    case ["/help"]:
+                        print(HELP)
+                    case ["/set", *change]:
+                        sampling = change_setting(sampling, *change)
+                    case [command, *_] if command.startswith("/"):
+                        print(f"there is no command {command}; /help shows what there is")
+                    case _:
+                        check_text(line, "this text")
+                        show(line, bold=True)
+                        for pieces in generate_text(model, tokenizer, [line], sampling, [turn]):
+                            show(pieces[0].text)
+                        print()
+            except ValueError as error:
+                print(f"error: {error}")
+    print()
+
+
+def change_setting(sampling: Sampling, change: str = "") -> Sampling:
+    """Settings with one of them changed ("KEY VALUE"), or the same ones, shown. Raises ValueError."""
+    if not change:
+        print("\n".join(f"  {name} {value}" for name, value in asdict(sampling).items()))
+        return sampling
+    key, *values = shlex.split(change)
+    options: dict[str, Any] = {"default": sampling, "config": (tyro.conf.FlagConversionOff,)}
+    changed: Sampling = flags.parse(Sampling, [f"--{key}", *values], **options)
+    return changed
+
+
+def show(text: str, bold: bool = False) -> None:
+    """Print text as it is; on a terminal, without what that would obey, and in bold letters if asked."""
+    if sys.stdout.isatty():
+        text = text.translate(CONTROL)
+        text = f"\033[1m{text}\033[0m" if bold else text
+    print(text, end="", flush=True)

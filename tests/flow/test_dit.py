@@ -1,0 +1,190 @@
+"""The DiT: packed training equals separate block passes, nothing leaks, the history carries no gradient."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from tiny import dit_config, one_block, tiny_dit
+from torch import Tensor, nn
+
+from opencola.flow.dit import BlockCausalDiT
+from opencola.layers.cache import KVCache
+
+B, N, S, D = 2, 12, 4, 4  # three blocks
+
+
+def inputs(copies: int = 1, groups: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """z_0, z_t, t."""
+    torch.manual_seed(3)
+    z_0, z_t = torch.randn(B, N, D).double(), torch.randn(B, copies, N, D).double()
+    return z_0, z_t, torch.rand(B, copies, groups).double()
+
+
+def separately(
+    dit: BlockCausalDiT,
+    z_0: Tensor,
+    z_t: Tensor,
+    t: Tensor,
+    pinned: Tensor | None = None,
+    history: Tensor | None = None,
+) -> Tensor:
+    """One pass for every sample, copy and block, each with its own clean history."""
+    size, out = dit.config.block_size, torch.empty_like(z_t)
+    for b in range(len(z_t)):
+        for c in range(z_t.shape[1]):
+            for start in range(0, N, size):
+                rows = slice(start, start + size)
+                before = z_0[b, : start if history is None or history[b] else 0].detach()
+                times = t[b, c, [row * t.shape[2] // N for row in range(start, start + size)]]
+                if pinned is not None:
+                    times = times * ~pinned[b, c, rows]
+                out[b, c, rows] = one_block(dit, before, z_t[b, c, rows], times)
+    return out
+
+
+def gradients(dit: BlockCausalDiT, out: Tensor, z_t: Tensor) -> list[Tensor]:
+    weight = torch.linspace(-1, 1, out.numel()).double().view_as(out)
+    return list(torch.autograd.grad((out * weight).sum() + out.square().sum(), (z_t, *dit.parameters())))
+
+
+PINNED = torch.tensor([1, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 0]).bool().expand(B, 1, N)
+CASES: dict[str, dict[str, Any]] = {
+    "time per sequence": {},
+    "time per block": {"groups": 3},
+    "several copies": {"copies": 3, "groups": 3},
+    "pinned rows": {"pinned": PINNED, "groups": 3},
+    "history dropout": {"history": torch.tensor([True, False]), "copies": 2},
+    "all at once": {"pinned": PINNED.expand(B, 2, N), "history": torch.tensor([False, True]), "copies": 2, "groups": 3},
+    "blocks of one": {"block_size": 1, "copies": 2, "groups": 12},
+    "one block": {"block_size": 12, "copies": 2},
+    "attention bias": {"attention_bias": True, "num_layers": 1, "rope_dim": 0},
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_packed_equals_separate_passes_in_values_and_gradients(case: dict[str, Any]) -> None:
+    case = dict(case)
+    z_0, z_t, t = inputs(case.pop("copies", 1), case.pop("groups", 1))
+    marks = {name: case.pop(name) for name in ("pinned", "history") if name in case}
+    dit = tiny_dit(**case)
+    z_t.requires_grad_()
+    packed, separate = dit.packed(z_0, z_t, t, **marks), separately(dit, z_0, z_t, t, **marks)
+    torch.testing.assert_close(packed, separate, rtol=0, atol=1e-10)
+    for a, b in zip(gradients(dit, packed, z_t), gradients(dit, separate, z_t), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+
+@torch.no_grad()
+def test_copies_equal_single_copy_passes() -> None:
+    dit, (z_0, z_t, t) = tiny_dit(), inputs(copies=3, groups=3)
+    singly = torch.cat([dit.packed(z_0, z_t[:, [c]], t[:, [c]]) for c in range(3)], dim=1)
+    torch.testing.assert_close(dit.packed(z_0, z_t, t), singly, rtol=0, atol=1e-11)
+
+
+@torch.no_grad()
+def test_one_time_per_sequence_is_the_same_time_for_every_block() -> None:
+    dit, (z_0, z_t, t) = tiny_dit(), inputs()
+    torch.testing.assert_close(dit.packed(z_0, z_t, t), dit.packed(z_0, z_t, t.expand(B, 1, 3)), rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_a_dropped_history_leaves_the_block_alone() -> None:
+    dit, (z_0, z_t, t) = tiny_dit(), inputs()
+    out = dit.packed(z_0, z_t, t, history=torch.tensor([False, False]))
+    other = dit.packed(z_0 + 1, z_t, t, history=torch.tensor([False, False]))
+    assert torch.equal(out, other)
+    alone = one_block(dit, z_0[0, :0], z_t[0, 0, S : 2 * S], t[0, 0].expand(S))
+    torch.testing.assert_close(out[0, 0, S : 2 * S], alone, rtol=0, atol=1e-11)  # though at positions S to 2 S
+
+
+@pytest.mark.parametrize("block", [0, 1, 2])
+@torch.no_grad()
+def test_packed_blocks_do_not_see_the_future(block: int) -> None:
+    dit, (z_0, z_t, t) = tiny_dit(), inputs(copies=2, groups=3)
+    before, own = dit.packed(z_0, z_t, t), slice(block * S, (block + 1) * S)
+
+    def changed_blocks(z_0: Tensor, z_t: Tensor, t: Tensor) -> list[list[bool]]:
+        after = dit.packed(z_0, z_t, t)
+        return (before != after).unflatten(2, (3, S)).any(-1).any(-1).any(0).tolist()
+
+    other = z_0.clone()
+    other[:, own] += 0.1
+    assert changed_blocks(other, z_t, t) == [[later > block for later in range(3)]] * 2
+    for row in range(block * S, (block + 1) * S):  # the own noisy block is seen from all its rows, by its copy alone
+        other = z_t.clone()
+        other[:, 0, row] += 0.1
+        after = (before != dit.packed(z_0, other, t)).any(-1).any(0)
+        assert after[0].tolist() == [place // S == block for place in range(N)] and not after[1].any()
+    other = t.clone()
+    other[:, 1, block] *= 0.5
+    assert changed_blocks(z_0, z_t, other) == [[False] * 3, [number == block for number in range(3)]]
+
+
+def commit(dit: BlockCausalDiT, cache: KVCache, z: Tensor) -> KVCache:
+    read(dit, cache, z, 0.0)
+    return cache.append(z.shape[1])
+
+
+def read(dit: BlockCausalDiT, cache: KVCache, z: Tensor, t: float) -> Tensor:
+    rows = z.shape[1]
+    modulation, index = dit.modulation(torch.tensor([t], dtype=torch.float64)), torch.zeros(1, 1, dtype=torch.long)
+    return dit(z, modulation, index, cache.positions(rows), cache.attend(rows, dit.config.block_size))
+
+
+@torch.no_grad()
+def test_cached_blocks_equal_the_packed_pass() -> None:
+    dit, (z_0, z_t, t) = tiny_dit(), inputs()
+    t = torch.full_like(t, 0.6)
+    packed, cache = dit.packed(z_0, z_t, t)[:, 0], dit.empty_cache(B, N)
+    for start in range(0, N, S):
+        out = read(dit, cache, z_t[:, 0, start : start + S], 0.6)
+        torch.testing.assert_close(out, packed[:, start : start + S], rtol=0, atol=1e-11)
+        cache = commit(dit, cache, z_0[:, start : start + S])
+
+
+@torch.no_grad()
+def test_cached_blocks_do_not_see_the_future() -> None:
+    dit, (z_0, z_t, _) = tiny_dit(), inputs()
+    cache = commit(dit, dit.empty_cache(B, 2 * N), z_0[:, :S])
+    before = read(dit, cache, z_t[:, 0], 0.6)
+    for block in range(3):
+        other = z_t[:, 0].clone()
+        other[:, block * S] += 0.1
+        changed = (before != read(dit, cache, other, 0.6)).any(-1).any(0).unflatten(0, (3, S))
+        assert changed.all(-1).tolist() == changed.any(-1).tolist() == [later >= block for later in range(3)]
+    read(dit, commit(dit, cache, z_0[:, S : 2 * S]), z_t[:, 0, :S], 0.6)  # whatever is done behind it
+    assert torch.equal(read(dit, cache, z_t[:, 0], 0.6), before)
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_the_history_carries_no_gradient(copies: int) -> None:
+    dit, (z_0, z_t, t) = tiny_dit(), inputs(copies)
+    z_0.requires_grad_()
+    out = dit.packed(z_0, z_t.requires_grad_(), t)
+    by_history, by_noisy = torch.autograd.grad(out.square().sum(), (z_0, z_t), allow_unused=True)
+    assert by_history is None and by_noisy.abs().min() > 0
+    assert (dit.packed(z_0 + 0.1, z_t, t) - out).abs().max() > 1e-3  # though it is seen
+
+
+def test_the_initial_velocity_is_zero() -> None:
+    dit, (z_0, z_t, t) = BlockCausalDiT(dit_config()).double(), inputs()
+    assert (dit.packed(z_0, z_t, t) == 0).all()
+    nn.init.normal_(dit.velocity_out.weight)
+    assert dit.packed(z_0, z_t, t).abs().min() > 0
+    loss = (dit.packed(z_0, z_t, t) - z_t).square().mean()
+    assert torch.autograd.grad(loss, dit.velocity_out.weight)[0].abs().min() > 0
+
+
+def test_wrong_sizes_are_named() -> None:
+    z_0, z_t, t = inputs()
+    with pytest.raises(ValueError, match="12 latents are not a multiple of block_size 5"):
+        tiny_dit(block_size=5).packed(z_0, z_t, t)
+    good = dit_config()
+    for fields, message in (
+        ({"rope_dim": 5}, "dit.rope_dim 5 must be even"),
+        ({"rope_dim": 10}, "dit.rope_dim 10 must be even and at most dit.head_dim 8"),
+        ({"block_size": 0}, "dit.block_size must be at least 1, not 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replace(good, **fields)

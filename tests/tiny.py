@@ -1,0 +1,82 @@
+"""Tiny float64 models with random weights everywhere, and the slow dense pass that fast ones are compared with."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opencola.flow.dit import BlockCausalDiT, DiTConfig
+from opencola.layers.attention import masked
+from opencola.layers.masks import block_causal, dense
+from opencola.models.cola import Cola, ColaConfig, PriorObjective
+from opencola.text.corpus import Batch
+from opencola.vae.objective import VAEObjective
+from opencola.vae.text_vae import TextVAE, TextVAEConfig
+
+VOCABULARY = 30
+
+
+def randomise(model: nn.Module) -> Any:
+    """The model in float64 with every parameter random, so that nothing is zero or one by design.
+
+    Matrices keep the size of what passes through, so that what comes out depends on what goes in.
+    """
+    torch.manual_seed(1)
+    model = model.double()
+    for name, parameter in model.named_parameters():
+        nn.init.normal_(parameter, std=0.2 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5)
+        if "norm" in name and name.endswith("weight"):
+            parameter.data += 1
+    return model
+
+
+def vae_config(**fields: Any) -> TextVAEConfig:
+    """Two layers of width 16, four channels."""
+    sizes = {"latent_dim": 4, "width": 16, "ffn_dim": 24, "num_heads": 2, "encoder_layers": 2, "decoder_layers": 2}
+    return TextVAEConfig(**{"vocab_size": VOCABULARY} | sizes | fields)
+
+
+def dit_config(**fields: Any) -> DiTConfig:
+    """Two layers of width 16, four channels, blocks of four."""
+    sizes = {"latent_dim": 4, "width": 16, "num_layers": 2, "num_heads": 2, "head_dim": 8, "expansion": 2}
+    return DiTConfig(**sizes | {"rope_dim": 6, "block_size": 4} | fields)
+
+
+def tiny_vae(**fields: Any) -> TextVAE:
+    """A Text VAE."""
+    return randomise(TextVAE(vae_config(**fields)))
+
+
+def tiny_dit(**fields: Any) -> BlockCausalDiT:
+    """A DiT."""
+    return randomise(BlockCausalDiT(dit_config(**fields)))
+
+
+def tiny_cola(
+    vae: dict[str, Any] | None = None,
+    dit: dict[str, Any] | None = None,
+    objective: dict[str, Any] | None = None,
+    **prior: Any,
+) -> Cola:
+    """A whole model; further fields are the prior's objective."""
+    parts = (vae_config(**vae or {}), dit_config(**dit or {}), VAEObjective(**objective or {}), PriorObjective(**prior))
+    return randomise(Cola(ColaConfig(*parts)))
+
+
+def tiny_batch(size: int = 3, length: int = 12, step: int = 0, seed: int = 5) -> Batch:
+    """Random tokens."""
+    torch.manual_seed(2)
+    ids = torch.tensor([7, 100, 3, 12, 9, 55][:size])
+    return Batch(torch.randint(VOCABULARY, (size, length)), ids, seed, step)
+
+
+def one_block(dit: BlockCausalDiT, history: Tensor, z: Tensor, times: Tensor) -> Tensor:
+    """Velocity (S, d) of one sample's block z (S, d) at row times (S,), after a clean history (R, d), R whole blocks.
+
+    Everything from nothing, under a dense block-causal mask.
+    """
+    rows = torch.cat((history, z))[None]
+    modulation = dit.modulation(torch.cat((torch.zeros(len(history)).to(times), times)))
+    place = torch.arange(len(history) + len(z))
+    mask = dense(block_causal(dit.config.block_size), len(place), len(place))
+    return dit(rows, modulation, place[None], place, masked(mask))[0, len(history) :]
