@@ -19,6 +19,7 @@ import torch
 import yaml
 
 from opencola import recipe as recipes
+from opencola.flow.dit import DiTConfig
 from opencola.interop import official
 from opencola.models import build
 from opencola.recipe import Recipe
@@ -55,9 +56,14 @@ def vae_essence(config: TextVAEConfig) -> TextVAEConfig:
     return replace(config, block_size=config.visible_block, latent_shift=0.0, latent_scale=1.0, fixed_logsnr=None)
 
 
+def dit_essence(config: DiTConfig) -> DiTConfig:
+    """Without the block size, which may grow from stage to stage."""
+    return replace(config, block_size=1)
+
+
 PARTS = {
     "vae": Part("Text VAE", official.VAE_FOLDER, official.load_vae, official.save_vae, vae_essence),
-    "dit": Part("prior", official.DIT_FOLDER, official.load_dit, official.save_dit, lambda config: config),
+    "dit": Part("prior", official.DIT_FOLDER, official.load_dit, official.save_dit, dit_essence),
 }
 
 

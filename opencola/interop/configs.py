@@ -128,8 +128,9 @@ def _value(file: Path, values: Mapping[str, Any], key: str, hint: Any) -> Any:
     if key not in values:
         raise ValueError(f"{file}: {key} is missing")
     value = checked(file, key, values[key], hint)
-    if hint is int and value < (0 if key == "rope_dim" else 1):
-        raise ValueError(f"{file}: {key} is {value}, but must be positive")
+    smallest = 0 if key in ("rope_dim", "encoder_num_blocks", "decoder_num_blocks") else 1
+    if hint is int and value < smallest:
+        raise ValueError(f"{file}: {key} is {value}, but must be at least {smallest}")
     return value
 
 

@@ -15,7 +15,8 @@ class KVCache:
     """Finished (normalised, rotated) keys and values of every layer, with a length per sample.
 
     A read places the call's rows behind the committed ones, where no later reader looks, so nothing is concatenated;
-    `append` returns the cache that counts them. Older values stay valid until another row is appended to them.
+    `append` returns the cache that counts them. The values share their rows: an older one stays valid, but a read
+    through it overwrites what newer ones have appended.
     """
 
     keys: list[Tensor]  # per layer (B, capacity, H, Dh)
@@ -50,7 +51,7 @@ class KVCache:
         the batch see only their own rows (the unconditional branch of guidance).
         """
         length = int(self.lengths.max()) + num_rows
-        if length > self.keys[0].shape[1]:
+        if self.keys and length > self.keys[0].shape[1]:
             raise ValueError(f"cache holds {self.keys[0].shape[1]} rows, {length} asked for")
         length = -(-length // ROUND) * ROUND
         samples = torch.arange(len(self.lengths), device=self.lengths.device)[:, None]

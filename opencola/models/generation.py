@@ -70,8 +70,8 @@ def generate(
 
     prompts: token ids; eos_ids end a sample and are not given out; ids: the samples' ids, which decide their noise
     (their place in the batch when not given); stop(sample, new tokens) -> how many of these to keep, or None to go on;
-    watch(block, time, tokens (B, S * P)): called with every solver state, decoded; noise(id, block) -> (S, d): in place
-    of the seeded noise. Raises ValueError for prompts with ids beyond the vocabulary.
+    watch(block, time, tokens (B * candidates, S * P)): called with every solver state, decoded; noise(id, block) ->
+    (S, d): in place of the seeded noise. Raises ValueError for prompts with ids beyond the vocabulary.
     """
     vae, dit = model.vae, model.dit
     release = sampling.compatibility == "release"

@@ -80,7 +80,7 @@ DAMAGE: list[tuple[Callable[[Path], None], str]] = [
     (set_key("cola_dit", "txt_out_channels", 5), "cola_dit/config.json: txt_out_channels is 5, but only 4"),
     (set_key("cola_dit", "rope_dim", 6), "cola_dit/config.json: dit.rope_dim 6 must be"),
     (set_key("cola_dit", "heads", "3"), "cola_dit/config.json: heads is '3', but must be a whole number"),
-    (set_key("cola_dit", "heads", 0), "cola_dit/config.json: heads is 0, but must be positive"),
+    (set_key("cola_dit", "heads", 0), "cola_dit/config.json: heads is 0, but must be at least 1"),
     (set_key("cola_dit", "norm_eps", float("nan")), "cola_dit/config.json: norm_eps is nan, but must be a number"),
     (set_key("cola_dit", "qk_bias", 1), "cola_dit/config.json: qk_bias is 1, but must be true or false"),
     (set_key("cola_dit", "model_type", "cola_text_vae"), "cola_dit/config.json: model_type is 'cola_text_vae'"),

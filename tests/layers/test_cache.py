@@ -99,9 +99,10 @@ def prefilled_twice() -> KVCache:
 def test_samples_alone_see_only_their_own_rows() -> None:
     cache, new = prefilled(rows(8, 1)), rows(4, 2)
     plain = read(cache, new, 4)
-    both = read(cache, torch.cat((new, new), dim=2), 4, alone=4)
+    lonely = rows(4, 3, batch=2)
+    both = read(cache, torch.cat((new, lonely), dim=2), 4, alone=2)
     assert torch.equal(both[:, :4], plain)
-    own = torch.stack([attention(*new[layer]) for layer in range(LAYERS)])
+    own = torch.stack([attention(*lonely[layer]) for layer in range(LAYERS)])
     torch.testing.assert_close(both[:, 4:], own, rtol=0, atol=1e-12)
 
 

@@ -122,8 +122,7 @@ def gradient_norms(model: Cola, batch: Batch) -> dict[str, float]:
 def test_fixed_trains_the_prior_alone() -> None:
     model = started(strategy="fixed")
     assert not any(p.requires_grad for p in model.vae.parameters()) and model.reference is None
-    loss = model.loss(tiny_batch())
-    assert loss.terms.keys() == {"flow_matching"} and {"vae_logsnr", "latent_scale"} <= loss.metrics.keys()
+    assert model.loss(tiny_batch()).terms.keys() == {"flow_matching"}
     norms = gradient_norms(model, tiny_batch())
     assert math.isnan(norms["encoder"]) and math.isnan(norms["decoder"]) and norms["dit"] > 0
 
@@ -140,6 +139,9 @@ def test_joint_and_scratch_train_everything(strategy: str) -> None:
     model = started(strategy=strategy, lambda_ref=0.0 if strategy == "scratch" else 0.1)
     assert all(norm > 0 for norm in gradient_norms(model, tiny_batch()).values())
     assert (model.reference is None) == (strategy == "scratch")
+    metrics = model.loss(tiny_batch()).metrics
+    assert metrics.keys() == {"reconstruction_accuracy", "vae_logsnr", "latent_scale"}
+    assert not any(value.requires_grad for value in metrics.values()) and metrics["latent_scale"].shape == (4,)
 
 
 def test_interval_freezes_the_vae_in_turns() -> None:
@@ -147,9 +149,8 @@ def test_interval_freezes_the_vae_in_turns() -> None:
     learns = []
     for step in range(11):
         norms = gradient_norms(model, replace(tiny_batch(), step=step))
-        assert norms["dit"] > 0
         learns.append(not math.isnan(norms["encoder"]) and not math.isnan(norms["decoder"]))
-        assert learns[-1] == ("cross_entropy" in model.loss(replace(tiny_batch(), step=step)).terms)
+        assert norms["dit"] > 0
     assert learns == [True, True, False, False, False] * 2 + [True]
 
 
@@ -292,18 +293,7 @@ def test_flow_matching_reaches_the_latents_through_z_t_alone(per: str) -> None:
 @pytest.mark.parametrize("encoder_gradient", [True, False])
 def test_whether_flow_matching_moves_the_encoder_is_a_choice(encoder_gradient: bool) -> None:
     model = tiny_cola(encoder_gradient=encoder_gradient)
-    term = model.loss(tiny_batch()).terms["flow_matching"]
-    found = torch.autograd.grad(term, list(model.vae.encoder.parameters()), allow_unused=True)
+    parameters = [*model.vae.encoder.parameters(), *model.vae.decoder.parameters()]
+    found = torch.autograd.grad(model.loss(tiny_batch()).terms["flow_matching"], parameters, allow_unused=True)
     moves = [gradient is not None and gradient.abs().max().item() > 0 for gradient in found]
-    assert moves == [encoder_gradient] * len(moves)
-    decoder = torch.autograd.grad(
-        model.loss(tiny_batch()).terms["flow_matching"], model.vae.head.weight, allow_unused=True
-    )
-    assert decoder[0] is None
-
-
-def test_metrics_are_detached() -> None:
-    metrics = started(**WEIGHTS).loss(tiny_batch()).metrics
-    assert metrics.keys() == {"reconstruction_accuracy", "vae_logsnr", "latent_scale"}
-    assert not any(value.requires_grad for value in metrics.values())
-    assert metrics["latent_scale"].shape == (4,)
+    assert moves == [encoder_gradient] * (len(moves) // 2) + [False] * (len(moves) // 2)  # never the decoder

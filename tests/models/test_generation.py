@@ -244,29 +244,25 @@ def test_partial_repaint_moves_known_rows_along_and_gives_the_same_tokens_out(ge
 @pytest.mark.parametrize("patch", [1, 2])
 @torch.no_grad()
 def test_the_candidate_with_the_smallest_round_trip_error_is_kept(generate: Generate, patch: int) -> None:
-    model, count = tiny_cola(vae={"patch_size": patch, "latent_scale": 1.3}), 5
-    vae, text, best = model.vae, prompt(4 * patch), []
-    run = generate(model, [text], candidates=count, max_new_tokens=12 * patch, ids=[6])
-    assert set(run.rows[1:4]) == {2 * count}
-    for block in range(3):
-        errors = []
-        for candidate in range(count):
-            chosen = [*best, candidate]
-            one = generate(
+    model, count, ids = tiny_cola(vae={"patch_size": patch, "latent_scale": 1.3}), 6, [6, 2, 31]
+    vae, text, budget = model.vae, prompt(4 * patch), 12 * patch
+    run = generate(model, [text] * 3, candidates=count, max_new_tokens=budget, ids=ids)
+    assert set(run.rows[1:4]) == {3 * 2 * count}
+    for sample in ids:
+        best: list[int] = []
+        for block in range(3):  # all candidates of a block side by side, after the best ones of those before
+            each = generate(
                 model,
-                [text],
-                max_new_tokens=12 * patch,
-                noise=lambda i, b, c=chosen: noise(0, 6, b, c[min(b, len(c) - 1)]),
+                [text] * count,
+                max_new_tokens=budget,
+                noise=lambda i, b, best=best, sample=sample: noise(0, sample, b, best[b] if b < len(best) else i),
             )
-            z = torch.stack([one.latents[0, b] for b in range(block + 1)]).flatten(0, 1)
-            tokens = text + [token for b in range(block + 1) for token in one.ids[0, b]]
-            mean = vae.normalise(vae.encode(torch.tensor([tokens])).mean)[0]
-            errors.append((z[-S:] - mean[-S:]).square().sum().item())
-            if candidate == 0 or errors[-1] == min(errors):
-                kept = one.latents[0, block]
-        best.append(errors.index(min(errors)))
-        torch.testing.assert_close(run.latents[6, block], kept, rtol=0, atol=1e-9)
-    assert set(best) != {0}
+            z = torch.stack([each.latents[candidate, block] for candidate in range(count)])
+            tokens = [text + [t for b in range(block + 1) for t in each.ids[c, b]] for c in range(count)]
+            mean = vae.normalise(vae.encode(torch.tensor(tokens)).mean)[:, -S:]
+            best.append(int((z - mean).square().sum((1, 2)).argmin()))
+            torch.testing.assert_close(run.latents[sample, block], z[best[-1]], rtol=0, atol=1e-9)
+        assert set(best) != {0}
 
 
 def test_seeds_decide(generate: Generate) -> None:
