@@ -13,27 +13,28 @@ from opencola.interop import official
 from opencola.models.cola import Cola, ColaConfig, PriorObjective
 from opencola.vae.text_vae import TextVAEConfig
 
-SIZES = {
-    "S": ColaConfig(
-        vae=TextVAEConfig(vocab_size=4096, width=256, ffn_dim=1024, num_heads=4, block_size=16, attention="block_causal"),
-        dit=DiTConfig(width=256, num_layers=6, num_heads=4, head_dim=64, rope_dim=48, block_size=16),
-        prior=PriorObjective(strategy="fixed", noisy_copies=1, prompt_in_block=0.05, history_dropout=0.0, lambda_ref=0.0),
-    ),
-    "M": ColaConfig(
-        vae=TextVAEConfig(
-            vocab_size=8192,
-            width=384,
-            ffn_dim=1536,
-            num_heads=6,
-            encoder_layers=4,
-            decoder_layers=4,
-            block_size=16,
-            attention="block_causal",
-        ),
-        dit=DiTConfig(width=512, num_layers=12, num_heads=8, head_dim=64, rope_dim=48, block_size=16),
-        prior=PriorObjective(strategy="fixed", noisy_copies=1, prompt_in_block=0.05, history_dropout=0.0, lambda_ref=0.0),
-    ),
-}
+PRIOR = PriorObjective(strategy="fixed", noisy_copies=1, prompt_in_block=0.05, history_dropout=0.0, lambda_ref=0.0)
+
+
+def _size(vocab_size: int, vae: tuple[int, int, int], dit: tuple[int, int, int]) -> ColaConfig:
+    """Both widths, depths (of either half of the VAE) and numbers of heads; d = 16, block 16, heads of 64."""
+    width, layers, heads = vae
+    text_vae = TextVAEConfig(
+        vocab_size=vocab_size,
+        width=width,
+        ffn_dim=4 * width,
+        num_heads=heads,
+        encoder_layers=layers,
+        decoder_layers=layers,
+        attention="block_causal",
+        block_size=16,
+    )
+    width, layers, heads = dit
+    prior = DiTConfig(width=width, num_layers=layers, num_heads=heads, head_dim=64, rope_dim=48, block_size=16)
+    return ColaConfig(vae=text_vae, dit=prior, prior=PRIOR)
+
+
+SIZES = {"S": _size(4096, (256, 2, 4), (256, 6, 4)), "M": _size(8192, (384, 4, 6), (512, 12, 8))}
 
 
 def rows(description: str, batches: list[int]) -> Iterator[tuple[argparse.Namespace, str, int]]:
@@ -76,7 +77,9 @@ def gemm_gflops(seconds: float = 1.0) -> float:
     return 2 * size**3 / best / 1e9
 
 
-def report(work: str, size: str, batch: int, options: argparse.Namespace, tokens: int, run: Callable[[], object]) -> None:
+def report(
+    work: str, size: str, batch: int, options: argparse.Namespace, tokens: int, run: Callable[[], object]
+) -> None:
     """Run once to warm up and then `repeats` times; print one JSON line."""
     run()
     best = float("inf")

@@ -21,3 +21,12 @@ def normal(shape: Sequence[int], seed: int, purpose: str, ids: Tensor, *keys: in
 def uniform(shape: Sequence[int], seed: int, purpose: str, ids: Tensor, *keys: int) -> Tensor:
     """Uniform [0, 1) float32 (len(ids), *shape) on the CPU; row i depends only on (seed, purpose, ids[i], keys)."""
     return torch.stack([torch.rand(tuple(shape), generator=generator(seed, purpose, i, *keys)) for i in ids.tolist()])
+
+
+def leave_uncompiled() -> None:
+    """Have torch.compile call the draws instead of tracing them anew for every id.
+
+    Not a decorator, because that would load the compiler, four seconds of it, into every process.
+    """
+    global normal, uniform
+    normal, uniform = torch.compiler.disable(normal), torch.compiler.disable(uniform)

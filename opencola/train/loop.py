@@ -12,6 +12,7 @@ from types import FrameType
 import torch
 from torch import Tensor, nn
 
+from opencola.layers import randomness
 from opencola.models.language_model import Loss, Trainable
 from opencola.train import checkpoint
 from opencola.train.checkpoint import Batches, TrainState
@@ -67,7 +68,10 @@ def train(
         if not resume:
             raise FileExistsError(f"{folder} holds a run ({last.name}): resume it (--resume) or choose another folder")
         checkpoint.load(state, last)
-    loss_of = torch.compile(model.loss) if config.compile else model.loss
+    loss_of = model.loss
+    if config.compile:
+        randomness.leave_uncompiled()
+        loss_of = torch.compile(loss_of)
     device = next(model.parameters()).device
     start = time.perf_counter() - state.seconds
     model.train()

@@ -58,6 +58,7 @@ VAES: dict[str, dict[str, Any]] = {
     "causal": {},
     "block_causal": {"attention": "block_causal", "block_size": 4},
     "patches of two": {"patch_size": 2},
+    "no encoder blocks": {"encoder_layers": 0},
     "shifted": {"latent_shift": 0.3, "latent_scale": 1.7, "attention": "block_causal", "block_size": 2},
 }
 
@@ -83,9 +84,9 @@ def test_cached_batches_equal_uncached_samples(generate: Generate, vae: dict[str
 @pytest.mark.parametrize("patch", [1, 2])
 def test_the_budget_is_cut_exactly_in_new_tokens(generate: Generate, patch: int) -> None:
     model, prompts = tiny_cola(vae={"patch_size": patch}), [prompt(length) for length in LENGTHS]
-    full = generate(model, prompts, max_new_tokens=20).tokens
+    full = generate(model, prompts, max_new_tokens=20, steps=1).tokens
     for budget in range(1, 21):
-        run = generate(model, prompts, max_new_tokens=budget)
+        run = generate(model, prompts, max_new_tokens=budget, steps=1)
         assert run.tokens == [tokens[:budget] for tokens in full]
         assert all(len(tokens) == budget for tokens in run.tokens) and run.reasons == ["length"] * 5
 
