@@ -140,7 +140,7 @@ DAMAGE: list[tuple[Callable[[Path], None], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("damage", "message"), DAMAGE, ids=lambda x: str(x)[:60])
+@pytest.mark.parametrize(("damage", "message"), DAMAGE, ids=[message for _, message in DAMAGE])
 def test_damaged_models_are_named(copy: Path, damage: Callable[[Path], None], message: str) -> None:
     official.load(copy)
     damage(copy)
