@@ -244,7 +244,7 @@ def denoise(
         if not guided:
             return v
         conditional, unconditional = v.chunk(2)
-        return guide(conditional, unconditional, scale)
+        return torch.where(scale == 1, conditional, guide(conditional, unconditional, scale))
 
     def project(state: Tensor, t: float) -> Tensor:
         return torch.where(pinned[..., None], block.known, state)
