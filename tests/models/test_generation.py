@@ -28,7 +28,7 @@ def noise(seed: int, sample: int, block: int, candidate: int = 0) -> Tensor:
 
 @torch.no_grad()
 def by_hand(
-    model: Cola, text: list[int], sample: int, num_blocks: int, guidance: float, steps: int = 3
+    model: Cola, text: list[int], sample: int, num_blocks: int, guidance: float, steps: int = 2
 ) -> tuple[list[Tensor], list[list[int]], int]:
     """Latents and tokens of each block, and how many tokens of the first one are the prompt's."""
     vae, dit, patch = model.vae, model.dit, model.vae.config.patch_size
@@ -69,7 +69,7 @@ def test_cached_batches_equal_uncached_samples(generate: Generate, vae: dict[str
     model, patch = tiny_cola(vae=vae), vae.get("patch_size", 1)
     prompts = [prompt(length) for length in (*LENGTHS, 16 * patch + 1)]
     ids = [40, 3, 77, 5, 9, 10]
-    run = generate(model, prompts, guidance=guidance, max_new_tokens=11 * patch, ids=ids)
+    run = generate(model, prompts, guidance=guidance, max_new_tokens=11 * patch, ids=ids, steps=2)
     distinct = set()
     for place, (text, number) in enumerate(zip(prompts, ids, strict=True)):
         latents, tokens, known = by_hand(model, text, number, 4, guidance)
