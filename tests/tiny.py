@@ -79,4 +79,4 @@ def one_block(dit: BlockCausalDiT, history: Tensor, z: Tensor, times: Tensor) ->
     modulation = dit.modulation(torch.cat((torch.zeros(len(history)).to(times), times)))
     place = torch.arange(len(history) + len(z))
     mask = dense(block_causal(dit.config.block_size), len(place), len(place))
-    return dit(rows, modulation, place[None], place, masked(mask))[0, len(history) :]
+    return dit(rows, modulation, place[None], dit.turns(place), masked(mask))[0, len(history) :]

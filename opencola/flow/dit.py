@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opencola.layers.attention import Attend, packed, rotary
+from opencola.layers.attention import Attend, packed, rotary, turns
 from opencola.layers.cache import KVCache
 from opencola.layers.transformer import AdaptiveBlock, LayerNorm, TimeEmbedding, initialise, modulate
 
@@ -71,20 +71,24 @@ class BlockCausalDiT(nn.Module):
         blocks = (block.get_submodule("modulation") for block in self.blocks)
         return [layer(a) for layer in (*blocks, self.final_modulation)]
 
+    def turns(self, positions: Tensor) -> Tensor:
+        """Rotary factors of rows at positions (R,) or (B, R), for `forward`."""
+        config, dtype = self.config, self.velocity_out.weight.dtype
+        return turns(rotary(positions, config.rope_dim, 10000.0, dtype), config.head_dim)
+
     def forward(
-        self, z: Tensor, modulation: Modulation, index: Tensor, positions: Tensor, attend: Attend, skip: int = 0
+        self, z: Tensor, modulation: Modulation, index: Tensor, turn: Tensor, attend: Attend, skip: int = 0
     ) -> Tensor:
         """Velocity (B, R - skip, d) of rows z (B, R, d), without the first `skip` rows.
 
-        modulation: of the distinct times; index: int64 broadcastable to (B, R), each row's time among them; positions
-        (R,) or (B, R).
+        modulation: of the distinct times; index: int64 broadcastable to (B, R), each row's time among them; turn: the
+        rows' `turns`.
         """
         config = self.config
         h = self.latent_in(z)
-        table = rotary(positions, config.rope_dim, 10000.0, torch.promote_types(z.dtype, torch.float32))
         for layer, block in enumerate(self.blocks):
             last = layer == config.num_layers - 1
-            h = block(h, layer, F.embedding(index, modulation[layer]), table, attend, skip if last else 0)
+            h = block(h, layer, F.embedding(index, modulation[layer]), turn, attend, skip if last else 0)
         shift, scale = F.embedding(index[:, skip:], modulation[-1]).chunk(2, dim=-1)
         return self.velocity_out(modulate(self.final_norm(h), shift, scale))
 
@@ -111,8 +115,8 @@ class BlockCausalDiT(nn.Module):
         positions = torch.cat((place[:num_clean], place.repeat(copies)))
         rows = torch.cat((z_0[:, :num_clean].detach(), z_t.flatten(1, 2)), dim=1)
         modulation = self.modulation(torch.cat((t.new_zeros(1), t.flatten())))
-        attend = packed(num_clean, num_latents, block_size, history)
-        velocity = self(rows, modulation, index, positions, attend, skip=num_clean)
+        attend = packed(num_clean, num_latents, block_size, copies, history)
+        velocity = self(rows, modulation, index, self.turns(positions), attend, skip=num_clean)
         return velocity.unflatten(1, (copies, num_latents))
 
     def empty_cache(self, batch: int, capacity: int) -> KVCache:

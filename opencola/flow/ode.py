@@ -17,6 +17,14 @@ def uniform_grid(num_steps: int) -> list[float]:
     return [1 - step / num_steps for step in range(num_steps + 1)]
 
 
+def evaluation_times(grid: Sequence[float], solver: Solver) -> list[float]:
+    """The times at which `solve` will ask for the velocity; none for `adaptive`, which finds its own."""
+    if solver == "adaptive":
+        return []
+    steps = itertools.pairwise(grid)
+    return [t + 0.5 * (t_next - t) for t, t_next in steps] + list(grid) if solver == "midpoint" else list(grid[:-1])
+
+
 def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
     """Classifier-free guidance: v_uncond + scale (v_cond - v_uncond)."""
     return unconditional + scale * (conditional - unconditional)

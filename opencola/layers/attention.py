@@ -22,16 +22,20 @@ def rotary(positions: Tensor, dim: int, base: float, dtype: torch.dtype = torch.
     return angles.cos(), angles.sin()
 
 
-def rotate_pairs(x: Tensor, table: Rotary) -> Tensor:
+def turns(table: Rotary, head_dim: int) -> Tensor:
+    """Complex factors (..., R, 1, head_dim / 2) of pairs of channels: those of the table, then ones."""
+    turn = torch.complex(*table)
+    passing = turn.new_ones(*turn.shape[:-1], head_dim // 2 - turn.shape[-1])
+    return torch.cat((turn, passing), dim=-1)
+
+
+def rotate_pairs(x: Tensor, turn: Tensor) -> Tensor:
     """Rotate the interleaved pairs (2j, 2j+1) of the first channels; the rest pass (official-format §3.3).
 
-    One complex product of the whole head, with ones for what passes: six times as fast as slices and sums on a CPU.
+    One complex product of the whole head by `turns`: six times as fast as slices and sums on a CPU.
     """
-    cos, sin = table
-    turn = torch.complex(cos, sin)
-    passing = turn.new_ones(*turn.shape[:-1], x.shape[-1] // 2 - turn.shape[-1])
-    pairs = torch.view_as_complex(x.to(cos.dtype).unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * torch.cat((turn, passing), dim=-1)).flatten(-2)
+    pairs = torch.view_as_complex(x.to(turn.real.dtype).unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turn).flatten(-2)
 
 
 def rotate_halves(x: Tensor, table: Rotary) -> Tensor:
@@ -44,7 +48,8 @@ def rotate_halves(x: Tensor, table: Rotary) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q kᵀ / sqrt(Dh)) v per head.
 
-    q (B, R, H, Dh); k, v (B, T, H or 1, Dh); mask broadcastable to (B, H, R, T), true where seen. Returns q's shape.
+    q (B, R, H, Dh); k, v (B, T, H or 1, Dh); mask broadcastable to (B, H, R, T), true where seen,
+    or what is added to the scores. Returns q's shape.
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if k.shape[1] != q.shape[1]:
@@ -57,51 +62,70 @@ def masked(mask: Tensor | None) -> Attend:
     return lambda layer, q, k, v: attention(q, k, v, mask)
 
 
-def packed(num_clean: int, num_latents: int, block_size: int, history: Tensor | None = None) -> Attend:
-    """Packed training rows [clean | noisy copy 1 | ...] without work on pairs of noisy blocks (model.md §3).
+def packed(
+    num_clean: int, num_latents: int, block_size: int, copies: int, history: Tensor | None = None, span: int = 64
+) -> Attend:
+    """Packed training rows [clean | noisy copy 1 | ...] without work on pairs that see nothing of each other.
 
-    Equals `masked(dense(clean_beside_noisy(...)))`. history (B,), bool: samples whose noisy rows may see the clean
-    rows; all when not given.
+    A row sees the clean blocks before its own, and its own block of its own part (model.md §3): so one rule serves the
+    clean rows and the noisy ones. Equals `masked(dense(clean_beside_noisy(...)))`. history (B,), bool: samples whose
+    noisy rows may see the clean rows; all when not given. span: rows that meet one range of clean keys, as far as any
+    of them sees; long sequences are cut into such spans.
     """
+    place = torch.arange(num_latents)
+    place = torch.cat((place[:num_clean], place.repeat(copies)))
+    blind = place[:, None] // block_size <= place[None, :num_clean] // block_size  # (R, Nc)
+    blind = blind[None]
+    if history is not None:
+        noisy = torch.arange(len(place)) >= num_clean
+        blind = blind | (noisy[:, None] & ~history.cpu()[:, None, None])
+    bias = torch.zeros(blind.shape).masked_fill_(blind, -torch.inf)[:, None]  # (1 or B, 1, R, Nc)
+    spans = [(0, len(place), num_clean)]
+    if num_latents > 2 * span:
+        step = -(-span // block_size) * block_size
+        starts = [(0, num_clean), *((num_clean + c * num_latents, num_latents) for c in range(copies))]
+        spans = [
+            (start + first, start + min(first + step, length), min(first + step - block_size, num_clean))
+            for start, length in starts
+            for first in range(0, length, step)
+        ]
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        batch, _, heads, width = q.shape
-        clean_queries = q.shape[1] - (k.shape[1] - num_clean)  # none in the last layer, where they are of no use
-        block = torch.arange(num_latents, device=q.device) // block_size
-        clean_block = block[:num_clean]
-        clean_mask = clean_block[:, None] >= clean_block[None, :]
-        before = block[:, None] > clean_block[None, :]
-        if history is not None:
-            before = before & history[:, None, None, None, None]
-
-        q_clean, q_noisy = q.split([clean_queries, q.shape[1] - clean_queries], dim=1)
-        k_clean, k_noisy = k.split([num_clean, k.shape[1] - num_clean], dim=1)
-        v_clean, v_noisy = v.split([num_clean, v.shape[1] - num_clean], dim=1)
-        q_noisy, k_noisy, v_noisy = (
-            x.reshape(batch, -1, num_latents, heads, width).permute(0, 3, 1, 2, 4) for x in (q_noisy, k_noisy, v_noisy)
-        )  # (B, H, copies, N, Dh)
-        blocks = (batch, heads, -1, num_latents // block_size, block_size, width)
-        k_own, v_own = k_noisy.reshape(blocks), v_noisy.reshape(blocks)
-        q_noisy = q_noisy * width**-0.5
-        own_scores = (q_noisy.reshape(blocks) @ k_own.transpose(-1, -2)).flatten(-3, -2)  # (B, H, copies, N, S)
-        if num_clean == 0:
-            weights = own_scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(v.dtype)
-            noisy = (weights.unflatten(-2, (-1, block_size)) @ v_own).flatten(-3, -2)
-            return noisy.permute(0, 2, 3, 1, 4).flatten(1, 2)
-
-        k_history, v_history = k_clean.transpose(1, 2), v_clean.transpose(1, 2)  # (B, H, Nc, Dh)
-        copies = q_noisy.shape[2]
-        scores = (q_noisy.flatten(2, 3) @ k_history.transpose(-1, -2)).unflatten(2, (copies, num_latents))
-        scores = scores.masked_fill(~before, -torch.inf)
-        weights = torch.cat((scores, own_scores), dim=-1)
-        weights = weights.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(v.dtype)
-        seen, own = weights.split([num_clean, block_size], dim=-1)
-        noisy = (seen.flatten(2, 3) @ v_history).unflatten(2, (copies, num_latents))
-        noisy = noisy + (own.unflatten(-2, (-1, block_size)) @ v_own).flatten(-3, -2)
-        noisy = noisy.permute(0, 2, 3, 1, 4).flatten(1, 2)
-        if not clean_queries:
-            return noisy
-        clean = attention(q_clean, k_clean, v_clean, clean_mask)
-        return torch.cat((clean, noisy), dim=1)
+        batch, rows, heads, width = q.shape
+        skipped = k.shape[1] - rows  # the clean rows do not ask in the last layer, where they are of no use
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q * width**-0.5, k, v))  # (B * H, R, Dh)
+        k_clean, v_clean = k[:, :num_clean].mT, v[:, :num_clean]
+        own = _within_blocks(q, k[:, skipped:], block_size)
+        seen: list[Tensor] = []
+        weights: list[Tensor] = []
+        for start, end, num_keys in spans:
+            if start < skipped:
+                start = skipped
+            if start >= end:
+                continue
+            asking = slice(start - skipped, end - skipped)
+            scores = (q[:, asking] @ k_clean[..., :num_keys]).unflatten(0, (batch, heads))
+            scores = scores + bias[:, :, start:end, :num_keys].to(scores)
+            weights_here = torch.cat((scores.flatten(0, 1), own[:, asking]), dim=-1)
+            weights_here = weights_here.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(v.dtype)
+            seen.append(weights_here[..., :num_keys] @ v_clean[:, :num_keys])
+            weights.append(weights_here[..., num_keys:])
+        out = torch.cat(seen, dim=1) + _weigh_blocks(torch.cat(weights, dim=1), v[:, skipped:], block_size)
+        return out.unflatten(0, (batch, heads)).transpose(1, 2)
 
     return attend
+
+
+def _within_blocks(q: Tensor, k: Tensor, block_size: int) -> Tensor:
+    """Scores (..., R, S) of rows (..., R, Dh) with the keys of their own block."""
+    if block_size == 1:  # a product of 1 x 1 matrices is slow
+        return (q * k).sum(-1, keepdim=True)
+    q, k = (x.unflatten(-2, (-1, block_size)) for x in (q, k))
+    return (q @ k.mT).flatten(-3, -2)
+
+
+def _weigh_blocks(weights: Tensor, v: Tensor, block_size: int) -> Tensor:
+    """Sums (..., R, Dh) of the values of each row's own block, under weights (..., R, S)."""
+    if block_size == 1:
+        return weights * v
+    return (weights.unflatten(-2, (-1, block_size)) @ v.unflatten(-2, (-1, block_size))).flatten(-3, -2)

@@ -111,23 +111,32 @@ class AdaptiveBlock(nn.Module):
         self.mlp_out = nn.Linear(expansion * width, width)
         self.modulation = nn.Linear(width, 6 * width)  # shift, scale, gate of the attention, then of the MLP
 
-    def forward(
-        self, h: Tensor, layer: int, modulation: Tensor, table: Rotary, attend: Attend, skip: int = 0
-    ) -> Tensor:
-        """h (B, R, D), modulation broadcastable to (B, R, 6 D) -> (B, R - skip, D).
+    def forward(self, h: Tensor, layer: int, modulation: Tensor, turn: Tensor, attend: Attend, skip: int = 0) -> Tensor:
+        """h (B, R, D), modulation broadcastable to (B, R, 6 D), turn from `attention.turns` -> (B, R - skip, D).
 
         The first `skip` rows only give keys and values: nothing else of them is wanted after the last block.
         """
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation.chunk(6, dim=-1)
         u = modulate(self.norm(h), shift_1, scale_1)
         q, k, v = self.qkv(u).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
-        q = rotate_pairs(self.norm_q(q), table).to(v.dtype)
-        k = rotate_pairs(self.norm_k(k), table).to(v.dtype)
+        q = rotate_pairs(self.norm_q(q), turn).to(v.dtype)
+        k = rotate_pairs(self.norm_k(k), turn).to(v.dtype)
         if skip:
             q, h, gate_1, shift_2, scale_2, gate_2 = (x[:, skip:] for x in (q, h, gate_1, shift_2, scale_2, gate_2))
         h = torch.addcmul(h, gate_1, self.attention_out(attend(layer, q, k, v).flatten(-2)).to(h.dtype))
         u = modulate(self.norm(h), shift_2, scale_2)
-        return torch.addcmul(h, gate_2, self.mlp_out(F.gelu(self.mlp_in(u), approximate="tanh")).to(h.dtype))
+        return torch.addcmul(h, gate_2, self.mlp_out(gelu_tanh(self.mlp_in(u))).to(h.dtype))
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU in its tanh form, 0.5 x (1 + tanh(u)) = x sigmoid(2 u).
+
+    Without gradients on a CPU by the latter: 2.5 times as fast as torch's, which calls a slow tanh.
+    """
+    if x.requires_grad or not x.is_cpu:
+        return F.gelu(x, approximate="tanh")
+    c = math.sqrt(8 / math.pi)
+    return (x * x).mul_(0.044715 * c).add_(c).mul_(x).sigmoid_().mul_(x)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from opencola.flow.dit import BlockCausalDiT
-from opencola.flow.ode import guide, repaint, solve, uniform_grid
+from opencola.flow.dit import BlockCausalDiT, Modulation
+from opencola.flow.ode import evaluation_times, guide, repaint, solve, uniform_grid
 from opencola.layers import randomness
 from opencola.layers.cache import KVCache
 from opencola.models.prompts import Prompts, encode_prompts
@@ -53,6 +53,27 @@ class Block:
         return Block(self.number, ids, self.pinned[rows], self.known[rows], seen)
 
 
+class Clock:
+    """The DiT's modulations at all times that a solver will ask for, computed once for all blocks."""
+
+    def __init__(self, dit: BlockCausalDiT, sampling: Sampling, like: Tensor) -> None:
+        self.dit, self.sampling, self.like = dit, sampling, like
+        times = dict.fromkeys(evaluation_times(uniform_grid(sampling.steps), sampling.solver))
+        self.places = {t: place for place, t in enumerate(times, start=1)}
+        self.modulation = self.compute(list(times))
+
+    def compute(self, times: list[float]) -> Modulation:
+        """Modulations of time 0, which clean rows have, and then of these."""
+        t = torch.tensor([0.0, *times], dtype=torch.float64)
+        if self.sampling.bf16_times:
+            t = (1000 * t).bfloat16().double() / 1000
+        return self.dit.modulation(t.to(self.like))
+
+    def __call__(self, t: float) -> tuple[Modulation, int]:
+        """Modulations, among which a place holds those of time t."""
+        return (self.modulation, self.places[t]) if t in self.places else (self.compute([t]), 1)
+
+
 @torch.inference_mode()
 def generate(
     model: "Cola",
@@ -81,9 +102,10 @@ def generate(
     encoded = encode_prompts(vae, prompts, sampling, size, pad_id)
     ids = list(range(len(prompts))) if ids is None else list(ids)
     caches = prefill(vae, dit, encoded, sampling)
+    clock = Clock(dit, sampling, encoded.latents)
     policy: OwnStop | ReleaseStop = OwnStop(encoded, sampling, eos_ids, stop)
     if release:
-        policy = ReleaseStop(encoded, sampling, eos_ids, size, patch)
+        policy = ReleaseStop(encoded, sampling, eos_ids, size * patch)
     written: list[list[int]] = [[] for _ in prompts]  # all tokens of the generated blocks
     active = list(range(len(prompts)))
     for number in range(1 << 30):
@@ -91,7 +113,7 @@ def generate(
         seen = [written[i] if release else list(prompts[i]) + written[i] for i in active]
         pinned, known = first_block(encoded, rows, size) if number == 0 else no_rows(len(active), size, encoded.latents)
         block = Block(number, [ids[i] for i in active], pinned, known, seen)
-        z, tokens, caches = write_block(vae, dit, caches, block, sampling, watch, noise)
+        z, tokens, caches = write_block(vae, dit, caches, block, sampling, clock, watch, noise)
         new = tokens.tolist()
         if number == 0 and not release:
             new = [encoded.known[i] + block[len(encoded.known[i]) :] for i, block in zip(active, new, strict=True)]
@@ -132,7 +154,8 @@ def commit(dit: BlockCausalDiT, cache: KVCache, z: Tensor, counts: Tensor | int)
     """The DiT's cache with the first `counts` clean latents of z (B, R, d), seen at t = 0, appended."""
     modulation = dit.modulation(z.new_zeros(1))
     index = torch.zeros(1, 1, dtype=torch.long, device=z.device)
-    dit(z, modulation, index, cache.positions(z.shape[1]), cache.attend(z.shape[1], dit.config.block_size))
+    turn = dit.turns(cache.positions(z.shape[1]))
+    dit(z, modulation, index, turn, cache.attend(z.shape[1], dit.config.block_size))
     return cache.append(counts)
 
 
@@ -156,6 +179,7 @@ def write_block(
     caches: Caches,
     block: Block,
     sampling: Sampling,
+    clock: "Clock",
     watch: Watch | None,
     noise: Callable[[int, int], Tensor] | None,
 ) -> tuple[Tensor, Tensor, Caches]:
@@ -186,7 +210,7 @@ def write_block(
     def decode(latents: Tensor) -> Tensor:
         return vae.decode(latents if release else vae.denormalise(latents), caches.decoder)
 
-    for t, z in denoise(dit, caches.dit, z, block, sampling, draw):  # noqa: B020 the last state is the block
+    for t, z in denoise(dit, caches.dit, z, block, sampling, clock, draw):  # noqa: B020 the last state is the block
         if watch is not None:
             watch(block.number, t, decode(z).argmax(-1))
     logits = decode(z)
@@ -210,13 +234,14 @@ def denoise(
     z: Tensor,
     block: Block,
     sampling: Sampling,
+    clock: "Clock",
     draw: Callable[..., Tensor],
 ) -> Iterator[tuple[float, Tensor]]:
     """Transport noise z (B, S, d) to latents with the guided velocity; yields every state with its time."""
     if sampling.solver == "adaptive" and len(z) > 1:  # every sample takes its own steps
         samples = torch.arange(len(z), device=z.device).split(1)
         singles = [
-            denoise(dit, cache.select(i), z[i], block.select(i), sampling, lambda *step, i=i: draw(*step)[i])
+            denoise(dit, cache.select(i), z[i], block.select(i), sampling, clock, lambda *step, i=i: draw(*step)[i])
             for i in samples
         ]
         for step in zip(*singles, strict=True):
@@ -229,22 +254,20 @@ def denoise(
     scale = torch.where(cache.lengths > 0, sampling.guidance, 1.0).to(z)[:, None, None]
     guided = bool((scale != 1).any())
     branches = 2 if guided else 1
-    positions = cache.positions(size).repeat(branches, 1)
+    unguided = scale == 1 if guided and bool((scale == 1).any()) else None
+    turn = dit.turns(cache.positions(size)).repeat(branches, 1, 1, 1)
     attend = cache.attend(size, size, alone=len(z) if guided else 0)
-    index = (~pinned).long().repeat(branches, 1)
-    modulations: dict[float, list[Tensor]] = {}
+    # one element where all rows have the same time: its modulation is then broadcast, not gathered
+    moving = (~pinned).long().repeat(branches, 1) if bool(pinned.any()) else torch.ones_like(pinned[:1, :1]).long()
 
     def velocity(state: Tensor, t: float) -> Tensor:
-        if t not in modulations:
-            times = torch.tensor([0.0, t], dtype=torch.float64)
-            if sampling.bf16_times:
-                times = (1000 * times).bfloat16().double() / 1000
-            modulations[t] = dit.modulation(times.to(z))
-        v = dit(state.repeat(branches, 1, 1), modulations[t], index, positions, attend)
+        modulation, place = clock(t)
+        v = dit(state.repeat(branches, 1, 1), modulation, place * moving, turn, attend)
         if not guided:
             return v
         conditional, unconditional = v.chunk(2)
-        return torch.where(scale == 1, conditional, guide(conditional, unconditional, scale))
+        v = guide(conditional, unconditional, scale)
+        return v if unguided is None else torch.where(unguided, conditional, v)
 
     def project(state: Tensor, t: float) -> Tensor:
         return torch.where(pinned[..., None], block.known, state)

@@ -56,13 +56,11 @@ class OwnStop:
 class ReleaseStop:
     """The release's rule (official-format §5, Q11): all samples end together, tokens known from the prompt count."""
 
-    def __init__(self, prompts: Prompts, sampling: Sampling, eos_ids: Sequence[int], size: int, patch: int) -> None:
+    def __init__(self, prompts: Prompts, sampling: Sampling, eos_ids: Sequence[int], chunk: int) -> None:
         self.known = prompts.known
         self.eos_ids = set(eos_ids)
         self.budget = sampling.max_new_tokens
-        self.chunk = size * patch
-        pinned = prompts.pinned.tolist()
-        self.one_block = any(rows > 0 and self.budget < size - rows for rows in pinned)
+        self.chunk = chunk  # tokens of a block
         self.ended = [False] * len(prompts.known)
 
     def cut(self, active: Sequence[int], blocks: Sequence[list[int]], number: int) -> list[TokenBlock]:
@@ -70,7 +68,7 @@ class ReleaseStop:
         for i, block in zip(active, blocks, strict=True):
             self.ended[i] |= not self.eos_ids.isdisjoint(block)
         finished: Finished = ""
-        if self.one_block or (number + 1) * self.chunk >= self.budget:
+        if (number + 1) * self.chunk >= self.budget:
             finished = "length"
         elif all(self.ended):
             finished = "eos"

@@ -129,7 +129,7 @@ def commit(dit: BlockCausalDiT, cache: KVCache, z: Tensor) -> KVCache:
 def read(dit: BlockCausalDiT, cache: KVCache, z: Tensor, t: float) -> Tensor:
     rows = z.shape[1]
     modulation, index = dit.modulation(torch.tensor([t], dtype=torch.float64)), torch.zeros(1, 1, dtype=torch.long)
-    return dit(z, modulation, index, cache.positions(rows), cache.attend(rows, dit.config.block_size))
+    return dit(z, modulation, index, dit.turns(cache.positions(rows)), cache.attend(rows, dit.config.block_size))
 
 
 @torch.no_grad()

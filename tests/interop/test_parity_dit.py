@@ -18,7 +18,7 @@ SAMPLES = (0, 1)
 def velocity(dit: BlockCausalDiT, z: Tensor, t: Tensor, positions: Tensor, attend: Attend) -> Tensor:
     """z (B, R, d), times t (B, R) in 0..1000 as the fixtures give them."""
     times, index = (t.double() / 1000).unique(return_inverse=True)
-    return dit(z, dit.modulation(times), index, positions, attend)
+    return dit(z, dit.modulation(times), index, dit.turns(positions), attend)
 
 
 @torch.no_grad()
@@ -48,7 +48,7 @@ def test_scalar_time(dit, stored) -> None:
         place = torch.arange(x.shape[1])
         attend = masked(masks.dense(masks.block_causal(dit.config.block_size), len(place), len(place)))
         modulation = dit.modulation(torch.tensor([0.4375]))
-        v = dit(x, modulation, torch.zeros(1, 1, dtype=torch.long), place, attend)
+        v = dit(x, modulation, torch.zeros(1, 1, dtype=torch.long), dit.turns(place), attend)
         assert_close(v[0], expected[f"v_scalar437.5_{i}"], **TOLERANCE)
 
 

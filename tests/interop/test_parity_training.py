@@ -73,7 +73,9 @@ def test_all_rows_under_the_dense_mask(dit, meta, stored) -> None:
         rows = torch.cat((expected[f"z0_{i}"], expected[f"z_noisy_{i}"]))[None]
         t = torch.cat((torch.zeros(length), expected[f"ts_noisy_{i}"]))
         times, index = (t.double() / 1000).unique(return_inverse=True)
-        velocity = dit(rows, dit.modulation(times), index[None], torch.arange(length).repeat(2), masked(mask))[0]
+        velocity = dit(
+            rows, dit.modulation(times), index[None], dit.turns(torch.arange(length).repeat(2)), masked(mask)
+        )[0]
         assert_close(velocity[:length], expected[f"v_clean_{i}"], **TOLERANCE)
         assert_close(velocity[length:], expected[f"v_noisy_{i}"], **TOLERANCE)
     assert torch.equal(torch.block_diag(*all_masks), expected["packed_allowed_mask"].bool())

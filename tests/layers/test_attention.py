@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from opencola.layers.attention import attention, masked, packed, rotary, rotate_halves, rotate_pairs
+from opencola.layers.attention import attention, masked, packed, rotary, rotate_halves, rotate_pairs, turns
 from opencola.layers.masks import clean_beside_noisy, dense
 
 
-def turns(positions: Tensor, dim: int, base: float) -> Tensor:
+def unit_numbers(positions: Tensor, dim: int, base: float) -> Tensor:
     """Unit complex numbers (..., R, 1, dim / 2), one angle at a time."""
     angles = [[p * base ** (-2 * j / dim) for j in range(dim // 2)] for p in positions.flatten().tolist()]
     angle = torch.tensor(angles, dtype=torch.float64).view(*positions.shape, 1, dim // 2)
@@ -21,8 +21,10 @@ def turns(positions: Tensor, dim: int, base: float) -> Tensor:
 @pytest.mark.parametrize("dim", [2, 6, 8])
 def test_pairs_are_turned_as_complex_numbers_and_the_rest_passes(positions: Tensor, dim: int) -> None:
     x = torch.randn(2, 4, 3, 8).double()
-    turned = rotate_pairs(x, rotary(positions, dim, 10000.0, torch.float64))
-    expected = torch.view_as_complex(x[..., :dim].unflatten(-1, (-1, 2)).contiguous()) * turns(positions, dim, 10000.0)
+    turned = rotate_pairs(x, turns(rotary(positions, dim, 10000.0, torch.float64), 8))
+    expected = torch.view_as_complex(x[..., :dim].unflatten(-1, (-1, 2)).contiguous()) * unit_numbers(
+        positions, dim, 10000.0
+    )
     torch.testing.assert_close(turned[..., :dim], torch.view_as_real(expected).flatten(-2), rtol=0, atol=1e-12)
     assert torch.equal(turned[..., dim:], x[..., dim:])
 
@@ -30,7 +32,7 @@ def test_pairs_are_turned_as_complex_numbers_and_the_rest_passes(positions: Tens
 def test_halves_are_turned_as_complex_numbers() -> None:
     x, positions = torch.randn(2, 4, 3, 8).double(), torch.tensor([0, 1, 5, 300])
     turned = rotate_halves(x, rotary(positions, 8, 500000.0, torch.float64))
-    expected = torch.complex(x[..., :4], x[..., 4:]) * turns(positions, 8, 500000.0)
+    expected = torch.complex(x[..., :4], x[..., 4:]) * unit_numbers(positions, 8, 500000.0)
     torch.testing.assert_close(turned, torch.cat((expected.real, expected.imag), dim=-1), rtol=0, atol=1e-12)
 
 
@@ -59,10 +61,11 @@ def test_attention_is_a_softmax_over_visible_keys(kv_heads: int, with_mask: bool
 PACKED = [(8, 12, 4, 1), (8, 12, 4, 3), (0, 4, 4, 2), (0, 8, 4, 1), (3, 4, 1, 2), (12, 12, 4, 2)]
 
 
+@pytest.mark.parametrize("span", [1, 5, 64], ids=lambda span: f"span{span}")
 @pytest.mark.parametrize("with_history", [False, True], ids=["all", "dropout"])
 @pytest.mark.parametrize(("num_clean", "num_latents", "block_size", "copies"), PACKED)
 def test_packed_is_attention_under_the_dense_mask(
-    num_clean: int, num_latents: int, block_size: int, copies: int, with_history: bool
+    num_clean: int, num_latents: int, block_size: int, copies: int, with_history: bool, span: int
 ) -> None:
     rows = num_clean + copies * num_latents
     qkv = torch.randn(3, 3, rows, 2, 6).double().requires_grad_()
@@ -70,7 +73,7 @@ def test_packed_is_attention_under_the_dense_mask(
     mask = dense(clean_beside_noisy(num_clean, num_latents, block_size), rows, rows).expand(3, 1, -1, -1).clone()
     if with_history:
         mask[1, :, num_clean:, :num_clean] = False
-    out = packed(num_clean, num_latents, block_size, history)(0, *qkv)
+    out = packed(num_clean, num_latents, block_size, copies, history, span)(0, *qkv)
     expected = masked(mask)(0, *qkv)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
     weight = torch.randn_like(out)
@@ -80,13 +83,13 @@ def test_packed_is_attention_under_the_dense_mask(
 
 def test_packed_without_clean_queries_gives_the_noisy_rows() -> None:
     q, k, v = torch.randn(3, 2, 32, 2, 6).double()
-    attend = packed(8, 12, 4, torch.tensor([True, False]))
+    attend = packed(8, 12, 4, 2, torch.tensor([True, False]))
     torch.testing.assert_close(attend(0, q[:, 8:], k, v), attend(0, q, k, v)[:, 8:], rtol=0, atol=1e-12)
 
 
 def test_packed_noisy_rows_without_history_do_not_depend_on_the_clean_ones() -> None:
     q, k, v = torch.randn(3, 2, 20, 2, 6).double()
-    attend = packed(8, 12, 4, torch.tensor([False, True]))
+    attend = packed(8, 12, 4, 1, torch.tensor([False, True]))
     before = attend(0, q, k, v)
     k[:, :8], v[:, :8] = 5.0, -3.0
     after = attend(0, q, k, v)

@@ -7,7 +7,7 @@ import torch
 from tiny import dit_config, randomise, vae_config
 from torch import Tensor, nn
 
-from opencola.layers.attention import masked, rotary, rotate_halves, rotate_pairs
+from opencola.layers.attention import masked, rotary, rotate_halves, rotate_pairs, turns
 from opencola.layers.transformer import AdaptiveBlock, Block, LayerNorm, TimeEmbedding, modulate
 
 
@@ -44,16 +44,16 @@ def test_adaptive_block(skip: int) -> None:
     c = dit_config()
     block = randomise(AdaptiveBlock(c.width, c.num_heads, c.head_dim, c.expansion, 1e-5, attention_bias=True))
     h, modulation = torch.randn(2, 5, c.width).double(), torch.randn(2, 5, 6 * c.width).double()
-    table = rotary(torch.arange(5), c.rope_dim, 10000.0, torch.float64)
+    turn = turns(rotary(torch.arange(5), c.rope_dim, 10000.0, torch.float64), c.head_dim)
     mask = torch.ones(5, 5).tril().bool()
     shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation.chunk(6, -1)
     q, k, v = block.qkv(norm(h, 1e-5) * (1 + scale_1) + shift_1).view(2, 5, 3, c.num_heads, c.head_dim).unbind(2)
-    q, k = (rotate_pairs(norm(x, 1e-5, m), table) for x, m in ((q, block.norm_q), (k, block.norm_k)))
+    q, k = (rotate_pairs(norm(x, 1e-5, m), turn) for x, m in ((q, block.norm_q), (k, block.norm_k)))
     expected = h + gate_1 * block.attention_out(masked(mask)(0, q, k, v).flatten(2))
     u = block.mlp_in(norm(expected, 1e-5) * (1 + scale_2) + shift_2)
     u = 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
     expected = expected + gate_2 * block.mlp_out(u)
-    out = block(h, 0, modulation, table, masked(mask[skip:]), skip)
+    out = block(h, 0, modulation, turn, masked(mask[skip:]), skip)
     torch.testing.assert_close(out, expected[:, skip:], rtol=1e-10, atol=1e-10)
 
 
