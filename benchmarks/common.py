@@ -5,6 +5,8 @@ import json
 import resource
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,6 +15,7 @@ from opencola.interop import official
 from opencola.models.cola import Cola, ColaConfig, PriorObjective
 from opencola.vae.text_vae import TextVAEConfig
 
+COMPARED = ("seconds", "floor_ratio", "peak_bytes")
 PRIOR = PriorObjective(strategy="fixed", noisy_copies=1, prompt_in_block=0.05, history_dropout=0.0, lambda_ref=0.0)
 
 
@@ -46,11 +49,25 @@ def rows(description: str, batches: list[int]) -> Iterator[tuple[argparse.Namesp
     parser.add_argument("--repeats", type=int, default=3, help="runs, of which the best counts")
     parser.add_argument("--dit", help="folder of a DiT in the public format, in place of random weights of the size")
     parser.add_argument("--vae", help="folder of a Text VAE in the public format")
+    parser.add_argument("--compare", help="file of an earlier run's lines; adds the ratios to it", type=earlier_lines)
+    parser.set_defaults(compare=[])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     for size in [options.size] if options.size else SIZES:
         for batch in [options.batch] if options.batch else batches:
             yield options, size, batch
+
+
+def earlier_lines(path: str) -> list[dict[str, Any]]:
+    """The JSON lines of an earlier run, all of which must be the benchmarks'."""
+    try:
+        lines = [json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()]
+        for line in lines:
+            for key in ("work", "size", "batch", "threads", *COMPARED):
+                line[key]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise argparse.ArgumentTypeError(f"{path} is not a file of benchmark lines: {error!r}") from error
+    return lines
 
 
 def model(options: argparse.Namespace, size: str) -> Cola:
@@ -77,24 +94,73 @@ def gemm_gflops(seconds: float = 1.0) -> float:
     return 2 * size**3 / best / 1e9
 
 
+def transformer_flops(rows: int, pairs: int, layers: int, width: int, heads_width: int, hidden: int) -> int:
+    """Of `rows` through `layers` blocks, with `pairs` of rows that see each other; hidden: both MLP sides together."""
+    return layers * (rows * 2 * width * (4 * heads_width + hidden) + pairs * 4 * heads_width)
+
+
+def dit_flops(dit: DiTConfig, rows: int, pairs: int) -> int:
+    """Of a forward pass of the DiT's blocks."""
+    heads_width = dit.num_heads * dit.head_dim
+    return transformer_flops(rows, pairs, dit.num_layers, dit.width, heads_width, 2 * dit.expansion * dit.width)
+
+
+def generation_flops(cola: Cola, batch: int, prompt: int, new: int, steps: int) -> int:
+    """What generation must compute (model.md §5): whole blocks, guided, each time's modulation once."""
+    dit, vae = cola.dit.config, cola.vae.config
+    size, total = dit.block_size, prompt + new - dit.block_size
+    starts = range(prompt, prompt + new, size)
+    pairs = sum(size * (start + size) + size * size for start in starts)  # with and without history
+    flops = dit_flops(dit, 2 * steps * new, steps * pairs)
+    flops += dit_flops(dit, total, sum(range(size, total + 1, size)) * size)  # what is committed
+    mlp = (3 if vae.activation == "swiglu" else 4) * vae.ffn_dim // 2
+    for layers, rows in ((vae.encoder_layers, prompt), (vae.decoder_layers, prompt + new)):
+        flops += transformer_flops(rows, rows * (rows + vae.visible_block) // 2, layers, vae.width, vae.width, mlp)
+    flops += new * 2 * vae.width * vae.vocab_size
+    return batch * flops + (steps + 1) * 2 * dit.width * 6 * dit.width * dit.num_layers
+
+
+def training_flops(cola: Cola, batch: int, length: int) -> int:
+    """Forward and backward of the packed DiT with one noisy copy, only what may see each other (model.md §3)."""
+    dit = cola.dit.config
+    blocks = length // dit.block_size
+    history = dit.block_size**2 * blocks * (blocks - 1) // 2
+    pairs = 2 * history + length * dit.block_size
+    return 3 * batch * dit_flops(dit, 2 * length - dit.block_size, pairs)
+
+
 def report(
-    work: str, size: str, batch: int, options: argparse.Namespace, tokens: int, run: Callable[[], object]
+    work: str,
+    size: str,
+    batch: int,
+    options: argparse.Namespace,
+    tokens: int,
+    flops: int,
+    run: Callable[[], object],
 ) -> None:
     """Run once to warm up and then `repeats` times; print one JSON line."""
+    gflops = gemm_gflops()
     run()
     best = float("inf")
     for _ in range(options.repeats):
         start = time.perf_counter()
         run()
         best = min(best, time.perf_counter() - start)
-    line = {
+    gflops = max(gflops, gemm_gflops())
+    floor = flops / gflops / 1e9
+    line: dict[str, Any] = {
         "work": work,
         "size": size,
         "batch": batch,
         "threads": options.threads,
         "seconds": round(best, 4),
         "tokens_per_second": round(tokens / best, 1),
-        "gemm_gflops": round(gemm_gflops(), 1),
+        "gemm_gflops": round(gflops, 1),
+        "floor_seconds": round(floor, 4),
+        "floor_ratio": round(best / floor, 3),
         "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     }
+    for earlier in options.compare:
+        if all(earlier[key] == line[key] for key in ("work", "size", "batch", "threads")):
+            line |= {f"{key}_over_earlier": round(line[key] / earlier[key], 3) for key in COMPARED}
     print(json.dumps(line), flush=True)

@@ -7,7 +7,7 @@
 
 import torch
 
-from benchmarks.common import model, report, rows
+from benchmarks.common import model, report, rows, training_flops
 from opencola.text.corpus import Batch
 
 
@@ -22,7 +22,7 @@ def main() -> None:
             cola.dit.zero_grad()  # noqa: B023
             cola.flow_matching(z_0, data).backward()  # noqa: B023
 
-        report("train", size, batch, options, 256 * batch, step)
+        report("train", size, batch, options, 256 * batch, training_flops(cola, batch, 256), step)
 
 
 if __name__ == "__main__":

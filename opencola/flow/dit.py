@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from opencola.layers.attention import Attend, packed, rotary, turns
 from opencola.layers.cache import KVCache
@@ -77,29 +78,47 @@ class BlockCausalDiT(nn.Module):
         return turns(rotary(positions, config.rope_dim, 10000.0, dtype), config.head_dim)
 
     def forward(
-        self, z: Tensor, modulation: Modulation, index: Tensor, turn: Tensor, attend: Attend, skip: int = 0
+        self,
+        z: Tensor,
+        modulation: Modulation,
+        index: Tensor,
+        turn: Tensor,
+        attend: Attend,
+        skip: int = 0,
+        recompute: bool = False,
     ) -> Tensor:
         """Velocity (B, R - skip, d) of rows z (B, R, d), without the first `skip` rows.
 
         modulation: of the distinct times; index: int64 broadcastable to (B, R), each row's time among them; turn: the
-        rows' `turns`.
+        rows' `turns`; recompute: keep only what passes between blocks for the backward pass, and
+        compute the rest again there.
         """
         config = self.config
         h = self.latent_in(z)
         for layer, block in enumerate(self.blocks):
-            last = layer == config.num_layers - 1
-            h = block(h, layer, F.embedding(index, modulation[layer]), turn, attend, skip if last else 0)
-        shift, scale = F.embedding(index[:, skip:], modulation[-1]).chunk(2, dim=-1)
-        return self.velocity_out(modulate(self.final_norm(h), shift, scale))
+
+            def through(h: Tensor, block: nn.Module = block, layer: int = layer) -> Tensor:
+                last = layer == config.num_layers - 1
+                return block(h, layer, modulation[layer], index, turn, attend, skip if last else 0)
+
+            h = checkpoint(through, h, use_reentrant=False) if recompute else through(h)
+        shift, scale = modulation[-1].chunk(2, dim=-1)
+        return self.velocity_out(modulate(self.final_norm(h), shift, scale, index[:, skip:]))
 
     def packed(
-        self, z_0: Tensor, z_t: Tensor, t: Tensor, pinned: Tensor | None = None, history: Tensor | None = None
+        self,
+        z_0: Tensor,
+        z_t: Tensor,
+        t: Tensor,
+        pinned: Tensor | None = None,
+        history: Tensor | None = None,
+        recompute: bool = False,
     ) -> Tensor:
         """Velocities of all blocks of several noisy copies in one pass (model.md §3): like z_t.
 
         z_0 (B, N, d): clean latents, the history; z_t (B, copies, N, d); t (B, copies, G) with G dividing N: a time for
         each of G equal parts of a copy; pinned (B, copies, N) bool: rows that are clean, at time 0; history (B,) bool:
-        samples that see their history, all when not given.
+        samples that see their history, all when not given; recompute: as in `forward`.
         """
         block_size = self.config.block_size
         batch, copies, num_latents, _ = z_t.shape
@@ -116,7 +135,7 @@ class BlockCausalDiT(nn.Module):
         rows = torch.cat((z_0[:, :num_clean].detach(), z_t.flatten(1, 2)), dim=1)
         modulation = self.modulation(torch.cat((t.new_zeros(1), t.flatten())))
         attend = packed(num_clean, num_latents, block_size, copies, history)
-        velocity = self(rows, modulation, index, self.turns(positions), attend, skip=num_clean)
+        velocity = self(rows, modulation, index, self.turns(positions), attend, num_clean, recompute)
         return velocity.unflatten(1, (copies, num_latents))
 
     def empty_cache(self, batch: int, capacity: int) -> KVCache:

@@ -111,21 +111,28 @@ class AdaptiveBlock(nn.Module):
         self.mlp_out = nn.Linear(expansion * width, width)
         self.modulation = nn.Linear(width, 6 * width)  # shift, scale, gate of the attention, then of the MLP
 
-    def forward(self, h: Tensor, layer: int, modulation: Tensor, turn: Tensor, attend: Attend, skip: int = 0) -> Tensor:
-        """h (B, R, D), modulation broadcastable to (B, R, 6 D), turn from `attention.turns` -> (B, R - skip, D).
+    def forward(
+        self, h: Tensor, layer: int, modulation: Tensor, index: Tensor, turn: Tensor, attend: Attend, skip: int = 0
+    ) -> Tensor:
+        """h (B, R, D) -> (B, R - skip, D); modulation (M, 6 D) of distinct times, turn from `attention.turns`.
+
+        index: int64 (B, R), or (1, 1) for all rows, each row's time among the distinct ones.
 
         The first `skip` rows only give keys and values: nothing else of them is wanted after the last block.
         """
+        # gathered for the rows one by one: all six at once would be the largest tensor of a block
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation.chunk(6, dim=-1)
-        u = modulate(self.norm(h), shift_1, scale_1)
+        u = modulate(self.norm(h), shift_1, scale_1, index)
         q, k, v = self.qkv(u).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
         q = rotate_pairs(self.norm_q(q), turn).to(v.dtype)
         k = rotate_pairs(self.norm_k(k), turn).to(v.dtype)
         if skip:
-            q, h, gate_1, shift_2, scale_2, gate_2 = (x[:, skip:] for x in (q, h, gate_1, shift_2, scale_2, gate_2))
-        h = torch.addcmul(h, gate_1, self.attention_out(attend(layer, q, k, v).flatten(-2)).to(h.dtype))
-        u = modulate(self.norm(h), shift_2, scale_2)
-        return torch.addcmul(h, gate_2, self.mlp_out(gelu_tanh(self.mlp_in(u))).to(h.dtype))
+            q, h, index = (x[:, skip:] for x in (q, h, index))
+        h = torch.addcmul(
+            h, F.embedding(index, gate_1), self.attention_out(attend(layer, q, k, v).flatten(-2)).to(h.dtype)
+        )
+        u = modulate(self.norm(h), shift_2, scale_2, index)
+        return torch.addcmul(h, F.embedding(index, gate_2), self.mlp_out(gelu_tanh(self.mlp_in(u))).to(h.dtype))
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -139,9 +146,9 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return (x * x).mul_(0.044715 * c).add_(c).mul_(x).sigmoid_().mul_(x)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x * (1 + scale) + shift."""
-    return torch.addcmul(shift, x, 1 + scale)
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, index: Tensor) -> Tensor:
+    """x * (1 + scale) + shift: x (B, R, D); shift, scale (M, D), of which a row takes the one at its index."""
+    return torch.addcmul(F.embedding(index, shift), x, F.embedding(index, 1 + scale))
 
 
 class TimeEmbedding(nn.Module):

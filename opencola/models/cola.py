@@ -45,6 +45,8 @@ class PriorObjective:
     """Probability that a block is given a clean prefix of random length, without loss there."""
     history_dropout: float = 0.1
     """Probability that a sequence's noisy blocks see no history, for guidance."""
+    recompute: bool = False
+    """Activation checkpointing of the DiT's blocks: less memory for a third more computation."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ class Cola(nn.Module):
         history = None
         if prior.history_dropout:
             history = (randomness.uniform((), seed, "history", ids) >= prior.history_dropout).to(z_0.device)
-        velocity = self.dit.packed(z_0[:, 0], z_t, t, pinned, history)
+        velocity = self.dit.packed(z_0[:, 0], z_t, t, pinned, history, recompute=prior.recompute)
         target = target_velocity(z_0, z_1).detach()
         return masked_mean_square(velocity, target, ~pinned)
 

@@ -88,15 +88,22 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     """Matrices (M, R, C) -> the same with all singular values moved to about 1 (between 0.7 and 1.2).
 
     Five Newton-Schulz iterations X <- aX + b(XX')X + c(XX')²X with the coefficients of Jordan et al. 2024, whose slope
-    at 0 is steepest; in bfloat16 on an accelerator, in float32 elsewhere.
+    at 0 is steepest; in bfloat16 on an accelerator, in float32 elsewhere. The factors of X are polynomials of XX', so
+    for long matrices they are multiplied up first, on the short side (in float32: bfloat16 would lose small values).
     """
     x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    long = x.shape[-1] > 2 * x.shape[-2] and x.dtype == torch.float32
+    gram = x @ x.mT
+    one = torch.eye(gram.shape[-1], dtype=x.dtype, device=x.device)
+    y = one.expand_as(gram) if long else x
     for _ in range(5):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+        factor = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315) + 3.4445 * one
+        y = factor @ y
+        gram = factor @ gram @ factor if long else y @ y.mT
+    x = y @ x if long else y
     return x.mT if tall else x
 
 

@@ -188,3 +188,13 @@ def test_wrong_sizes_are_named() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             replace(good, **fields)
+
+
+def test_recomputing_changes_neither_values_nor_gradients() -> None:
+    dit, (z_0, z_t, t) = tiny_dit(), inputs(copies=2, groups=3)
+    results = []
+    for recompute in (False, True):
+        velocity = dit.packed(z_0, z_t, t, recompute=recompute)
+        results.append([velocity, *torch.autograd.grad(velocity.square().sum(), list(dit.parameters()))])
+    for kept, computed_again in zip(*results, strict=True):
+        torch.testing.assert_close(computed_again, kept, rtol=1e-12, atol=1e-12)

@@ -35,8 +35,9 @@ def test_time_embedding_sees_a_thousand_times_t() -> None:
 
 
 def test_modulation_shifts_and_scales() -> None:
-    x, shift, scale = torch.randn(3, 2, 4)
-    torch.testing.assert_close(modulate(x, shift, scale), x * (1 + scale) + shift)
+    x, shift, scale = torch.randn(1, 3, 4), torch.randn(2, 4), torch.randn(2, 4)
+    rows = [x[0, row] * (1 + scale[m]) + shift[m] for row, m in enumerate((1, 0, 1))]
+    torch.testing.assert_close(modulate(x, shift, scale, torch.tensor([[1, 0, 1]]))[0], torch.stack(rows))
 
 
 @pytest.mark.parametrize("skip", [0, 2])
@@ -53,7 +54,7 @@ def test_adaptive_block(skip: int) -> None:
     u = block.mlp_in(norm(expected, 1e-5) * (1 + scale_2) + shift_2)
     u = 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
     expected = expected + gate_2 * block.mlp_out(u)
-    out = block(h, 0, modulation, turn, masked(mask[skip:]), skip)
+    out = block(h, 0, modulation.flatten(0, 1), torch.arange(10).view(2, 5), turn, masked(mask[skip:]), skip)
     torch.testing.assert_close(out, expected[:, skip:], rtol=1e-10, atol=1e-10)
 
 

@@ -222,9 +222,9 @@ def test_the_loss_depends_on_seed_and_ids_and_not_on_batch_order(monkeypatch: py
     calls: list[tuple[Tensor, ...]] = []
     packed = model.dit.packed
 
-    def recorded(z_0: Tensor, *rest: Tensor) -> Tensor:
+    def recorded(z_0: Tensor, *rest: Tensor, **options: bool) -> Tensor:
         calls.append(rest)
-        return packed(z_0, *rest)
+        return packed(z_0, *rest, **options)
 
     monkeypatch.setattr(model.dit, "packed", recorded)
     total = model.loss(batch).total
@@ -259,9 +259,9 @@ def test_history_is_dropped_as_often_as_asked(monkeypatch: pytest.MonkeyPatch) -
         model = tiny_cola(history_dropout=share, dit={"num_layers": 1})
         packed = model.dit.packed
 
-        def record(*args: Any, packed: Any = packed) -> Tensor:
+        def record(*args: Any, packed: Any = packed, **options: bool) -> Tensor:
             seen.append(args[-1])
-            return packed(*args)
+            return packed(*args, **options)
 
         monkeypatch.setattr(model.dit, "packed", record)
         model.flow_matching(torch.randn(600, 8, 4).double(), Batch(torch.zeros(0), torch.arange(600), 0, 0))
