@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from opencola.layers.attention import Attend, packed, rotary, turns
 from opencola.layers.cache import KVCache
-from opencola.layers.transformer import AdaptiveBlock, LayerNorm, TimeEmbedding, initialise, modulate
+from opencola.layers.transformer import AdaptiveBlock, LayerNorm, Linear, TimeEmbedding, initialise, modulate
 
 Modulation = list[Tensor]
 
@@ -53,13 +53,13 @@ class BlockCausalDiT(nn.Module):
         super().__init__()
         self.config = config
         width, eps = config.width, config.norm_eps
-        self.latent_in = nn.Linear(config.latent_dim, width)
+        self.latent_in = Linear(config.latent_dim, width)
         self.time_embedding = TimeEmbedding(width)
         sizes = (width, config.num_heads, config.head_dim, config.expansion, eps, config.attention_bias)
         self.blocks = nn.ModuleList(AdaptiveBlock(*sizes) for _ in range(config.num_layers))
         self.final_norm = LayerNorm(width, eps)
-        self.final_modulation = nn.Linear(width, 2 * width)
-        self.velocity_out = nn.Linear(width, config.latent_dim)
+        self.final_modulation = Linear(width, 2 * width)
+        self.velocity_out = Linear(width, config.latent_dim)
         initialise(self, lambda linear: linear.in_features**-0.5)
         # every block starts as the identity and the velocity at zero, the usual start of adaptive-norm transformers
         for name, weight in self.named_parameters():

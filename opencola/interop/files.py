@@ -60,14 +60,17 @@ def checked(file: Path, key: str, value: Any, hint: Any) -> Any:
 
 
 class StoredTensors:
-    """The tensors of a model folder, read from disk one at a time."""
+    """The tensors of a model folder, read from disk one at a time.
+
+    A file is mapped into memory, and counts as ours page by page as it is read: so it is opened anew for every tensor.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Open the folder's files. Raises FileNotFoundError for a missing one, ValueError for a damaged one."""
         single, index = folder / WEIGHTS, folder / INDEX
         if single.is_file():
-            self._opened = {single: _open(single)}
-            self.files = dict.fromkeys(self._opened[single].keys(), single)
+            self.files = dict.fromkeys(_names(single), single)
+            self._somewhere = single
             return
         if not index.is_file():
             raise FileNotFoundError(f"{folder} holds neither {WEIGHTS} nor {INDEX}")
@@ -80,8 +83,9 @@ class StoredTensors:
                 raise ValueError(f"{index}: tensor {name} is said to be outside the folder, in {weight_map[name]}")
             if not shard.is_file():
                 raise FileNotFoundError(f"{shard} is missing, but {index.name} says that it holds tensor {name}")
-        self._opened = {shard: _open(shard) for shard in sorted(set(self.files.values()))}
-        held = {shard: set(handle.keys()) for shard, handle in self._opened.items()}
+        shards = sorted(set(self.files.values()))
+        self._somewhere = shards[0] if len(shards) == 1 else index
+        held = {shard: _names(shard) for shard in shards}
         for name, shard in self.files.items():
             if name not in held[shard]:
                 raise ValueError(
@@ -91,10 +95,11 @@ class StoredTensors:
     def read(self, name: str, shape: torch.Size) -> Tensor:
         """A tensor of the given shape. Raises ValueError when it is missing or of another shape or kind."""
         if name not in self.files:
-            raise ValueError(f"{self._somewhere()}: tensor {name} is missing; {CONFIG} asks for it")
+            raise ValueError(f"{self._somewhere}: tensor {name} is missing; {CONFIG} asks for it")
         file = self.files[name]
         try:
-            tensor: Tensor = self._opened[file].get_tensor(name)
+            with safe_open(file, framework="pt") as handle:
+                tensor: Tensor = handle.get_tensor(name)
         except (SafetensorError, RuntimeError) as error:
             raise ValueError(f"{file}: tensor {name} cannot be read: {_one_line(error)}") from error
         if tensor.shape != shape:
@@ -112,10 +117,6 @@ class StoredTensors:
             raise ValueError(
                 f"{self.files[others[0]]}: unexpected tensor {others[0]}{more}; {CONFIG} describes a model without"
             )
-
-    def _somewhere(self) -> Path:
-        files = sorted(set(self.files.values()) | self._opened.keys())
-        return files[0] if len(files) == 1 else files[0].with_name(INDEX)
 
 
 def write_tensors(
@@ -157,9 +158,10 @@ def write_tensors(
         file.unlink(missing_ok=True)
 
 
-def _open(file: Path) -> Any:
+def _names(file: Path) -> set[str]:
     try:
-        return safe_open(file, framework="pt")
+        with safe_open(file, framework="pt") as handle:
+            return set(handle.keys())
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is damaged or not a safetensors file: {_one_line(error)}") from error
 

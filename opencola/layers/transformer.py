@@ -17,17 +17,23 @@ from opencola.layers.attention import Attend, Rotary, rotate_halves, rotate_pair
 Activation = Literal["swiglu", "gelu", "silu"]
 
 
+class Linear(nn.Linear):
+    """Linear layer that takes wider inputs than its weights: norms give float32, and weights may be bfloat16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out)."""
+        wider = torch.promote_types(x.dtype, self.weight.dtype) != self.weight.dtype
+        return super().forward(x.to(self.weight.dtype) if wider else x)
+
+
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm computed in at least float32."""
+    """LayerNorm computed in at least float32, also with parameters of less."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last axis of x."""
-        return super().forward(x.to(torch.promote_types(x.dtype, self.compute_dtype)))
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """The parameters' dtype, or float32 without parameters."""
-        return torch.float32 if self.weight is None else self.weight.dtype
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weight, bias = (None if p is None else p.to(wide) for p in (self.weight, self.bias))
+        return F.layer_norm(x.to(wide), self.normalized_shape, weight, bias, self.eps)
 
 
 @dataclass(frozen=True)
@@ -59,15 +65,15 @@ class Block(nn.Module):
         self.config = config
         self.splits = [width, kv_width, kv_width]
         self.norm_attention = LayerNorm(width, eps, elementwise_affine=config.norm_affine)
-        self.qkv = nn.Linear(width, sum(self.splits), bias=config.qkv_bias)
+        self.qkv = Linear(width, sum(self.splits), bias=config.qkv_bias)
         qk_norm = config.qk_norm
         self.norm_q = LayerNorm(width, eps, config.qk_norm_affine) if qk_norm else nn.Identity()
         self.norm_k = LayerNorm(kv_width, eps, config.qk_norm_affine) if qk_norm else nn.Identity()
-        self.attention_out = nn.Linear(width, width, bias=config.bias)
+        self.attention_out = Linear(width, width, bias=config.bias)
         self.norm_mlp = LayerNorm(width, eps)
-        self.mlp_in = nn.Linear(width, config.ffn_dim, bias=config.bias)
+        self.mlp_in = Linear(width, config.ffn_dim, bias=config.bias)
         gated = config.activation == "swiglu"
-        self.mlp_out = nn.Linear(config.ffn_dim // 2 if gated else config.ffn_dim, width, bias=config.bias)
+        self.mlp_out = Linear(config.ffn_dim // 2 if gated else config.ffn_dim, width, bias=config.bias)
 
     def forward(self, x: Tensor, layer: int, table: Rotary, attend: Attend) -> Tensor:
         """x (B, R, D) -> (B, R, D); `layer` is this block's number for `attend`."""
@@ -103,13 +109,13 @@ class AdaptiveBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(width, 3 * num_heads * head_dim, bias=attention_bias)
+        self.qkv = Linear(width, 3 * num_heads * head_dim, bias=attention_bias)
         self.norm_q, self.norm_k = LayerNorm(head_dim, eps), LayerNorm(head_dim, eps)
-        self.attention_out = nn.Linear(num_heads * head_dim, width, bias=attention_bias)
+        self.attention_out = Linear(num_heads * head_dim, width, bias=attention_bias)
         self.norm = LayerNorm(width, eps, elementwise_affine=False)
-        self.mlp_in = nn.Linear(width, expansion * width)
-        self.mlp_out = nn.Linear(expansion * width, width)
-        self.modulation = nn.Linear(width, 6 * width)  # shift, scale, gate of the attention, then of the MLP
+        self.mlp_in = Linear(width, expansion * width)
+        self.mlp_out = Linear(expansion * width, width)
+        self.modulation = Linear(width, 6 * width)  # shift, scale, gate of the attention, then of the MLP
 
     def forward(
         self, h: Tensor, layer: int, modulation: Tensor, index: Tensor, turn: Tensor, attend: Attend, skip: int = 0
@@ -156,9 +162,9 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.mlp_in = nn.Linear(256, width)
-        self.mlp_hidden = nn.Linear(width, width)
-        self.mlp_out = nn.Linear(width, width)
+        self.mlp_in = Linear(256, width)
+        self.mlp_hidden = Linear(width, width)
+        self.mlp_out = Linear(width, width)
 
     def forward(self, t: Tensor) -> Tensor:
         """t (M,) in [0, 1] -> (M, D)."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from opencola.layers import masks
 from opencola.layers.attention import Attend, masked, rotary
 from opencola.layers.cache import KVCache
-from opencola.layers.transformer import Activation, Block, BlockConfig, LayerNorm, initialise
+from opencola.layers.transformer import Activation, Block, BlockConfig, LayerNorm, Linear, initialise
 from opencola.vae.gaussian import DiagonalGaussian
 
 
@@ -113,15 +113,15 @@ class TextVAE(nn.Module):
         self.config = config
         width, patch = config.width, config.patch_size
         self.embedding = nn.Embedding(config.vocab_size + 1, width)
-        self.patch = nn.Linear(width * patch, width)
+        self.patch = Linear(width * patch, width)
         self.encoder = nn.ModuleList(Block(config.block) for _ in range(config.encoder_layers))
         heads = 2 if config.variational else 1
-        self.posterior = nn.Linear(width, heads * config.latent_dim, bias=config.bias)
-        self.decoder_in = nn.Linear(config.latent_dim, width, bias=config.bias)
+        self.posterior = Linear(width, heads * config.latent_dim, bias=config.bias)
+        self.decoder_in = Linear(config.latent_dim, width, bias=config.bias)
         self.decoder = nn.ModuleList(Block(config.block) for _ in range(config.decoder_layers))
-        self.unpatch = nn.Linear(width, width * patch)
+        self.unpatch = Linear(width, width * patch)
         self.final_norm = LayerNorm(width, config.norm_eps)
-        self.head = nn.Linear(width, config.vocab_size, bias=config.bias)
+        self.head = Linear(width, config.vocab_size, bias=config.bias)
         initialise(self, lambda linear: linear.in_features**-0.5)
         nn.init.normal_(self.embedding.weight)
         nn.init.normal_(self.head.weight, std=0.02)

@@ -284,3 +284,11 @@ def test_bad_prompts_are_refused_and_no_prompts_give_nothing() -> None:
         with pytest.raises(ValueError, match=f"prompt 1 has a token id outside 0..{VOCABULARY - 1}"):
             next(model.generate([[1], [2, bad]], Sampling()))
     assert list(model.generate([], Sampling())) == []
+
+
+def test_a_model_in_bfloat16_writes_nearly_the_same_latents(generate: Generate) -> None:
+    model = tiny_cola()
+    exact = generate(model, [prompt(7)], max_new_tokens=4, steps=2)
+    rounded = generate(model.to(torch.bfloat16), [prompt(7)], max_new_tokens=4, steps=2)
+    error = (rounded.latents[0, 0].double() - exact.latents[0, 0]).square().mean().sqrt()
+    assert 0 < error < 0.05 * exact.latents[0, 0].square().mean().sqrt()
