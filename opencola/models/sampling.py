@@ -26,6 +26,14 @@ class Sampling:
     """Relative and absolute tolerance of the adaptive solver."""
     guidance: float = 7.0
     """Classifier-free guidance: 1 leaves the unconditional pass out."""
+    guidance_from: float = 1.0
+    """Guide at times of at most this; above it the unconditional pass is left out."""
+    guidance_until: float = 0.0
+    """Guide at times of at least this; below it the unconditional pass is left out."""
+    guidance_every: int = 1
+    """Make the unconditional pass at every n-th evaluation only; in between, its last difference is used again."""
+    shift: float = 1.0
+    """Time grid: t becomes shift t / (1 + (shift - 1) t), so that above 1 more steps are near the noise."""
     candidates: int = 1
     """Candidates per block; the one with the smallest round-trip error |z - mu(encode(decode(z)))|² is kept."""
     first_block: Literal["clean", "partial", "left_pad", "right_pad"] = "clean"
@@ -54,11 +62,13 @@ class Sampling:
     """Round the times that the DiT sees to bfloat16, as the public release does on a GPU (official-format §8)."""
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "steps", "candidates", "repaint_repeats"):
+        for name in ("max_new_tokens", "steps", "candidates", "repaint_repeats", "guidance_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0:
             raise ValueError("temperature and top_k must be at least 0, top_p in (0, 1], repetition_penalty above 0")
+        if self.shift <= 0:
+            raise ValueError(f"shift must be above 0, not {self.shift}")
         if not 0 <= self.eta <= 1 or not 0 <= self.repaint_fraction <= 1:
             raise ValueError("eta and repaint_fraction must lie in [0, 1]")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from opencola.flow.ode import Solver, Velocity, guide, repaint, solve, uniform_grid
+from opencola.flow.ode import Solver, Velocity, guide, repaint, solve, time_grid
 
 SOLVERS: tuple[Solver, ...] = get_args(Solver)
 START = torch.tensor([[0.3], [1.0], [-2.0]]).double()
@@ -29,7 +29,7 @@ def exact() -> Tensor:
 
 
 def last(velocity: Velocity, z: Tensor, steps: int, solver: Solver, **options: Any) -> Tensor:
-    *_, end = solve(velocity, z, uniform_grid(steps), solver, **options)
+    *_, end = solve(velocity, z, time_grid(steps), solver, **options)
     return end
 
 
@@ -44,8 +44,9 @@ def standard(*shape: int, seed: int = 0) -> Callable[..., Tensor]:
 
 
 def test_the_grid_falls_from_one_to_zero_in_equal_steps() -> None:
-    assert uniform_grid(4) == [1, 0.75, 0.5, 0.25, 0]
-    assert uniform_grid(1) == [1, 0]
+    assert time_grid(4) == [1, 0.75, 0.5, 0.25, 0]
+    assert time_grid(1) == [1, 0]
+    assert time_grid(4, shift=3.0) == pytest.approx([1, 0.9, 0.75, 0.5, 0])
 
 
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2), ("midpoint", 2)])
@@ -92,20 +93,20 @@ def test_known_rows_stay_pinned_wherever_the_velocity_is_asked(solver: Solver) -
         return torch.where(pinned, known, z)
 
     noise = standard(3, 1)
-    states = list(solve(velocity, project(START, 1.0), uniform_grid(5), solver, project=project, noise=noise))
+    states = list(solve(velocity, project(START, 1.0), time_grid(5), solver, project=project, noise=noise))
     assert all((z[0] == 5).all() for z in (*seen, *states))
     reduced = list(  # the other rows move as if the known one were a constant of the equation
         solve(
             lambda z, t: wave(z, t) + 0.1 * (5 + z.sum()),
             START[1:],
-            uniform_grid(5),
+            time_grid(5),
             solver,
             noise=lambda step: noise(step)[1:],
             tolerance=1e-10,
         )
     )
     fine = list(
-        solve(velocity, project(START, 1.0), uniform_grid(5), solver, project=project, noise=noise, tolerance=1e-10)
+        solve(velocity, project(START, 1.0), time_grid(5), solver, project=project, noise=noise, tolerance=1e-10)
     )
     torch.testing.assert_close(fine[-1][1:], reduced[-1], rtol=0, atol=1e-8 if solver == "adaptive" else 1e-12)
 
@@ -135,7 +136,7 @@ def test_stochastic_moments_for_a_gaussian_target(eta: float) -> None:
     """
     steps, size = 16, 200_000
     variance = 1.0
-    for t, after in itertools.pairwise(uniform_grid(steps)):
+    for t, after in itertools.pairwise(time_grid(steps)):
         total = (1 - t) ** 2 * VARIANCE + t**2
         to_data, to_noise = (1 - t) * VARIANCE / total, t / total
         variance *= ((1 - after) * to_data + after * (1 - eta**2) ** 0.5 * to_noise) ** 2
@@ -183,7 +184,7 @@ def repainted(repeats: int, fraction: float, **options: Any) -> tuple[list[tuple
     states = repaint(
         velocity,
         POINTS,
-        uniform_grid(4),
+        time_grid(4),
         known=torch.full_like(POINTS, 3.0),
         mask=KNOWN_ROWS,
         repeats=repeats,
@@ -241,7 +242,7 @@ def test_repaint_gives_the_stochastic_solver_its_own_noise() -> None:
         repaint(
             lambda z, t: z,
             torch.ones(1, 1),
-            uniform_grid(2),
+            time_grid(2),
             "stochastic",
             known=torch.ones(1, 1),
             mask=torch.ones(1, 1, dtype=torch.bool),

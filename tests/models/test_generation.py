@@ -28,7 +28,14 @@ def noise(seed: int, sample: int, block: int, candidate: int = 0) -> Tensor:
 
 @torch.no_grad()
 def by_hand(
-    model: Cola, text: list[int], sample: int, num_blocks: int, guidance: float, steps: int = 2
+    model: Cola,
+    text: list[int],
+    sample: int,
+    num_blocks: int,
+    guidance: float,
+    steps: int = 2,
+    every: int = 1,
+    until: float = 0.0,
 ) -> tuple[list[Tensor], list[list[int]], int]:
     """Latents and tokens of each block, and how many tokens of the first one are the prompt's."""
     vae, dit, patch = model.vae, model.dit, model.vae.config.patch_size
@@ -45,7 +52,10 @@ def by_hand(
             times = torch.full((S,), 1 - step / steps, dtype=torch.float64)
             times[: len(fixed)] = 0
             conditional, alone = (one_block(dit, history, x, times) for history in (sequence, sequence[:0]))
-            x = x - (alone + (guidance if len(sequence) else 1) * (conditional - alone)) / steps
+            if step % every == 0:
+                difference = conditional - alone
+            scale = guidance if len(sequence) and 1 - step / steps >= until else 1.0
+            x = x - (conditional + (scale - 1) * difference) / steps
             x[: len(fixed)] = fixed
         sequence, fixed = torch.cat((sequence, x)), fixed[:0]
         logits = vae.decode(vae.denormalise(sequence)[None])[0, -S * patch :]
@@ -292,3 +302,23 @@ def test_a_model_in_bfloat16_writes_nearly_the_same_latents(generate: Generate) 
     rounded = generate(model.to(torch.bfloat16), [prompt(7)], max_new_tokens=4, steps=2)
     error = (rounded.latents[0, 0].double() - exact.latents[0, 0]).square().mean().sqrt()
     assert 0 < error < 0.05 * exact.latents[0, 0].square().mean().sqrt()
+
+
+@pytest.mark.parametrize(("every", "until"), [(2, 0.0), (3, 0.0), (1, 0.6), (2, 0.5)])
+def test_guidance_now_and_then(generate: Generate, every: int, until: float) -> None:
+    model, texts = tiny_cola(), [prompt(length) for length in (3, 4, 9)]
+    settings = {"guidance_every": every, "guidance_until": until, "guidance": 3.0, "steps": 4}
+    run, plain = generate(model, texts, **settings), generate(model, texts, guidance=3.0, steps=4)
+    for sample, text in enumerate(texts):
+        latents, _, _ = by_hand(model, text, sample, 2, 3.0, 4, every, until)
+        for block in range(2):
+            torch.testing.assert_close(run.latents[sample, block], latents[block], rtol=1e-8, atol=1e-9)
+    assert not torch.equal(run.latents[1, 0], plain.latents[1, 0])
+    outside = generate(model, texts, guidance=3.0, guidance_from=0.5, guidance_until=0.51)
+    assert outside.tokens == generate(model, texts, guidance=1.0).tokens
+
+
+def test_a_shifted_grid_is_followed(generate: Generate) -> None:
+    times: list[float] = []
+    generate(tiny_cola(), [prompt(4)], steps=4, shift=3.0, max_new_tokens=4, watch=lambda b, t, k: times.append(t))
+    assert times == pytest.approx([0.9, 0.75, 0.5, 0])
