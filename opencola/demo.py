@@ -42,7 +42,7 @@ from opencola.text.tokenizer import Tokenizer
 
 BATCH_SIZE = 50
 SAMPLES_SHOWN = 8
-BLOCKS_SHOWN = 4
+BLOCKS_SHOWN = 8
 MAP_STORIES = 300
 MAPPED = ("animal", "place")
 HEADLINES = ("legal_sentences", "consistent_stories", "last_word_accuracy", "reconstruction_accuracy", "vae_logsnr")

@@ -134,7 +134,7 @@ class BlockCausalDiT(nn.Module):
         positions = torch.cat((place[:num_clean], place.repeat(copies)))
         rows = torch.cat((z_0[:, :num_clean].detach(), z_t.flatten(1, 2)), dim=1)
         modulation = self.modulation(torch.cat((t.new_zeros(1), t.flatten())))
-        attend = packed(num_clean, num_latents, block_size, copies, history)
+        attend = packed(num_clean, num_latents, block_size, copies, history, z_t.device)
         velocity = self(rows, modulation, index, self.turns(positions), attend, num_clean, recompute)
         return velocity.unflatten(1, (copies, num_latents))
 

@@ -63,7 +63,13 @@ def masked(mask: Tensor | None) -> Attend:
 
 
 def packed(
-    num_clean: int, num_latents: int, block_size: int, copies: int, history: Tensor | None = None, span: int = 64
+    num_clean: int,
+    num_latents: int,
+    block_size: int,
+    copies: int,
+    history: Tensor | None = None,
+    device: torch.device | None = None,
+    span: int = 64,
 ) -> Attend:
     """Packed training rows [clean | noisy copy 1 | ...] without work on pairs that see nothing of each other.
 
@@ -72,14 +78,13 @@ def packed(
     noisy rows may see the clean rows; all when not given. span: rows that meet one range of clean keys, as far as any
     of them sees; long sequences are cut into such spans.
     """
-    place = torch.arange(num_latents)
+    place = torch.arange(num_latents, device=device)
     place = torch.cat((place[:num_clean], place.repeat(copies)))
-    blind = place[:, None] // block_size <= place[None, :num_clean] // block_size  # (R, Nc)
-    blind = blind[None]
+    blind = (place[:, None] // block_size <= place[None, :num_clean] // block_size)[None]  # (1, R, Nc)
     if history is not None:
-        noisy = torch.arange(len(place)) >= num_clean
-        blind = blind | (noisy[:, None] & ~history.cpu()[:, None, None])
-    bias = torch.zeros(blind.shape).masked_fill_(blind, -torch.inf)[:, None]  # (1 or B, 1, R, Nc)
+        noisy = torch.arange(len(place), device=device) >= num_clean
+        blind = blind | (noisy[:, None] & ~history[:, None, None])
+    bias = torch.zeros(blind.shape, device=device).masked_fill_(blind, -torch.inf)[:, None]  # (1 or B, 1, R, Nc)
     spans = [(0, len(place), num_clean)]
     if num_latents > 2 * span:
         step = -(-span // block_size) * block_size
@@ -98,11 +103,10 @@ def packed(
         own = _within_blocks(q, k[:, skipped:], block_size)
         seen: list[Tensor] = []
         weights: list[Tensor] = []
-        for start, end, num_keys in spans:
-            if start < skipped:
-                start = skipped
-            if start >= end:
+        for first, end, num_keys in spans:
+            if end <= skipped:
                 continue
+            start = max(first, skipped)
             asking = slice(start - skipped, end - skipped)
             scores = (q[:, asking] @ k_clean[..., :num_keys]).unflatten(0, (batch, heads))
             scores = scores + bias[:, :, start:end, :num_keys].to(scores)

@@ -73,7 +73,7 @@ def test_packed_is_attention_under_the_dense_mask(
     mask = dense(clean_beside_noisy(num_clean, num_latents, block_size), rows, rows).expand(3, 1, -1, -1).clone()
     if with_history:
         mask[1, :, num_clean:, :num_clean] = False
-    out = packed(num_clean, num_latents, block_size, copies, history, span)(0, *qkv)
+    out = packed(num_clean, num_latents, block_size, copies, history, span=span)(0, *qkv)
     expected = masked(mask)(0, *qkv)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
     weight = torch.randn_like(out)
