@@ -1,0 +1,95 @@
+"""How time grows: generation with the prompt's length and the batch, a training step with the sequence's length.
+
+    .venv/bin/python -m benchmarks.growth [--figure FILE.svg] [--threads N]
+
+Size S. Generation: 32 new tokens, 16 Euler steps, guidance 7. Training: forward and backward of the packed prior, one
+noisy copy, 2 048 latents in all. One JSON line a point; the figure shows them with the floor (useful operations at the
+GEMM rate of the same run).
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import SIZES, gemm_gflops, generation_flops, training_flops
+from opencola.models.cola import Cola
+from opencola.models.sampling import Sampling
+from opencola.text.corpus import Batch
+
+NEW = 32
+PROMPTS = (64, 256, 1024, 4096)
+BATCHES = (1, 4, 16, 64)
+LENGTHS = (128, 256, 512, 1024, 2048)
+TRAINED = 2048
+
+
+def points(cola: Cola) -> list[tuple[str, int, int, int, Callable[[], object]]]:
+    """(what grows, how far, tokens, useful operations, what to time) of every point."""
+    sampling = Sampling(max_new_tokens=NEW, steps=16)
+    found: list[tuple[str, int, int, int, Callable[[], object]]] = []
+    for axis, batch, prompt in [*(("prompt", 1, p) for p in PROMPTS), *(("batch", b, 64) for b in BATCHES)]:
+        texts = torch.randint(0, cola.vae.config.vocab_size, (batch, prompt)).tolist()
+        flops = generation_flops(cola, batch, prompt, NEW, sampling.steps)
+        size = prompt if axis == "prompt" else batch
+        found.append((axis, size, batch * NEW, flops, lambda texts=texts: list(cola.generate(texts, sampling))))  # type: ignore[misc]
+    for length in LENGTHS:
+        batch = TRAINED // length
+        z_0 = torch.randn(batch, length, cola.dit.config.latent_dim)
+        data = Batch(torch.zeros(batch, length, dtype=torch.long), torch.arange(batch), seed=0, step=0)
+
+        def step(z_0: torch.Tensor = z_0, data: Batch = data) -> None:
+            cola.dit.zero_grad()
+            cola.flow_matching(z_0, data).backward()
+
+        found.append(("length", length, TRAINED, training_flops(cola, batch, length), step))
+    return found
+
+
+def draw(lines: list[dict[str, Any]], file: Path) -> None:
+    """Microseconds per token and their floor, a panel for each thing that grows."""
+    from matplotlib.figure import Figure  # half a second that only this needs
+
+    titles = {"prompt": "prompt, tokens", "batch": "batch, samples", "length": "training sequence, latents"}
+    figure = Figure(figsize=(10, 3), layout="constrained")
+    for panel, (axis, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
+        there = [line for line in lines if line["axis"] == axis]
+        for key, style in (("us_per_token", "o-"), ("floor_us_per_token", "--")):
+            panel.loglog([line["size"] for line in there], [line[key] for line in there], style, label=key)
+        panel.set_xlabel(title)
+        panel.set_ylim(bottom=0.5 * min(line["floor_us_per_token"] for line in there))
+    panel.legend()
+    figure.savefig(file)
+
+
+def main() -> None:
+    """Time every point."""
+    parser = argparse.ArgumentParser(description="Growth of time with size.")
+    parser.add_argument("--figure", type=Path, help="file to draw into")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    lines: list[dict[str, Any]] = []
+    for axis, size, tokens, flops, run in points(Cola(SIZES["S"]).eval()):
+        run()
+        gflops, best = gemm_gflops(0.3), float("inf")
+        for _ in range(2):
+            start = time.perf_counter()
+            run()
+            best = min(best, time.perf_counter() - start)
+        floor = flops / gflops / 1e9
+        line: dict[str, Any] = {"axis": axis, "size": size, "us_per_token": round(1e6 * best / tokens, 1)}
+        line |= {"floor_us_per_token": round(1e6 * floor / tokens, 1), "floor_ratio": round(best / floor, 2)}
+        lines.append(line | {"gemm_gflops": round(gflops, 1), "threads": options.threads})
+        print(json.dumps(lines[-1]), flush=True)
+    if options.figure:
+        draw(lines, options.figure)
+
+
+if __name__ == "__main__":
+    main()

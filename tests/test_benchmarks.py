@@ -1,0 +1,60 @@
+"""The benchmarks' floors against counted operations, and their command line."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import generation
+from benchmarks.common import COMPARED, SIZES, generation_flops, training_flops
+from opencola.models.cola import Cola
+from opencola.models.sampling import Sampling
+from opencola.text.corpus import Batch
+
+
+def test_the_floor_of_generation_is_what_is_computed_and_little_less() -> None:
+    cola = Cola(SIZES["S"]).eval()
+    with FlopCounterMode(display=False) as counter:
+        list(cola.generate([list(range(64))] * 2, Sampling(max_new_tokens=32, steps=4)))
+    assert 1 <= counter.get_total_flops() / generation_flops(cola, 2, prompt=64, new=32, steps=4) < 1.05
+
+
+def test_the_floor_of_training_is_what_is_computed_and_little_less() -> None:
+    cola = Cola(SIZES["S"])
+    data = Batch(torch.zeros(1, 256, dtype=torch.long), torch.arange(1), seed=0, step=0)
+    for name, weight in cola.dit.named_parameters():  # a velocity of zero would stop the gradient
+        if name.endswith("weight") and not weight.any():
+            torch.nn.init.normal_(weight, std=0.02)
+    with FlopCounterMode(display=False) as counter:
+        cola.flow_matching(torch.randn(1, 256, 16), data).backward()
+    assert 0.95 < counter.get_total_flops() / training_flops(cola, 1, 256) < 1.1
+
+
+def test_a_line_has_its_keys_and_ratios_to_an_earlier_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["generation", "--size", "S", "--batch", "1", "--repeats", "1"]
+    monkeypatch.setattr("sys.argv", arguments)
+    generation.main()
+    first = capsys.readouterr().out
+    line = json.loads(first)
+    assert line["tokens_per_second"] == pytest.approx(64 / line["seconds"], rel=0.01)
+    assert line["floor_ratio"] == pytest.approx(line["seconds"] / line["floor_seconds"], rel=0.01)
+    (tmp_path / "earlier.jsonl").write_text(first)
+    monkeypatch.setattr("sys.argv", [*arguments, "--compare", str(tmp_path / "earlier.jsonl")])
+    generation.main()
+    second = json.loads(capsys.readouterr().out)
+    for key in COMPARED:
+        assert second[f"{key}_over_earlier"] == pytest.approx(second[key] / line[key], abs=1e-3)
+
+
+def test_a_file_of_something_else_cannot_be_compared_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "other.jsonl").write_text('{"work": "generate"}\n')
+    monkeypatch.setattr("sys.argv", ["generation", "--compare", str(tmp_path / "other.jsonl")])
+    with pytest.raises(SystemExit, match="2"):
+        generation.main()
+    assert "other.jsonl is not a file of benchmark lines" in capsys.readouterr().err
