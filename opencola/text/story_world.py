@@ -134,8 +134,6 @@ MOODS = {
     "lonely": "loved",
     "bored": "excited",
     "shy": "proud",
-    "sleepy": "awake",
-    "weak": "strong",
 }
 # weather: what one walks home in
 WEATHERS = {
@@ -207,8 +205,9 @@ def _english() -> World:
 
     success = (
         Template("At last the {animal} found the {colour} {object}."),
-        Template("The {colour} {object} was waiting behind the {things}."),
+        Template("The {colour} {object} was waiting at the {place}."),
         Template("{hero} held the {object} and smiled at the {animal}."),
+        Template("{hero} showed {his} {family} the {object}.", frozenset({"family"})),
         Template("The {animal} could see that {hero} was {relief} now.", frozenset({"mood"})),
     )
     ending = (
@@ -216,20 +215,21 @@ def _english() -> World:
         Template("{He} thanked {his} good friend, the {animal}."),
         Template("They sang all the way home from the {place}."),
         Template("The {animal} was glad to have a friend like {hero}."),
-        Template("At home, the {animal} ate a lot of {food}."),
+        Template("At home, {he} gave a lot of {food} to the {animal}."),
         Template(
             "{hero} gave the {colour} {object} to {his} {family}.",
             frozenset({"family"}),
         ),
         Template("In the end, {hero} felt very {relief}.", frozenset({"mood"})),
-        Template("The {animal} and {hero} walked back in the {sky}.", frozenset({"weather"})),
+        Template("And {hero} was never {mood} again, only {relief}.", frozenset({"mood"})),
+        Template("Out in the {sky}, {hero} thanked the clever {animal}.", frozenset({"weather"})),
     )
     kinds = (
         kind(
             "opening",
             "One {weather} day, {hero} went to the {place}.",
             "Once a little {child} named {hero} lived near the {place}.",
-            "{hero} liked to spend every morning at the {place}.",
+            "{hero} and {his} {family} spent every morning at the {place}.",
         ),
         kind(
             "friend",
@@ -242,7 +242,7 @@ def _english() -> World:
             "{hero} looked {mood} from the start.",
             "The {animal} saw that {hero} was {mood}.",
             "{He} told the {animal} why {he} was {mood}.",
-            chance=0.5,
+            chance=0.6,
         ),
         kind(
             "wish",
@@ -253,9 +253,9 @@ def _english() -> World:
         kind(
             "obstacle",
             "But there was {an_obstacle} between {hero} and the {object}.",
-            "On the path, {an_obstacle} stopped the {animal}.",
+            "On the way to the {place}, {an_obstacle} stopped the {animal}.",
             "Soon {hero} came to {an_obstacle} beside the {things}.",
-            chance=0.8,
+            chance=0.7,
         ),
         kind(
             "remedy",
@@ -264,7 +264,7 @@ def _english() -> World:
             "So {he} {deed} the {obstacle} with {a_tool}.",
             needs="obstacle",
         ),
-        Kind("success", success, chance=1 / 3),
+        Kind("success", success, chance=0.4),
         Kind("ending", ending),
     )
     gender = dict.fromkeys(BOYS, "boy") | dict.fromkeys(GIRLS, "girl")

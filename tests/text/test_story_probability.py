@@ -123,12 +123,10 @@ def test_the_english_sampler_is_uniform_over_values_and_first_templates() -> Non
 
 
 def test_log_probability_of_a_story_reckoned_by_hand() -> None:
-    text = (
-        "Tom liked to spend every morning at the farm. His best friend was a clever dog. Tom wanted to fly a red kite."
-    )
-    text += " He thanked his good friend, the dog."
+    text = "Once a little boy named Tom lived near the farm. His best friend was a clever dog. "
+    text += "Tom wanted to fly a red kite. He thanked his good friend, the dog."
     choices = 20 * 15 * 15 * 16 * 6 * 3 * 3 * 3 * 5  # hero animal place object colour; templates
-    skipped = 0.5 * 0.2 * (2 / 3)  # mood, obstacle, success
+    skipped = 0.4 * 0.3 * 0.6  # mood, obstacle, success
     assert stories.log_probability(text) == pytest.approx(math.log(skipped / choices), rel=1e-12)
 
 

@@ -1,3 +1,4 @@
+import re
 from collections import Counter
 
 import pytest
@@ -8,8 +9,6 @@ from opencola.text.story_world import ANIMALS, MOODS, OBJECTS, OBSTACLES
 
 COUNT = 200
 TASKS = ("lambada", "mmlu", "obqa", "hellaswag", "race", "siqa", "squad", "story_cloze")
-FOOD = {food: animal for animal, (_, food) in ANIMALS.items()}
-MOVES = {moved: animal for animal, (moved, _) in ANIMALS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -85,28 +84,22 @@ def test_siqa_asks_for_moods_that_the_story_did_not_give_away(asked: dict[str, l
 
 def test_squad_answers_stand_in_the_context(asked: dict[str, list[dict]]) -> None:
     for record in asked["squad"]:
-        assert record["answer"] in record["context"].replace(".", "").split()
+        assert record["answer"] in re.findall(r"\w+", record["context"])
         text = f"{record['context']} {record['question']} {record['answer']}."
         assert stories.check(text).consistent
         assert max(stories.last_word_choices(text).values()) == pytest.approx(1)
 
 
 def test_mmlu_answers_are_what_the_maps_say(asked: dict[str, list[dict]]) -> None:
-    kinds = set()
+    pairs = {one: (other,) for one, other in (OBJECTS | MOODS).items()}
+    groups = [{name, *others} for name, others in (ANIMALS | OBSTACLES | pairs).items()]
+    answers = set()
     for record in asked["mmlu"]:
-        words, answer = record["question"].split(), record["answer"]
-        if answer in FOOD:
-            told, right = words[3], FOOD[answer]
-        elif answer in MOVES:
-            told, right = words[1], MOVES[answer]
-        elif answer in OBJECTS:
-            told, right = words[3], OBJECTS[answer]
-        else:
-            obstacle = next(name for name, tools in OBSTACLES.items() if answer.split()[-1] in (name, *tools))
-            told, right = True, any(word.strip(",") in (obstacle, *OBSTACLES[obstacle]) for word in words)
-        assert told == right, record
-        kinds.add(answer in FOOD or answer in MOVES or answer in OBJECTS)
-    assert kinds == {True, False}
+        words, answer = set(re.findall(r"\w+", record["question"])), record["answer"].split()[-1]
+        (group,) = [group for group in groups if answer in group]
+        assert (group - {answer}) & words, record
+        answers.add(answer)
+    assert len(answers) > 10
 
 
 def test_obqa_answers_are_the_tool_or_the_deed_of_the_obstacle(asked: dict[str, list[dict]]) -> None:
