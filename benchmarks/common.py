@@ -1,4 +1,4 @@
-"""What both benchmarks share: the sizes, the machine's GEMM rate, timing, and the JSON line."""
+"""What the benchmarks share: the sizes, the machine's GEMM rate, timing, and the JSON line."""
 
 import argparse
 import json
@@ -13,6 +13,7 @@ import torch
 from opencola.flow.dit import DiTConfig
 from opencola.interop import official
 from opencola.models.cola import Cola, ColaConfig, PriorObjective
+from opencola.text.corpus import Batch
 from opencola.vae.text_vae import TextVAEConfig
 
 COMPARED = ("seconds", "floor_ratio", "peak_bytes")
@@ -81,17 +82,33 @@ def model(options: argparse.Namespace, size: str) -> Cola:
     return cola
 
 
-def gemm_gflops(seconds: float = 1.0) -> float:
+def best_seconds(run: Callable[[], object], repeats: int) -> float:
+    """The shortest of several runs."""
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def gemm_gflops(repeats: int = 40) -> float:
     """Rate of large float32 matrix products on this machine and number of threads, in GFLOP/s."""
     size = 1024
     a, b = torch.randn(size, size), torch.randn(size, size)
-    best = float("inf")
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        a @ b
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best / 1e9
+    return 2 * size**3 / best_seconds(lambda: a @ b, repeats) / 1e9
+
+
+def training_step(cola: Cola, batch: int, length: int) -> Callable[[], None]:
+    """Forward and backward of the prior on random latents, to be timed."""
+    z_0 = torch.randn(batch, length, cola.dit.config.latent_dim)
+    data = Batch(torch.zeros(batch, length, dtype=torch.long), torch.arange(batch), seed=0, step=0)
+
+    def step() -> None:
+        cola.dit.zero_grad()
+        cola.flow_matching(z_0, data).backward()
+
+    return step
 
 
 def transformer_flops(rows: int, pairs: int, layers: int, width: int, heads_width: int, hidden: int) -> int:
@@ -141,11 +158,7 @@ def report(
     """Run once to warm up and then `repeats` times; print one JSON line."""
     gflops = gemm_gflops()
     run()
-    best = float("inf")
-    for _ in range(options.repeats):
-        start = time.perf_counter()
-        run()
-        best = min(best, time.perf_counter() - start)
+    best = best_seconds(run, options.repeats)
     gflops = max(gflops, gemm_gflops())
     floor = flops / gflops / 1e9
     line: dict[str, Any] = {

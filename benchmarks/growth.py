@@ -9,17 +9,15 @@ GEMM rate of the same run).
 
 import argparse
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.common import SIZES, gemm_gflops, generation_flops, training_flops
+from benchmarks.common import SIZES, best_seconds, gemm_gflops, generation_flops, training_flops, training_step
 from opencola.models.cola import Cola
 from opencola.models.sampling import Sampling
-from opencola.text.corpus import Batch
 
 NEW = 32
 PROMPTS = (64, 256, 1024, 4096)
@@ -39,13 +37,7 @@ def points(cola: Cola) -> list[tuple[str, int, int, int, Callable[[], object]]]:
         found.append((axis, size, batch * NEW, flops, lambda texts=texts: list(cola.generate(texts, sampling))))  # type: ignore[misc]
     for length in LENGTHS:
         batch = TRAINED // length
-        z_0 = torch.randn(batch, length, cola.dit.config.latent_dim)
-        data = Batch(torch.zeros(batch, length, dtype=torch.long), torch.arange(batch), seed=0, step=0)
-
-        def step(z_0: torch.Tensor = z_0, data: Batch = data) -> None:
-            cola.dit.zero_grad()
-            cola.flow_matching(z_0, data).backward()
-
+        step = training_step(cola, batch, length)
         found.append(("length", length, TRAINED, training_flops(cola, batch, length), step))
     return found
 
@@ -77,11 +69,7 @@ def main() -> None:
     lines: list[dict[str, Any]] = []
     for axis, size, tokens, flops, run in points(Cola(SIZES["S"]).eval()):
         run()
-        gflops, best = gemm_gflops(0.3), float("inf")
-        for _ in range(2):
-            start = time.perf_counter()
-            run()
-            best = min(best, time.perf_counter() - start)
+        gflops, best = gemm_gflops(), best_seconds(run, 2)
         floor = flops / gflops / 1e9
         line: dict[str, Any] = {"axis": axis, "size": size, "us_per_token": round(1e6 * best / tokens, 1)}
         line |= {"floor_us_per_token": round(1e6 * floor / tokens, 1), "floor_ratio": round(best / floor, 2)}

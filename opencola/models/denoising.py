@@ -1,5 +1,6 @@
 """One block: noise transported to latents by the guided velocity (model.md §5)."""
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from opencola.flow.dit import BlockCausalDiT, Modulation
 from opencola.flow.ode import evaluation_times, guide, repaint, solve, time_grid
+from opencola.layers.attention import Attend
 from opencola.layers.cache import KVCache
 from opencola.models.sampling import Sampling
 
@@ -80,15 +82,17 @@ def denoise(
     alike = not bool(pinned.any())
     moving = torch.ones_like(pinned[:1, :1]).long() if alike else (~pinned).long()
     turn = dit.turns(cache.positions(size))
-    passes = {1: (moving, turn, cache.attend(size, size))}
-    if guided:
-        both = cache.attend(size, size, alone=len(z))
-        passes[2] = (moving if alike else moving.repeat(2, 1), turn.repeat(2, 1, 1, 1), both)
     evaluations, difference = 0, torch.zeros_like(z)
+
+    @functools.cache
+    def pattern(number: int) -> tuple[Tensor, Tensor, Attend]:
+        index = moving if alike else moving.repeat(number, 1)
+        alone = len(z) if number == 2 else 0
+        return index, turn.repeat(number, 1, 1, 1), cache.attend(size, size, alone=alone)
 
     def branches(state: Tensor, t: float, number: int) -> Tensor:
         modulation, place = clock(t)
-        index, turn, attend = passes[number]
+        index, turn, attend = pattern(number)
         return dit(state.repeat(number, 1, 1), modulation, place * index, turn, attend)
 
     def velocity(state: Tensor, t: float) -> Tensor:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from opencola.flow.dit import BlockCausalDiT
+from opencola.flow.dit import BlockCausalDiT, Modulation
 from opencola.layers import randomness
 from opencola.layers.cache import KVCache
 from opencola.models.denoising import Block, Clock, denoise
@@ -63,8 +63,8 @@ def generate(
         return
     encoded = encode_prompts(vae, prompts, sampling, size, pad_id)
     ids = list(range(len(prompts))) if ids is None else list(ids)
-    caches = prefill(vae, dit, encoded, sampling)
     clock = Clock(dit, sampling, encoded.latents)
+    caches = prefill(vae, dit, encoded, sampling, clock)
     policy: OwnStop | ReleaseStop = OwnStop(encoded, sampling, eos_ids, stop)
     if release:
         policy = ReleaseStop(encoded, sampling, eos_ids, size * patch)
@@ -90,10 +90,10 @@ def generate(
             keep = torch.tensor(still, device=rows.device)
             caches, z = caches.select(keep), z[keep]
             active = [active[row] for row in still]
-        caches = replace(caches, dit=commit(dit, caches.dit, z, size))
+        caches = replace(caches, dit=commit(dit, caches.dit, z, size, clock.modulation))
 
 
-def prefill(vae: TextVAE, dit: BlockCausalDiT, prompts: Prompts, sampling: Sampling) -> Caches:
+def prefill(vae: TextVAE, dit: BlockCausalDiT, prompts: Prompts, sampling: Sampling, clock: Clock) -> Caches:
     """Caches that hold the whole prompt blocks, with room for what will be written."""
     size, patch, batch = dit.config.block_size, vae.config.patch_size, len(prompts.latents)
     longest = int(prompts.history.max())
@@ -102,7 +102,7 @@ def prefill(vae: TextVAE, dit: BlockCausalDiT, prompts: Prompts, sampling: Sampl
     encoder = vae.empty_cache(batch, room, "encoder") if sampling.candidates > 1 else None
     if longest:
         z = prompts.latents[:, :longest].contiguous()  # a slice takes other kernels than a single sample's does
-        dit_cache = commit(dit, dit_cache, z, prompts.history)
+        dit_cache = commit(dit, dit_cache, z, prompts.history, clock.modulation)
         # the release decodes latents as the prior sees them (Q8)
         vae.decode(z if sampling.compatibility == "release" else vae.denormalise(z), decoder)
         decoder = decoder.append(prompts.history)
@@ -112,9 +112,8 @@ def prefill(vae: TextVAE, dit: BlockCausalDiT, prompts: Prompts, sampling: Sampl
     return Caches(dit_cache, decoder, encoder)
 
 
-def commit(dit: BlockCausalDiT, cache: KVCache, z: Tensor, counts: Tensor | int) -> KVCache:
-    """The DiT's cache with the first `counts` clean latents of z (B, R, d), seen at t = 0, appended."""
-    modulation = dit.modulation(z.new_zeros(1))
+def commit(dit: BlockCausalDiT, cache: KVCache, z: Tensor, counts: Tensor | int, modulation: Modulation) -> KVCache:
+    """The DiT's cache with the first `counts` clean latents of z (B, R, d) appended; modulation: time 0's is first."""
     index = torch.zeros(1, 1, dtype=torch.long, device=z.device)
     turn = dit.turns(cache.positions(z.shape[1]))
     dit(z, modulation, index, turn, cache.attend(z.shape[1], dit.config.block_size))

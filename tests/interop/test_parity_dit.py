@@ -61,7 +61,8 @@ def test_blocks_after_a_committed_prefix(dit, stored) -> None:
     )
     prefixes = [expected[f"prefix_{i}"] for i in SAMPLES]
     prefix = torch.nn.utils.rnn.pad_sequence(prefixes, batch_first=True)
-    cache = commit(dit, dit.empty_cache(2, 24), prefix, torch.tensor([len(prefix) for prefix in prefixes]))
+    lengths = torch.tensor([len(prefix) for prefix in prefixes])
+    cache = commit(dit, dit.empty_cache(2, 24), prefix, lengths, dit.modulation(torch.zeros(1)))
     both = torch.cat((block, block)), torch.cat((t, t)), cache.positions(size).repeat(2, 1)
     conditional, unconditional = velocity(dit, *both, cache.attend(size, size, alone=2)).chunk(2)
     committed = velocity(dit, block, 0 * t, cache.positions(size), cache.attend(size, size))
