@@ -77,18 +77,7 @@ def finish(out: Path, num_stories: int = 200, display: bool = True, started: flo
     model, tokenizer, sampling = official.load(out).eval(), Tokenizer.load(out), official.load_sampling(out)
     stages = read_stages(out)
     stories = held_out(num_stories)
-    rest = [" ".join(["", *tale.sentences[PROMPT_SENTENCES:]]) for tale in stories]
-    ends = [" " + tale.text.split()[-1] for tale in stories]
-    # half as much again as the longest held-out continuation: enough for any story of the world
-    budget = {
-        "continuation": 3 * max(len(tokenizer.encode(text)) for text in rest) // 2,
-        "last_word": max(len(tokenizer.encode(text)) for text in ends),
-    }
-    with _progress(display) as progress:
-        write = _writer(model, tokenizer, sampling, progress, "continuing stories", num_stories)
-        continuations = continue_stories(stories, write, budget["continuation"])
-        write = _writer(model, tokenizer, sampling, progress, "finding last words", num_stories)
-        last_words = predict_last_words(stories, write, budget["last_word"])
+    continuations, last_words, budget = write_stories(model, tokenizer, sampling, stories, display)
     reconstruction = reconstruct_stories(model, tokenizer, stories, sampling.seed)
     measures = _measures(continuations, last_words, reconstruction)
     chosen = next((i for i, record in enumerate(continuations) if record.consistent), 0)
@@ -133,6 +122,25 @@ def finish(out: Path, num_stories: int = 200, display: bool = True, started: flo
     if display:
         _show(samples, measures, out, metrics["seconds"])
     return metrics
+
+
+def write_stories(
+    model: Cola, tokenizer: Tokenizer, sampling: Sampling, stories: Sequence[Story], display: bool = True
+) -> tuple[list[Continuation], list[LastWord], dict[str, int]]:
+    """Have the model continue stories and find their last words; the third result is the token budgets of both."""
+    rest = [" ".join(["", *tale.sentences[PROMPT_SENTENCES:]]) for tale in stories]
+    ends = [" " + tale.text.split()[-1] for tale in stories]
+    # half as much again as the longest held-out continuation: enough for any story of the world
+    budget = {
+        "continuation": 3 * max(len(tokenizer.encode(text)) for text in rest) // 2,
+        "last_word": max(len(tokenizer.encode(text)) for text in ends),
+    }
+    with _progress(display) as progress:
+        write = _writer(model, tokenizer, sampling, progress, "continuing stories", len(stories))
+        continuations = continue_stories(stories, write, budget["continuation"])
+        write = _writer(model, tokenizer, sampling, progress, "finding last words", len(stories))
+        last_words = predict_last_words(stories, write, budget["last_word"])
+    return continuations, last_words, budget
 
 
 def read_stages(out: Path) -> dict[str, list[dict[str, Any]]]:
