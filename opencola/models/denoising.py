@@ -36,20 +36,21 @@ class Clock:
 
     def __init__(self, dit: BlockCausalDiT, sampling: Sampling, like: Tensor) -> None:
         self.dit, self.sampling, self.like = dit, sampling, like
-        times = dict.fromkeys(evaluation_times(time_grid(sampling.steps, sampling.shift), sampling.solver))
-        self.places = {t: place for place, t in enumerate(times, start=1)}
-        self.modulation = self.compute(list(times))
+        times = dict.fromkeys([0.0, *evaluation_times(time_grid(sampling.steps, sampling.shift), sampling.solver)])
+        self.modulations = dict(zip(times, self.compute(list(times)), strict=True))
 
-    def compute(self, times: list[float]) -> Modulation:
-        """Modulations of time 0, which clean rows have, and then of these."""
+    def compute(self, times: list[float]) -> list[Modulation]:
+        """For each time the modulations of time 0, which clean rows have, and of that time: two rows."""
         t = torch.tensor([0.0, *times], dtype=torch.float64)
         if self.sampling.bf16_times:
             t = (1000 * t).bfloat16().double() / 1000
-        return self.dit.modulation(t.to(self.like))
+        layers = self.dit.modulation(t.to(self.like))
+        return [[torch.stack((rows[0], rows[place])) for rows in layers] for place in range(1, len(t))]
 
-    def __call__(self, t: float) -> tuple[Modulation, int]:
-        """Modulations, among which a place holds those of time t."""
-        return (self.modulation, self.places[t]) if t in self.places else (self.compute([t]), 1)
+    def __call__(self, t: float, moving: int | None = None) -> Modulation:
+        """Modulations of time 0 and of time t, or only those of one of them."""
+        both = self.modulations[t] if t in self.modulations else self.compute([t])[0]
+        return both if moving is None else [rows[moving : moving + 1] for rows in both]
 
 
 def denoise(
@@ -78,22 +79,18 @@ def denoise(
     scale = torch.where(cache.lengths > 0, sampling.guidance, 1.0).to(z)[:, None, None]
     guided = bool((scale != 1).any())
     unguided = scale == 1 if guided and bool((scale == 1).any()) else None
-    # one element where all rows have the same time: its modulation is then broadcast, not gathered
-    alike = not bool(pinned.any())
-    moving = torch.ones_like(pinned[:1, :1]).long() if alike else (~pinned).long()
+    alike = not bool(pinned.any())  # all rows have the same time: its modulation is then broadcast, not gathered
+    moving = (~pinned).long()
     turn = dit.turns(cache.positions(size))
     evaluations, difference = 0, torch.zeros_like(z)
 
     @functools.cache
     def pattern(number: int) -> tuple[Tensor, Tensor, Attend]:
-        index = moving if alike else moving.repeat(number, 1)
         alone = len(z) if number == 2 else 0
-        return index, turn.repeat(number, 1, 1, 1), cache.attend(size, size, alone=alone)
+        return moving.repeat(number, 1), turn.repeat(number, 1, 1, 1), cache.attend(size, size, alone=alone)
 
     def branches(state: Tensor, t: float, number: int) -> Tensor:
-        modulation, place = clock(t)
-        index, turn, attend = pattern(number)
-        return dit(state.repeat(number, 1, 1), modulation, place * index, turn, attend)
+        return dit(state.repeat(number, 1, 1), clock(t, 1 if alike else None), *pattern(number))
 
     def velocity(state: Tensor, t: float) -> Tensor:
         nonlocal evaluations, difference

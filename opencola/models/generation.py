@@ -10,6 +10,7 @@ from torch import Tensor
 from opencola.flow.dit import BlockCausalDiT, Modulation
 from opencola.layers import randomness
 from opencola.layers.cache import KVCache
+from opencola.layers.transformer import prepacked
 from opencola.models.denoising import Block, Clock, denoise
 from opencola.models.prompts import Prompts, encode_prompts
 from opencola.models.sampling import Sampling, choose, penalise
@@ -64,33 +65,35 @@ def generate(
     encoded = encode_prompts(vae, prompts, sampling, size, pad_id)
     ids = list(range(len(prompts))) if ids is None else list(ids)
     clock = Clock(dit, sampling, encoded.latents)
-    caches = prefill(vae, dit, encoded, sampling, clock)
     policy: OwnStop | ReleaseStop = OwnStop(encoded, sampling, eos_ids, stop)
     if release:
         policy = ReleaseStop(encoded, sampling, eos_ids, size * patch)
     written: list[list[int]] = [[] for _ in prompts]  # all tokens of the generated blocks
     active = list(range(len(prompts)))
-    for number in range(1 << 30):
-        rows = torch.tensor(active, device=encoded.tokens.device)
-        seen = [written[i] if release else list(prompts[i]) + written[i] for i in active]
-        pinned, known = first_block(encoded, rows, size) if number == 0 else no_rows(len(active), size, encoded.latents)
-        block = Block(number, [ids[i] for i in active], pinned, known, seen)
-        z, tokens, caches = write_block(vae, dit, caches, block, sampling, clock, watch, noise)
-        new = tokens.tolist()
-        if number == 0 and not release:
-            new = [encoded.known[i] + block[len(encoded.known[i]) :] for i, block in zip(active, new, strict=True)]
-        for i, tokens_of_block in zip(active, new, strict=True):
-            written[i] += tokens_of_block
-        blocks = policy.cut(active, new, number)
-        yield blocks
-        still = [row for row, out in enumerate(blocks) if not out.finished]
-        if not still:
-            return
-        if len(still) < len(active):
-            keep = torch.tensor(still, device=rows.device)
-            caches, z = caches.select(keep), z[keep]
-            active = [active[row] for row in still]
-        caches = replace(caches, dit=commit(dit, caches.dit, z, size, clock.modulation))
+    with prepacked(dit.blocks, 2 * size * len(prompts)):
+        caches = prefill(vae, dit, encoded, sampling, clock)
+        for number in range(1 << 30):
+            rows = torch.tensor(active, device=encoded.tokens.device)
+            seen = [written[i] if release else list(prompts[i]) + written[i] for i in active]
+            first = number == 0
+            fixed = first_block(encoded, rows, size) if first else no_rows(len(active), size, encoded.latents)
+            block = Block(number, [ids[i] for i in active], *fixed, seen)
+            z, tokens, caches = write_block(vae, dit, caches, block, sampling, clock, watch, noise)
+            new = tokens.tolist()
+            if first and not release:
+                new = [encoded.known[i] + block[len(encoded.known[i]) :] for i, block in zip(active, new, strict=True)]
+            for i, tokens_of_block in zip(active, new, strict=True):
+                written[i] += tokens_of_block
+            blocks = policy.cut(active, new, number)
+            yield blocks
+            still = [row for row, out in enumerate(blocks) if not out.finished]
+            if not still:
+                return
+            if len(still) < len(active):
+                keep = torch.tensor(still, device=rows.device)
+                caches, z = caches.select(keep), z[keep]
+                active = [active[row] for row in still]
+            caches = replace(caches, dit=commit(dit, caches.dit, z, size, clock(0.0, 0)))
 
 
 def prefill(vae: TextVAE, dit: BlockCausalDiT, prompts: Prompts, sampling: Sampling, clock: Clock) -> Caches:
@@ -102,7 +105,7 @@ def prefill(vae: TextVAE, dit: BlockCausalDiT, prompts: Prompts, sampling: Sampl
     encoder = vae.empty_cache(batch, room, "encoder") if sampling.candidates > 1 else None
     if longest:
         z = prompts.latents[:, :longest].contiguous()  # a slice takes other kernels than a single sample's does
-        dit_cache = commit(dit, dit_cache, z, prompts.history, clock.modulation)
+        dit_cache = commit(dit, dit_cache, z, prompts.history, clock(0.0, 0))
         # the release decodes latents as the prior sees them (Q8)
         vae.decode(z if sampling.compatibility == "release" else vae.denormalise(z), decoder)
         decoder = decoder.append(prompts.history)
@@ -113,7 +116,7 @@ def prefill(vae: TextVAE, dit: BlockCausalDiT, prompts: Prompts, sampling: Sampl
 
 
 def commit(dit: BlockCausalDiT, cache: KVCache, z: Tensor, counts: Tensor | int, modulation: Modulation) -> KVCache:
-    """The DiT's cache with the first `counts` clean latents of z (B, R, d) appended; modulation: time 0's is first."""
+    """The DiT's cache with the first `counts` clean latents of z (B, R, d) appended; modulation: time 0's."""
     index = torch.zeros(1, 1, dtype=torch.long, device=z.device)
     turn = dit.turns(cache.positions(z.shape[1]))
     dit(z, modulation, index, turn, cache.attend(z.shape[1], dit.config.block_size))

@@ -8,7 +8,7 @@ from tiny import dit_config, randomise, vae_config
 from torch import Tensor, nn
 
 from opencola.layers.attention import masked, rotary, rotate_halves, rotate_pairs, turns
-from opencola.layers.transformer import AdaptiveBlock, Block, LayerNorm, TimeEmbedding, modulate
+from opencola.layers.transformer import AdaptiveBlock, Block, LayerNorm, Linear, TimeEmbedding, modulate, prepacked
 
 
 def norm(x: Tensor, eps: float, module: nn.Module | None = None) -> Tensor:
@@ -38,6 +38,42 @@ def test_modulation_shifts_and_scales() -> None:
     x, shift, scale = torch.randn(1, 3, 4), torch.randn(2, 4), torch.randn(2, 4)
     rows = [x[0, row] * (1 + scale[m]) + shift[m] for row, m in enumerate((1, 0, 1))]
     torch.testing.assert_close(modulate(x, shift, scale, torch.tensor([[1, 0, 1]]))[0], torch.stack(rows))
+
+
+def test_a_single_modulation_is_for_all_rows() -> None:
+    x, shift, scale = torch.randn(2, 3, 4), torch.randn(1, 4), torch.randn(1, 4)
+    expected = modulate(x, shift, scale, torch.zeros(2, 3, dtype=torch.long))
+    gathered = modulate(x, shift.repeat(2, 1), scale.repeat(2, 1), torch.ones(2, 3, dtype=torch.long))
+    assert torch.equal(expected, gathered)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 32])
+@pytest.mark.parametrize("bias", [True, False])
+def test_prepacked_products_are_the_plain_ones(rows: int, bias: bool) -> None:
+    layer, x = Linear(24, 40, bias=bias), torch.randn(2, rows, 24)
+    plain = layer(x), layer(x, "gelu")
+    with prepacked(layer, 32):
+        assert layer.packed is not None
+        packed = layer(x), layer(x, "gelu")
+    assert layer.packed is None
+    for one, other in zip(packed, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    exact = x.double() @ layer.weight.double().T + (layer.bias.double() if bias else 0)
+    exact = 0.5 * exact * (1 + torch.tanh(math.sqrt(2 / math.pi) * (exact + 0.044715 * exact**3)))
+    torch.testing.assert_close(packed[1].double(), exact, rtol=0, atol=1e-5)
+
+
+def test_prepacking_leaves_wide_and_large_weights_and_ends_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide, layer = Linear(8, 8).double(), Linear(8, 8)
+    with prepacked(wide, 4):
+        assert wide.packed is None
+    with pytest.raises(KeyError), prepacked(layer, 4):
+        raise KeyError
+    assert layer.packed is None
+    monkeypatch.setattr("opencola.layers.transformer.PACKED_BYTES", layer.weight.nbytes)
+    with prepacked(layer, 4):
+        assert layer.packed is None
 
 
 @pytest.mark.parametrize("skip", [0, 2])

@@ -222,6 +222,21 @@ def test_a_known_token_of_a_partial_patch_is_forced_and_not_given_out(generate: 
     assert run.ids[0, 0][2] != text[10]  # what the latent says, and what is overruled
 
 
+def test_generation_in_float32_packs_the_weights_while_it_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, layer = tiny_cola().float(), "blocks.0.mlp_in"
+    packed: list[bool] = []
+    hook = model.dit.get_submodule(layer).register_forward_hook(lambda m, x, y: packed.append(m.packed is not None))
+    texts, settings = [prompt(7), prompt(4)], Sampling(max_new_tokens=12, steps=2)
+    fast = [[out.tokens for out in blocks] for blocks in model.generate(texts, settings)]
+    unfinished = model.generate(texts, settings)
+    next(unfinished)
+    unfinished.close()
+    assert all(packed) and model.dit.get_submodule(layer).packed is None
+    hook.remove()
+    monkeypatch.setattr("opencola.layers.transformer.PACKED_BYTES", 0)
+    assert [[out.tokens for out in blocks] for blocks in model.generate(texts, settings)] == fast
+
+
 @pytest.mark.parametrize("patch", [1, 2])
 def test_padding_strategies_generate_after_the_padded_prompt(generate: Generate, patch: int) -> None:
     model, text, pad = tiny_cola(vae={"patch_size": patch}), prompt(4 * patch + 1), 17
@@ -236,16 +251,17 @@ def test_padding_strategies_generate_after_the_padded_prompt(generate: Generate,
 
 def test_partial_repaint_moves_known_rows_along_and_gives_the_same_tokens_out(generate: Generate) -> None:
     model, text = tiny_cola(), prompt(7)
-    inputs: list[tuple[Tensor, Tensor]] = []
-    model.dit.register_forward_pre_hook(lambda module, args: inputs.append((args[0], args[2])))
+    inputs: list[tuple[Tensor, list[Tensor]]] = []
+    model.dit.register_forward_pre_hook(lambda module, args: inputs.append((args[0], args[1])))
     settings = {"steps": 4, "guidance": 1.0, "max_new_tokens": 5, "repaint_fraction": 0.5, "repaint_repeats": 2}
     partial = generate(model, [text], first_block="partial", **settings)
     mean, calls = model.vae.encode(torch.tensor([text])).mean[0], inputs[1:7]
-    for (z, index), step, key in zip(calls, (0, 0, 1, 1), ((0, 0), (0, 1), (1, 0), (1, 1)), strict=False):
+    for (z, modulation), step, key in zip(calls, (0, 0, 1, 1), ((0, 0), (0, 1), (1, 0), (1, 1)), strict=False):
         t, drawn = 1 - step / 4, randomness.generator(0, "repaint", 0, 0, 0, *key, 0)
         known = (1 - t) * mean[4:7] + t * torch.randn(S, D, generator=drawn).double()[:3]
         torch.testing.assert_close(z[0, :3], known, rtol=0, atol=1e-11)
-        assert index.tolist() == [[1 + step]]  # every row at the current time
+        for rows, expected in zip(modulation, model.dit.modulation(torch.tensor([t]).double()), strict=True):
+            torch.testing.assert_close(rows, expected, rtol=0, atol=1e-11)  # every row at the current time
     assert len({tuple(z.flatten().tolist()) for z, _ in calls}) == 6  # then two steps without the known rows
     clean = generate(model, [text], **settings)
     assert [len(b.tokens) for (b,) in partial.blocks] == [len(b.tokens) for (b,) in clean.blocks] == [1, 4]
