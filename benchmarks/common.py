@@ -5,6 +5,7 @@ import json
 import resource
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from opencola.models.cola import Cola, ColaConfig, PriorObjective
 from opencola.text.corpus import Batch
 from opencola.vae.text_vae import TextVAEConfig
 
+ROW = ("work", "size", "batch", "threads", "bf16", "recompute")
 COMPARED = ("seconds", "floor_ratio", "peak_bytes")
 PRIOR = PriorObjective(strategy="fixed", noisy_copies=1, prompt_in_block=0.05, history_dropout=0.0, lambda_ref=0.0)
 
@@ -50,6 +52,8 @@ def rows(description: str, batches: list[int]) -> Iterator[tuple[argparse.Namesp
     parser.add_argument("--repeats", type=int, default=3, help="runs, of which the best counts")
     parser.add_argument("--dit", help="folder of a DiT in the public format, in place of random weights of the size")
     parser.add_argument("--vae", help="folder of a Text VAE in the public format")
+    parser.add_argument("--bf16", action="store_true", help="generate with bfloat16 weights, train under autocast")
+    parser.add_argument("--recompute", action="store_true", help="train with activation checkpointing")
     parser.add_argument("--compare", help="file of an earlier run's lines; adds the ratios to it", type=earlier_lines)
     parser.set_defaults(compare=[])
     options = parser.parse_args()
@@ -64,7 +68,7 @@ def earlier_lines(path: str) -> list[dict[str, Any]]:
     try:
         lines = [json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()]
         for line in lines:
-            for key in ("work", "size", "batch", "threads", *COMPARED):
+            for key in (*ROW, *COMPARED):
                 line[key]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise argparse.ArgumentTypeError(f"{path} is not a file of benchmark lines: {error!r}") from error
@@ -74,7 +78,7 @@ def earlier_lines(path: str) -> list[dict[str, Any]]:
 def model(options: argparse.Namespace, size: str) -> Cola:
     """The model of a row, its DiT's and VAE's weights read or drawn at random."""
     torch.manual_seed(0)
-    cola = Cola(SIZES[size])
+    cola = Cola(replace(SIZES[size], prior=replace(PRIOR, recompute=options.recompute)))
     if options.dit:
         cola.dit = official.load_dit(options.dit)
     if options.vae:
@@ -99,14 +103,16 @@ def gemm_gflops(repeats: int = 40) -> float:
     return 2 * size**3 / best_seconds(lambda: a @ b, repeats) / 1e9
 
 
-def training_step(cola: Cola, batch: int, length: int) -> Callable[[], None]:
-    """Forward and backward of the prior on random latents, to be timed."""
+def training_step(cola: Cola, batch: int, length: int, bf16: bool = False) -> Callable[[], None]:
+    """Forward and backward of the prior on random latents, to be timed; bf16: under autocast."""
     z_0 = torch.randn(batch, length, cola.dit.config.latent_dim)
     data = Batch(torch.zeros(batch, length, dtype=torch.long), torch.arange(batch), seed=0, step=0)
 
     def step() -> None:
         cola.dit.zero_grad()
-        cola.flow_matching(z_0, data).backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = cola.flow_matching(z_0, data)
+        loss.backward()
 
     return step
 
@@ -166,6 +172,8 @@ def report(
         "size": size,
         "batch": batch,
         "threads": options.threads,
+        "bf16": options.bf16,
+        "recompute": options.recompute,
         "seconds": round(best, 4),
         "tokens_per_second": round(tokens / best, 1),
         "gemm_gflops": round(gflops, 1),
@@ -174,6 +182,6 @@ def report(
         "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     }
     for earlier in options.compare:
-        if all(earlier[key] == line[key] for key in ("work", "size", "batch", "threads")):
+        if all(earlier[key] == line[key] for key in ROW):
             line |= {f"{key}_over_earlier": round(line[key] / earlier[key], 3) for key in COMPARED}
     print(json.dumps(line), flush=True)

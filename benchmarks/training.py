@@ -1,6 +1,6 @@
 """Training speed of the prior: forward and backward of the packed flow-matching loss, frozen VAE not counted.
 
-    .venv/bin/python -m benchmarks.training [--size S|M] [--batch N] [--threads N]
+    .venv/bin/python -m benchmarks.training [--size S|M] [--batch N] [--threads N] [--bf16] [--recompute]
 
 256 latents a sample, one noisy copy. One JSON line a row; peak_bytes is the process's peak so far.
 """
@@ -12,7 +12,7 @@ def main() -> None:
     """Time the rows that the command line asks for."""
     for options, size, batch in rows("Training speed.", [8]):
         cola = model(options, size)
-        step = training_step(cola, batch, 256)
+        step = training_step(cola, batch, 256, options.bf16)
         report("train", size, batch, options, 256 * batch, training_flops(cola, batch, 256), step)
 
 
