@@ -70,6 +70,7 @@ def main() -> None:
     for axis, size, tokens, flops, run in points(Cola(SIZES["S"]).eval()):
         run()
         gflops, best = gemm_gflops(), best_seconds(run, 2)
+        gflops = max(gflops, gemm_gflops())
         floor = flops / gflops / 1e9
         line: dict[str, Any] = {"axis": axis, "size": size, "us_per_token": round(1e6 * best / tokens, 1)}
         line |= {"floor_us_per_token": round(1e6 * floor / tokens, 1), "floor_ratio": round(best / floor, 2)}

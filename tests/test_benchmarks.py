@@ -5,16 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import tiny_cola
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import generation
+from benchmarks import generation, growth, quality
 from benchmarks.common import COMPARED, SIZES, generation_flops, training_flops
 from opencola.models.cola import Cola
 from opencola.models.sampling import Sampling
 from opencola.text.corpus import Batch
 
 
-def test_the_floor_of_generation_is_what_is_computed_and_little_less() -> None:
+def test_the_floor_of_generation_is_what_is_computed_and_little_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opencola.layers.transformer.PACKED_BYTES", 0)  # oneDNN's products are not counted
     cola = Cola(SIZES["S"]).eval()
     with FlopCounterMode(display=False) as counter:
         list(cola.generate([list(range(64))] * 2, Sampling(max_new_tokens=32, steps=4)))
@@ -58,3 +60,53 @@ def test_a_file_of_something_else_cannot_be_compared_with(
     with pytest.raises(SystemExit, match="2"):
         generation.main()
     assert "other.jsonl is not a file of benchmark lines" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "passes"),
+    [
+        (Sampling(steps=4), 8),
+        (Sampling(steps=4, guidance=1.0), 4),
+        (Sampling(steps=2, solver="heun"), 6),  # the last step of Heun's method is Euler's
+        (Sampling(steps=2, solver="midpoint"), 8),
+        (Sampling(steps=8, guidance_until=0.5), 13),
+        (Sampling(steps=8, guidance_every=2), 12),
+    ],
+)
+def test_passes_of_a_block_are_counted(settings: Sampling, passes: int) -> None:
+    assert quality.evaluations(tiny_cola(), settings) == passes
+
+
+def test_quality_is_measured_on_the_shipped_model_and_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(quality, "settings", lambda: [("euler", Sampling(steps=n)) for n in (1, 8)])
+    file = tmp_path / "quality.svg"
+    monkeypatch.setattr("sys.argv", ["quality", "--stories", "4", "--figure", str(file), "--threads", "2"])
+    quality.main()
+    poor, good = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert [poor["evaluations"], good["evaluations"]] == [2, 16]
+    assert good["legal_sentences"] > poor["legal_sentences"] and good["last_words"] == 1
+    assert "<svg" in file.read_text()
+
+
+def test_growth_prints_and_draws_its_points(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, values in (
+        ("PROMPTS", (16, 32)),
+        ("BATCHES", (1, 2)),
+        ("LENGTHS", (32, 64)),
+        ("TRAINED", 64),
+        ("NEW", 16),
+    ):
+        monkeypatch.setattr(growth, name, values)
+    monkeypatch.setattr("sys.argv", ["growth", "--figure", str(tmp_path / "growth.svg")])
+    growth.main()
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["axis"], line["size"]) for line in lines] == [
+        ("prompt", 16), ("prompt", 32), ("batch", 1), ("batch", 2), ("length", 32), ("length", 64)
+    ]  # fmt: skip
+    for line in lines:
+        assert line["floor_ratio"] == pytest.approx(line["us_per_token"] / line["floor_us_per_token"], rel=0.02)
+    assert "<svg" in (tmp_path / "growth.svg").read_text()

@@ -41,7 +41,8 @@ def prepacked(module: nn.Module, rows: int) -> Iterator[None]:
     For use without gradients. Only float32 on a CPU, and less than PACKED_BYTES of weights; elsewhere nothing happens.
     Products of a few rows (about `rows`) are half as fast again: plain ones spend their time on ordering the weights.
     """
-    layers = [layer for layer in module.modules() if isinstance(layer, Linear)]
+    named = module.named_modules()  # modulations are computed once for all times, and not worth it
+    layers = [layer for name, layer in named if isinstance(layer, Linear) and not name.endswith("modulation")]
     fit = all(layer.weight.is_cpu and layer.weight.dtype == torch.float32 for layer in layers)
     small = sum(layer.weight.nbytes for layer in layers) < PACKED_BYTES
     if fit and small and torch.backends.mkldnn.is_available():
