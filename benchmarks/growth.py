@@ -50,10 +50,12 @@ def draw(lines: list[dict[str, Any]], file: Path) -> None:
     figure = Figure(figsize=(10, 3), layout="constrained")
     for panel, (axis, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
         there = [line for line in lines if line["axis"] == axis]
-        for key, style in (("us_per_token", "o-"), ("floor_us_per_token", "--")):
-            panel.loglog([line["size"] for line in there], [line[key] for line in there], style, label=key)
+        for key, label, style in (("us_per_token", "µs per token", "o-"), ("floor_us_per_token", "floor", "--")):
+            panel.loglog([line["size"] for line in there], [line[key] for line in there], style, label=label)
         panel.set_xlabel(title)
-        panel.set_ylim(bottom=0.5 * min(line["floor_us_per_token"] for line in there))
+        panel.set_xticks([line["size"] for line in there], [str(line["size"]) for line in there])
+        panel.minorticks_off()
+        panel.set_ylim(500, 200_000)
     panel.legend()
     figure.savefig(file)
 

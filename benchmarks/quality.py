@@ -59,15 +59,17 @@ def evaluations(model: Cola, sampling: Sampling) -> int:
 def draw(lines: list[dict[str, Any]], file: Path) -> None:
     """Legal sentences and consistent stories over evaluations, a curve for each name."""
     from matplotlib.figure import Figure  # half a second that only this needs
+    from matplotlib.markers import MarkerStyle
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     for panel, measure in zip(figure.subplots(1, 2), ("legal_sentences", "consistent_stories"), strict=True):
-        for name in dict.fromkeys(line["name"] for line in lines):
+        for number, name in enumerate(dict.fromkeys(line["name"] for line in lines)):
             there = sorted((line["evaluations"], line[measure]) for line in lines if line["name"] == name)
-            panel.semilogx(*zip(*there, strict=True), "o-", base=2, label=name)
+            marker = MarkerStyle.filled_markers[number % len(MarkerStyle.filled_markers)]
+            panel.semilogx(*zip(*there, strict=True), f"{marker}-", base=2, label=name)
         panel.set_xlabel("DiT passes a block")
         panel.set_title(measure.replace("_", " "))
-    panel.legend(fontsize="x-small")
+    panel.legend(fontsize="x-small", loc="lower right")
     figure.savefig(file)
 
 
