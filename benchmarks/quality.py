@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from opencola.console import SHIPPED
 from opencola.demo import write_stories
 from opencola.evaluation.stories import continuation_shares, held_out, last_word_scores
 from opencola.interop import official
@@ -23,7 +24,6 @@ from opencola.models.cola import Cola
 from opencola.models.sampling import Sampling
 from opencola.text.tokenizer import Tokenizer
 
-SHIPPED = Path(__file__).parents[1] / "opencola" / "shipped"
 SEED = -888  # neither the training's stories nor those of the demo's results
 
 
