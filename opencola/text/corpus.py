@@ -1,7 +1,7 @@
 """Documents packed into batches of token ids: endless, the same for the same seed, and resumable anywhere."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -26,21 +26,38 @@ class Batch:
     """The run's seed."""
     step: int
     """Batches served before this one."""
+    documents: torch.Tensor | None = None
+    """(B, L) int64: a number for each document of a row, the same for all its tokens; attention then stays within a
+    document. None: attention does not know of documents."""
+    scored: torch.Tensor | None = None
+    """(B, L) bool: tokens that count in the loss; all when None."""
+    counts: Mapping[str, torch.Tensor] | None = None
+    """Denominators of the loss's means, by name, where the batch is part of a larger one: what the whole step has,
+    divided by the number of its parts. None: the batch is whole, and they are its own."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on `device`."""
-        return replace(self, tokens=self.tokens.to(device), ids=self.ids.to(device))
+        tensors: dict[str, Any] = {name: value.to(device) for name, value in self._tensors().items()}
+        counts = None if self.counts is None else {name: value.to(device) for name, value in self.counts.items()}
+        return replace(self, counts=counts, **tensors)
+
+    def rows(self, chosen: slice) -> "Batch":
+        """Some of the rows."""
+        tensors: dict[str, Any] = {name: value[chosen] for name, value in self._tensors().items()}
+        return replace(self, **tensors)
 
     def shard(self, rank: int, num_ranks: int) -> "Batch":
-        """The rows (B / num_ranks of them) that process `rank` works on; all processes together see each row once.
+        """Every `num_ranks`-th row, from row `rank` on: what one process, or one of several passes, works on.
 
         Raises ValueError when the rows cannot be divided evenly.
         """
-        num_rows, rest = divmod(len(self.ids), num_ranks)
-        if rest:
+        if len(self.ids) % num_ranks:
             raise ValueError(f"a batch of {len(self.ids)} sequences cannot be divided among {num_ranks} processes")
-        rows = slice(rank * num_rows, (rank + 1) * num_rows)
-        return replace(self, tokens=self.tokens[rows], ids=self.ids[rows])
+        return self.rows(slice(rank, None, num_ranks))
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        values = {name: getattr(self, name) for name in ("tokens", "ids", "documents", "scored")}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
