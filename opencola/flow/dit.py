@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from opencola.layers.attention import Attend, packed, rotary, turns
+from opencola.layers.attention import Attend, rotary, turns
 from opencola.layers.cache import KVCache
+from opencola.layers.packed import packed
 from opencola.layers.transformer import AdaptiveBlock, LayerNorm, Linear, TimeEmbedding, initialise, modulate
 
 Modulation = list[Tensor]
@@ -112,13 +113,15 @@ class BlockCausalDiT(nn.Module):
         t: Tensor,
         pinned: Tensor | None = None,
         history: Tensor | None = None,
+        documents: Tensor | None = None,
         recompute: bool = False,
     ) -> Tensor:
         """Velocities of all blocks of several noisy copies in one pass (model.md §3): like z_t.
 
         z_0 (B, N, d): clean latents, the history; z_t (B, copies, N, d); t (B, copies, G) with G dividing N: a time for
         each of G equal parts of a copy; pinned (B, copies, N) bool: rows that are clean, at time 0; history (B,) bool:
-        samples that see their history, all when not given; recompute: as in `forward`.
+        samples that see their history, all when not given; documents (B, N) int64: the document of each latent, beyond
+        which it sees nothing; recompute: as in `forward`.
         """
         block_size = self.config.block_size
         batch, copies, num_latents, _ = z_t.shape
@@ -134,7 +137,7 @@ class BlockCausalDiT(nn.Module):
         positions = torch.cat((place[:num_clean], place.repeat(copies)))
         rows = torch.cat((z_0[:, :num_clean].detach(), z_t.flatten(1, 2)), dim=1)
         modulation = self.modulation(torch.cat((t.new_zeros(1), t.flatten())))
-        attend = packed(num_clean, num_latents, block_size, copies, history, z_t.device)
+        attend = packed(num_clean, num_latents, block_size, copies, history, documents, z_t.device)
         velocity = self(rows, modulation, index, self.turns(positions), attend, num_clean, recompute)
         return velocity.unflatten(1, (copies, num_latents))
 

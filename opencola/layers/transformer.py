@@ -158,9 +158,12 @@ class AdaptiveBlock(nn.Module):
         # gathered for the rows one by one: all six at once would be the largest tensor of a block
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation.chunk(6, dim=-1)
         u = modulate(self.norm(h), shift_1, scale_1, index)
-        q, k, v = self.qkv(u).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+        # heads before rows, the order of attention's products: the norms copy anyhow
+        q, k, v = self.qkv(u).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        turn = turn.transpose(-3, -2)
         q = rotate_pairs(self.norm_q(q), turn).to(v.dtype)
         k = rotate_pairs(self.norm_k(k), turn).to(v.dtype)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if skip:
             q, h, index = (x[:, skip:] for x in (q, h, index))
         attended = self.attention_out(attend(layer, q, k, v).flatten(-2)).to(h.dtype)

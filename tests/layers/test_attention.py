@@ -1,4 +1,4 @@
-"""Rotary positions against complex numbers, attention against loops, the packed pattern against its dense mask."""
+"""Rotary positions against complex numbers, attention against loops."""
 
 import math
 
@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from opencola.layers.attention import attention, masked, packed, rotary, rotate_halves, rotate_pairs, turns
-from opencola.layers.masks import clean_beside_noisy, dense
+from opencola.layers.attention import attention, rotary, rotate_halves, rotate_pairs, turns
 
 
 def unit_numbers(positions: Tensor, dim: int, base: float) -> Tensor:
@@ -56,42 +55,3 @@ def test_attention_is_a_softmax_over_visible_keys(kv_heads: int, with_mask: bool
                 weights = [math.exp(float(q[b, row, head] @ k[b, key, kv]) / math.sqrt(5)) for key in seen]
                 mean = sum(w * v[b, key, kv] for w, key in zip(weights, seen, strict=True)) / sum(weights)
                 torch.testing.assert_close(out[b, row, head], mean, rtol=0, atol=1e-12)
-
-
-PACKED = [(8, 12, 4, 1), (8, 12, 4, 3), (0, 4, 4, 2), (0, 8, 4, 1), (3, 4, 1, 2), (12, 12, 4, 2)]
-
-
-@pytest.mark.parametrize("span", [1, 5, 64], ids=lambda span: f"span{span}")
-@pytest.mark.parametrize("with_history", [False, True], ids=["all", "dropout"])
-@pytest.mark.parametrize(("num_clean", "num_latents", "block_size", "copies"), PACKED)
-def test_packed_is_attention_under_the_dense_mask(
-    num_clean: int, num_latents: int, block_size: int, copies: int, with_history: bool, span: int
-) -> None:
-    rows = num_clean + copies * num_latents
-    qkv = torch.randn(3, 3, rows, 2, 6).double().requires_grad_()
-    history = torch.tensor([True, False, True]) if with_history else None
-    mask = dense(clean_beside_noisy(num_clean, num_latents, block_size), rows, rows).expand(3, 1, -1, -1).clone()
-    if with_history:
-        mask[1, :, num_clean:, :num_clean] = False
-    out = packed(num_clean, num_latents, block_size, copies, history, span=span)(0, *qkv)
-    expected = masked(mask)(0, *qkv)
-    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
-    weight = torch.randn_like(out)
-    gradients = [torch.autograd.grad((result * weight).sum(), qkv)[0] for result in (out, expected)]
-    torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
-
-
-def test_packed_without_clean_queries_gives_the_noisy_rows() -> None:
-    q, k, v = torch.randn(3, 2, 32, 2, 6).double()
-    attend = packed(8, 12, 4, 2, torch.tensor([True, False]))
-    torch.testing.assert_close(attend(0, q[:, 8:], k, v), attend(0, q, k, v)[:, 8:], rtol=0, atol=1e-12)
-
-
-def test_packed_noisy_rows_without_history_do_not_depend_on_the_clean_ones() -> None:
-    q, k, v = torch.randn(3, 2, 20, 2, 6).double()
-    attend = packed(8, 12, 4, 1, torch.tensor([False, True]))
-    before = attend(0, q, k, v)
-    k[:, :8], v[:, :8] = 5.0, -3.0
-    after = attend(0, q, k, v)
-    assert torch.equal(before[0, 8:], after[0, 8:])
-    assert not torch.equal(before[1, 12:], after[1, 12:])

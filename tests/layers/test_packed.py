@@ -1,0 +1,80 @@
+"""The packed pattern, by spans and by FlexAttention, against attention under its dense mask."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from opencola.layers.attention import masked
+from opencola.layers.masks import clean_beside_noisy, dense
+from opencola.layers.packed import flexible, packed
+
+PACKED = [(8, 12, 4, 1), (8, 12, 4, 3), (0, 4, 4, 2), (0, 8, 4, 1), (3, 4, 1, 2), (12, 12, 4, 2)]
+
+
+@pytest.mark.parametrize("way", [1, 5, 64, flexible], ids=["span1", "span5", "span64", "flex"])
+@pytest.mark.parametrize("bounds", [(), ("history",), ("documents",), ("history", "documents")], ids="+".join)
+@pytest.mark.parametrize(("num_clean", "num_latents", "block_size", "copies"), PACKED)
+def test_packed_is_attention_under_the_dense_mask(
+    num_clean: int, num_latents: int, block_size: int, copies: int, bounds: tuple[str, ...], way: Any
+) -> None:
+    rows, batch = num_clean + copies * num_latents, 3
+    qkv = torch.randn(3, batch, rows, 2, 8).double().requires_grad_()
+    predicate = clean_beside_noisy(num_clean, num_latents, block_size)
+    mask = dense(predicate, rows, rows).expand(batch, 1, -1, -1).clone()
+    history = documents = None
+    if "history" in bounds:
+        history = torch.tensor([True, False, True])
+        mask[1, :, num_clean:, :num_clean] = False
+    if "documents" in bounds:
+        documents = torch.randint(0, 2, (batch, num_latents)).cumsum(1)
+        for b in range(batch):
+            place = [*range(num_clean), *list(range(num_latents)) * copies]
+            for query, key in itertools.product(range(rows), repeat=2):
+                mask[b, :, query, key] &= documents[b, place[query]] == documents[b, place[key]]
+    expected = masked(mask)(0, *qkv)
+    if way is flexible:  # torch has no gradient of it on a CPU
+        out = flexible(predicate, num_clean, copies, history, documents)(0, *qkv.detach())
+        torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+        return
+    out = packed(num_clean, num_latents, block_size, copies, history, documents, span=way)(0, *qkv)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    weight = torch.randn_like(out)
+    gradients = [torch.autograd.grad((result * weight).sum(), qkv)[0] for result in (out, expected)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("way", ["spans", "flex"])
+def test_packed_without_clean_queries_gives_the_noisy_rows(way: str) -> None:
+    q, k, v = torch.randn(3, 2, 32, 2, 8).double()
+    history, documents = torch.tensor([True, False]), torch.tensor([[0] * 6 + [1] * 6, [0] * 12])
+    if way == "flex":
+        attend = flexible(clean_beside_noisy(8, 12, 4), 8, 2, history, documents)
+    else:
+        attend = packed(8, 12, 4, 2, history, documents)
+    torch.testing.assert_close(attend(0, q[:, 8:], k, v), attend(0, q, k, v)[:, 8:], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("length", [12, 200])
+def test_the_gradient_is_that_of_finite_differences_and_runs_in_bfloat16(length: int) -> None:
+    documents = torch.arange(length).div(7, rounding_mode="floor")[None]
+    attend = packed(length - 4, length, 4, 1, torch.tensor([True]), documents)
+    qkv = torch.randn(3, 1, 2 * length - 4, 1, 2).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: attend(0, *x), (qkv,), fast_mode=True)
+    rough = qkv.detach().bfloat16().requires_grad_()
+    out = attend(0, *rough)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.double(), attend(0, *qkv), rtol=0, atol=0.05)
+    out.sum().backward()
+    assert rough.grad is not None and rough.grad.isfinite().all()
+
+
+def test_packed_noisy_rows_without_history_do_not_depend_on_the_clean_ones() -> None:
+    q, k, v = torch.randn(3, 2, 20, 2, 6).double()
+    attend = packed(8, 12, 4, 1, torch.tensor([False, True]))
+    before = attend(0, q, k, v)
+    k[:, :8], v[:, :8] = 5.0, -3.0
+    after = attend(0, q, k, v)
+    assert torch.equal(before[0, 8:], after[0, 8:])
+    assert not torch.equal(before[1, 12:], after[1, 12:])
