@@ -82,9 +82,11 @@ def flexible(
         if skipped not in masks:
             behind: Callable[..., Tensor] = lambda b, h, query, key: seen(b, h, query + skipped, key)  # noqa: E731
             masks[skipped] = create_block_mask(behind, batch, None, q.shape[1], k.shape[1], device=str(q.device))
-        attention: Callable[..., Any] = _compiled(flex_attention) if q.is_cuda else flex_attention
+        run: Any = flex_attention
+        if q.is_cuda:
+            run = _compiled(flex_attention)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out: Tensor = attention(q, k, v, block_mask=masks[skipped])
+        out: Tensor = run(q, k, v, block_mask=masks[skipped])
         return out.transpose(1, 2)
 
     return attend

@@ -14,7 +14,7 @@ from opencola.models import generation
 from opencola.models.language_model import Loss
 from opencola.text.corpus import Batch
 from opencola.vae.gaussian import DiagonalGaussian
-from opencola.vae.objective import VAEObjective, latent_metrics, reconstruct
+from opencola.vae.objective import VAEObjective, latent_metrics, reconstruct, scored_counts
 from opencola.vae.text_vae import TextVAE, TextVAEConfig
 
 
@@ -102,6 +102,12 @@ class Cola(nn.Module):
             return step % (prior.joint_steps + prior.frozen_steps) < prior.joint_steps
         return prior.strategy != "fixed"
 
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Scored rows of the flow-matching loss and, where the VAE learns, scored and masked tokens."""
+        counts = scored_counts(batch, self.config.objective) if self.vae_learns(batch.step) else {}
+        _, scored = self._prompt_rows(batch, batch.tokens.shape[1] // self.config.vae.patch_size)
+        return counts | {"flow_matching": scored.sum()}
+
     def loss(self, batch: Batch) -> Loss:
         """lambda_vae (CE + beta E[log q] + lambda_mask L_mask) + lambda_fm L_FM + lambda_ref KL(q || q_ref)."""
         objective, prior = self.config.objective, self.config.prior
@@ -115,7 +121,7 @@ class Cola(nn.Module):
                 terms["mask"] = prior.lambda_vae * objective.lambda_mask * result.masked_cross_entropy
             if self.reference is not None:
                 with torch.no_grad():
-                    reference = self.reference.encode(batch.tokens)
+                    reference = self.reference.encode(batch.tokens, documents=batch.documents)
                 terms["reference"] = prior.lambda_ref * per_token * result.posterior.kl(reference).mean()
             posterior, z = result.posterior, result.z
             metrics = latent_metrics(posterior, z, result.accuracy)
@@ -128,7 +134,7 @@ class Cola(nn.Module):
 
     def _frozen_posterior(self, batch: Batch) -> tuple[DiagonalGaussian, Tensor]:
         with torch.no_grad():
-            posterior = self.vae.encode(batch.tokens)
+            posterior = self.vae.encode(batch.tokens, documents=batch.documents)
             noise = randomness.normal(posterior.mean.shape[1:], batch.seed, "posterior", batch.ids)
             return posterior, posterior.sample(noise.to(posterior.mean))
 
@@ -145,26 +151,39 @@ class Cola(nn.Module):
         row_times = t.repeat_interleave(num_latents // groups, dim=-1)[..., None]
         z_0 = z_0[:, None]
         z_t = interpolate(z_0, z_1, row_times)
-        pinned = self._prompt_rows(seed, ids, copies, num_latents).to(z_0.device)
+        pinned, scored = (rows.to(z_0.device) for rows in self._prompt_rows(batch, num_latents))
         z_t = torch.where(pinned[..., None], z_0.detach(), z_t)
         history = None
         if prior.history_dropout:
             history = (randomness.uniform((), seed, "history", ids) >= prior.history_dropout).to(z_0.device)
-        velocity = self.dit.packed(z_0[:, 0], z_t, t, pinned, history, recompute=prior.recompute)
+        documents = None if batch.documents is None else batch.documents[:, :: self.config.vae.patch_size]
+        velocity = self.dit.packed(z_0[:, 0], z_t, t, pinned, history, documents=documents, recompute=prior.recompute)
         target = target_velocity(z_0, z_1).detach()
-        return masked_mean_square(velocity, target, ~pinned)
+        return masked_mean_square(velocity, target, scored, batch.counts["flow_matching"] if batch.counts else None)
 
-    def _prompt_rows(self, seed: int, ids: Tensor, copies: int, num_latents: int) -> Tensor:
-        """(B, copies, N) bool: rows given clean, 1 to S - 1 first latents of some blocks (prompt-in-block training)."""
-        block_size = self.config.dit.block_size
-        blocks = (copies, num_latents // block_size)
+    def _prompt_rows(self, batch: Batch, num_latents: int) -> tuple[Tensor, Tensor]:
+        """(B, copies, N) bool each: rows given clean (prompt-in-block training), and rows that count in the loss.
+
+        Clean are 1 to S - 1 first latents of some blocks, drawn, and in every block the latents before its first scored
+        token, as they are when an answer begins inside a block. What is clean does not count, nor what is not scored.
+        """
+        block_size, seed, ids = self.config.dit.block_size, batch.seed, batch.ids
+        blocks = (self.config.prior.noisy_copies, num_latents // block_size)
         chosen = randomness.uniform(blocks, seed, "prompt", ids) < self.config.prior.prompt_in_block
         length = 1 + (randomness.uniform(blocks, seed, "prompt length", ids) * (block_size - 1)).long()
-        prefix = torch.arange(block_size) < torch.where(chosen, length, 0)[..., None]
-        return prefix.flatten(-2) & (torch.tensor(block_size > 1))
+        pinned = torch.arange(block_size) < torch.where(chosen, length, 0)[..., None]
+        pinned = pinned & torch.tensor(block_size > 1)
+        if batch.scored is None:
+            return pinned.flatten(-2), ~pinned.flatten(-2)
+        scored = batch.scored.cpu().unflatten(1, (num_latents, -1)).any(-1).unflatten(1, (-1, block_size))[:, None]
+        pinned = pinned | (scored.cumsum(-1) == 0)
+        return pinned.flatten(-2), (scored & ~pinned).flatten(-2)
 
 
-def masked_mean_square(velocity: Tensor, target: Tensor, scored: Tensor) -> Tensor:
-    """Mean over the scored rows (B, copies, N) of the mean over channels of the squared error."""
+def masked_mean_square(velocity: Tensor, target: Tensor, scored: Tensor, count: Tensor | None = None) -> Tensor:
+    """Mean over the scored rows (B, copies, N) of the mean over channels of the squared error.
+
+    count: number to divide by, where these rows are part of a larger batch.
+    """
     error = (velocity - target).square().mean(-1)
-    return (error * scored).sum() / scored.sum().clamp(min=1)
+    return (error * scored).sum() / (scored.sum() if count is None else count).clamp(min=1)

@@ -1,8 +1,10 @@
 """What every model family offers: a loss to train on and, for whole models, generation."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from opencola.text.corpus import Batch
@@ -16,12 +18,36 @@ class Loss:
     terms: dict[str, Tensor]
     metrics: dict[str, Tensor]
 
+    def detach(self) -> "Loss":
+        """The same figures, free of the graph that they came from."""
+        terms, metrics = ({name: value.detach() for name, value in d.items()} for d in (self.terms, self.metrics))
+        return Loss(self.total.detach(), terms, metrics)
+
+    @classmethod
+    def mean(cls, losses: Sequence["Loss"]) -> "Loss":
+        """Of the parts of a batch."""
+
+        def of(values: Iterable[Tensor]) -> Tensor:
+            return torch.stack(list(values)).mean(0)
+
+        terms = {name: of(loss.terms[name] for loss in losses) for name in losses[0].terms}
+        metrics = {name: of(loss.metrics[name] for loss in losses) for name in losses[0].metrics}
+        return cls(of(loss.total for loss in losses), terms, metrics)
+
 
 class Trainable(Protocol):
     """What the training loop needs of a model beside being a module."""
 
     def loss(self, batch: Batch) -> Loss:
         """Loss of a batch; draws depend on (batch.seed, purpose, batch.ids) alone."""
+        ...
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """What the loss's means are over, where that is not the same for all batches of a size: scalars, by name.
+
+        Known without the network; `loss` divides by `batch.counts` if given, so that parts of a batch, on several
+        processes or one after another, have the gradient of the whole.
+        """
         ...
 
     def learning_rate_ratios(self) -> dict[str, float]:

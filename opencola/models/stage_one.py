@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from opencola.models.language_model import Loss
 from opencola.text.corpus import Batch
-from opencola.vae.objective import VAEObjective, latent_metrics, reconstruct
+from opencola.vae.objective import VAEObjective, latent_metrics, reconstruct, scored_counts
 from opencola.vae.text_vae import TextVAE, TextVAEConfig
 
 
@@ -36,6 +36,10 @@ class StageOne(nn.Module):
             terms["mask"] = objective.lambda_mask * result.masked_cross_entropy
         total = sum(terms.values(), start=kl.new_zeros(()))
         return Loss(total, terms, latent_metrics(result.posterior, result.z, result.accuracy))
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Scored tokens, and those of them that are masked."""
+        return scored_counts(batch, self.config.objective)
 
     def learning_rate_ratios(self) -> dict[str, float]:
         """All parameters learn at the same rate."""

@@ -1,38 +1,50 @@
 """Saving and resuming a run: all that decides its next step, in one folder per checkpoint.
 
-`step-000100/` holds tensors as torch.distributed.checkpoint writes them, and `run.json` with the plain values. It is
-written under another name and renamed when complete, so a folder of that name is always whole.
+`step-000100/` holds tensors as torch.distributed.checkpoint writes them, `run.json` with the plain values, and
+`SHA256SUMS` of all these (`sha256sum -c` reads it). It is written under another name and renamed when complete, so a
+folder of that name is always whole. A checkpoint of any number of processes can be read by any other.
 """
 
+import hashlib
 import json
+import os
 import re
 import shutil
 import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from opencola.text.corpus import Batch
+from opencola.train import distributed
 from opencola.train.optimizer import EMA
+
+SUMS, RUN = "SHA256SUMS", "run.json"
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # of one process, said at every checkpoint
 
 
 class Batches(Protocol):
     """An endless corpus whose position can be saved (`opencola.text.corpus.Corpus`)."""
 
     def __next__(self) -> Batch:
-        """The next batch."""
+        """The rows of the next batch that this process works on."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, as JSON values."""
+        """The position, as JSON values; on several processes each knows its own part."""
+
+    def merge_states(self, states: list[dict[str, Any]]) -> dict[str, Any]:
+        """The whole position out of what each process knows."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a position."""
+        """Continue from a whole position."""
 
 
 @dataclass
@@ -46,32 +58,100 @@ class TrainState:
     step: int = 0
     """Steps taken."""
     num_tokens: int = 0
-    """Tokens seen."""
+    """Tokens seen, by all processes."""
     seconds: float = 0.0
     """Time spent training, over all sessions of the run."""
 
 
-def save(state: TrainState, folder: Path, keep: int) -> Path:
-    """Write `folder/step-NNNNNN`, and delete all but the newest `keep` checkpoints; returns its path."""
-    path = folder / f"step-{state.step:06d}"
-    if not path.exists():
-        unfinished = folder / f"unfinished-{path.name}"
-        for left_over in folder.glob("unfinished-*"):
-            shutil.rmtree(left_over)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.save(_tensors(state), checkpoint_id=unfinished, no_dist=True)
+class Saver:
+    """Writes checkpoints into a folder while training goes on, one at a time; a context manager that waits for it.
+
+    What is saved is copied first, so the next step may change it.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        """keep: complete checkpoints that remain, the newest ones."""
+        self.folder, self.keep = folder, keep
+        self._thread = ThreadPoolExecutor(1)
+        self._unfinished: Future[None] | None = None
+        # its own group, because its messages would otherwise mix with the training's
+        self._group = dist.new_group(backend="gloo") if distributed.num_processes() > 1 else None
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.wait()
+        self._thread.shutdown()
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step is."""
+        return self.folder / f"step-{step:06d}"
+
+    def check_space(self, state: TrainState) -> None:
+        """Raise OSError where the disk has no room for a checkpoint more: better before the work than after it."""
+        if shortage := self._shortage(state):
+            raise OSError(f"no room for a checkpoint in {self.folder}: {shortage}")
+
+    def save(self, state: TrainState) -> None:
+        """Begin to write `folder/step-NNNNNN`; raises OSError when the one before could not be written."""
+        self.wait()
+        path = self.path(state.step)
+        if path.exists():
+            return
+        draft = self.folder / f"unfinished-{path.name}"
         run = {
             "step": state.step,
             "num_tokens": state.num_tokens,
             "seconds": state.seconds,
-            "corpus": state.corpus.state_dict(),
+            "corpus": state.corpus.merge_states(distributed.gather(state.corpus.state_dict())),
+            "processes": distributed.num_processes(),
         }
-        (unfinished / "run.json").write_text(json.dumps(run, indent=2))
-        unfinished.rename(path)
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
-    return path
+        if distributed.is_main():
+            for left_over in self.folder.glob("unfinished-*"):
+                shutil.rmtree(left_over)
+            draft.mkdir(parents=True)
+        distributed.barrier()
+        written = dcp.async_save(
+            _tensors(state, distributed.rank()),
+            checkpoint_id=draft,
+            process_group=self._group,
+            no_dist=self._group is None,
+        )
+        assert isinstance(written, Future)
+        self._state = state
+        self._unfinished = self._thread.submit(self._finish, written, run, draft, path)
+
+    def wait(self) -> None:
+        """Return when the last checkpoint is complete. Raises OSError, naming it, when it could not be written."""
+        if self._unfinished is None:
+            return
+        unfinished, self._unfinished = self._unfinished, None
+        try:
+            unfinished.result()
+        except (Exception, CheckpointException) as error:  # not all of what DCP raises are Exceptions
+            last = latest(self.folder)
+            kept = f"go on from {last} (--resume)" if last else "there is no complete one yet"
+            cause = self._shortage(self._state) or _cause(error)
+            raise OSError(f"could not write a checkpoint into {self.folder}: {cause}; {kept}") from error
+
+    def _shortage(self, state: TrainState) -> str | None:
+        there = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.exists())
+        free, needed = shutil.disk_usage(there).free, _num_bytes(_tensors(state, 0))
+        return f"{free / 1e6:,.1f} MB are free, and it takes {needed / 1e6:,.1f} MB" if free < needed else None
+
+    def _finish(self, written: "Future[Any]", run: dict[str, Any], draft: Path, path: Path) -> None:
+        written.result()  # on the main process this is when all of them have written
+        if distributed.is_main():
+            (draft / RUN).write_text(json.dumps(run, indent=2))
+            files = sorted(file for file in draft.iterdir() if file.name != SUMS)
+            with (draft / SUMS).open("w") as sums:
+                sums.writelines(f"{_sha256(file)}  {file.name}\n" for file in files)
+                sums.flush()
+                os.fsync(sums.fileno())
+            draft.rename(path)
+            for old in checkpoints(self.folder)[: -self.keep]:
+                shutil.rmtree(old)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -85,37 +165,81 @@ def latest(folder: Path) -> Path | None:
     return found[-1] if (found := checkpoints(folder)) else None
 
 
+def verify(path: Path) -> None:
+    """Raise ValueError, naming the file, where a checkpoint is not what was written."""
+    advice = f"delete {path} to go on from the checkpoint before it"
+    if not (path / SUMS).is_file():
+        raise ValueError(f"{path / SUMS} is missing: {advice}")
+    for line in (path / SUMS).read_text(errors="replace").splitlines():
+        digest, _, name = line.partition("  ")
+        if not (path / name).is_file():
+            raise ValueError(f"{path / name} is missing: {advice}")
+        if _sha256(path / name) != digest:
+            raise ValueError(f"{path / name} is damaged (its checksum is another one): {advice}")
+
+
 def load(state: TrainState, path: Path) -> None:
     """Put a checkpoint into `state`, whose optimizers keep their own learning rates, weight decay and the like.
 
-    Raises ValueError, naming the folder, when the checkpoint is damaged or of a model with other parameters.
+    Raises ValueError, naming file or folder, when the checkpoint is damaged or of a model with other parameters.
     """
     options = [[_options(group) for group in optimizer.param_groups] for optimizer in state.optimizers]
-    tensors = _tensors(state)
+    (damage, *_) = distributed.gather(_damage(path) if distributed.is_main() else None)
+    if damage:
+        raise ValueError(damage)
     try:
-        run = json.loads((path / "run.json").read_text())
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(tensors, checkpoint_id=path, no_dist=True)
+        run = json.loads((path / RUN).read_text())
+        tensors = _tensors(state, distributed.rank() % run["processes"])
+        dcp.load(tensors, checkpoint_id=path, no_dist=distributed.num_processes() == 1)
         set_state_dict(
             state.model, state.optimizers, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizers"]
         )
         state.step, state.num_tokens, state.seconds = run["step"], run["num_tokens"], run["seconds"]
         state.corpus.load_state_dict(run["corpus"])
     except (Exception, CheckpointException) as error:  # what DCP raises depends on the damage; not all are Exceptions
-        cause = str(error).strip().splitlines()[-1]
-        raise ValueError(f"{path} does not fit this recipe, or is damaged: {cause}") from error
+        raise ValueError(f"{path} does not fit this recipe, or is damaged: {_cause(error)}") from error
     for optimizer, saved in zip(state.optimizers, options, strict=True):
         for group, values in zip(optimizer.param_groups, saved, strict=True):
             group.update(values)
-    torch.set_rng_state(tensors["random"])
+    (random,) = tensors["random"].values()
+    torch.set_rng_state(random["cpu"])
+    if "cuda" in random:
+        torch.cuda.set_rng_state(random["cuda"])
 
 
-def _tensors(state: TrainState) -> dict[str, Any]:
+def _tensors(state: TrainState, rank: int) -> dict[str, Any]:
+    """All tensors of a run. Our models draw from seeds; torch's own generators are here for those that do not."""
     model, optimizers = get_state_dict(state.model, state.optimizers)
+    random: dict[str, Tensor] = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        random["cuda"] = torch.cuda.get_rng_state()
     ema = state.ema.average if state.ema else {}
-    return {"model": model, "optimizers": optimizers, "ema": ema, "random": torch.get_rng_state()}
+    return {"model": model, "optimizers": optimizers, "ema": ema, "random": {str(rank): random}}
+
+
+def _num_bytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return sum(_num_bytes(part) for part in parts)
 
 
 def _options(group: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in group.items() if name != "params"}
+
+
+def _damage(path: Path) -> str | None:
+    try:
+        verify(path)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _cause(error: BaseException) -> str:
+    return str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)

@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from opencola.layers import randomness
 from opencola.models.language_model import Loss, Trainable
-from opencola.train import checkpoint
-from opencola.train.checkpoint import Batches, TrainState
+from opencola.text.corpus import Batch
+from opencola.train import checkpoint, distributed
+from opencola.train.checkpoint import Batches, Saver, TrainState
 from opencola.train.optimizer import EMA, OptimizerConfig, build, learning_rate_factor, set_learning_rates
 from opencola.train.tracker import Report
 
@@ -28,12 +29,18 @@ class TrainConfig(OptimizerConfig):
     """Optimizer steps of the run."""
     seconds: float | None = None
     """Wall-clock limit of the run; whichever comes first, this or `steps`, ends it and paces the schedule."""
+    replicate: int = 1
+    """Copies of the sharded model, over which a batch is divided (mesh: replicate x shard)."""
+    shard: int = 0
+    """Processes over which each copy's parameters are sharded; 0: all that are left."""
+    accumulate: int = 1
+    """Passes per optimizer step; the batch is divided among them."""
     clip: float = 1.0
     """Largest norm of the gradient; longer ones are scaled down to it."""
     bf16: bool = False
     """Compute the loss under bfloat16 autocast; weights stay as they are."""
     compile: bool = False
-    """Compile the loss with torch.compile."""
+    """Compile the model's blocks with torch.compile."""
     log_every: int = 20
     """Steps between records in metrics.jsonl."""
     save_every: int = 500
@@ -42,9 +49,11 @@ class TrainConfig(OptimizerConfig):
     """Checkpoints to keep."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "log_every", "save_every", "keep"):
+        for name in ("steps", "log_every", "save_every", "keep", "replicate", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}")
+        if self.shard < 0:
+            raise ValueError(f"shard must be 0 or more, but is {self.shard}")
 
 
 class Interrupted(KeyboardInterrupt):
@@ -56,33 +65,38 @@ def train(
 ) -> TrainState:
     """Train a model on the device it is on; returns the state after the last step, with the moving average if any.
 
+    On several processes (`distributed.connected`) the model becomes sharded and `corpus` gives each its own rows.
     Writes `folder/metrics.jsonl` and `folder/checkpoints/`. With `resume` the run goes on from its last checkpoint
     (from the start where there is none) and, unless paced by `seconds`, ends exactly as if it had never stopped. Raises
     FileExistsError when the folder holds a run and `resume` is off, Interrupted after Ctrl-C, FloatingPointError when
-    the loss is not finite.
+    the loss is not finite, OSError when the disk has no room for a checkpoint.
     """
     assert isinstance(model, nn.Module)
+    device = next(model.parameters()).device
+    if config.compile:
+        randomness.leave_uncompiled()
+        for block in distributed.repeated_blocks(model):
+            block.compile()
+    distributed.shard(model, distributed.mesh(config.replicate, config.shard, device))
     optimizers = build(model, model.learning_rate_ratios(), config)
     state = TrainState(model, optimizers, EMA(model, config.ema) if config.ema else None, corpus)
     if last := checkpoint.latest(folder / "checkpoints"):
         if not resume:
             raise FileExistsError(f"{folder} holds a run ({last.name}): resume it (--resume) or choose another folder")
         checkpoint.load(state, last)
-    loss_of = model.loss
-    if config.compile:
-        randomness.leave_uncompiled()
-        loss_of = torch.compile(loss_of)
-    device = next(model.parameters()).device
     start = time.perf_counter() - state.seconds
     model.train()
-    with postponed_interrupt() as interrupt, Report(folder, state, config.log_every, display) as report:
+    with (
+        postponed_interrupt() as interrupt,
+        Saver(folder / "checkpoints", config.keep) as saver,
+        Report(folder, state, config.log_every, display) as report,
+    ):
+        saver.check_space(state)
         while (progress := progress_of(state, config)) < 1:
             rates = set_learning_rates(optimizers, learning_rate_factor(config, state.step, progress))
             batch = next(corpus).to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-                loss: Loss = loss_of(batch)
-            loss.total.backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            loss = backward(model, batch, config)
+            norm = distributed.full(nn.utils.clip_grad_norm_(model.parameters(), config.clip))
             stop_unless_finite(loss, norm, state.step)
             for optimizer in optimizers:
                 optimizer.step()
@@ -90,15 +104,33 @@ def train(
             if state.ema:
                 state.ema.update(state.step)
             state.step += 1
-            state.num_tokens += batch.tokens.numel()
-            state.seconds = time.perf_counter() - start
+            state.num_tokens += batch.tokens.numel() * distributed.num_processes()
+            # the processes must agree on when to stop
+            state.seconds, asked = distributed.largest(time.perf_counter() - start, interrupt.is_set())
             progress = progress_of(state, config)
             report.step(state, progress, loss, norm, rates)
-            if state.step % config.save_every == 0 or progress >= 1 or interrupt.is_set():
-                last = checkpoint.save(state, folder / "checkpoints", config.keep)
-            if interrupt.is_set():
-                raise Interrupted(f"stopped after step {state.step}, saved in {last}: go on with --resume")
+            if state.step % config.save_every == 0 or progress >= 1 or asked:
+                saver.save(state)
+            if asked:
+                saver.wait()
+                where = saver.path(state.step)
+                raise Interrupted(f"stopped after step {state.step}, saved in {where}: go on with --resume")
     return state
+
+
+def backward(model: Trainable, batch: Batch, config: TrainConfig) -> Loss:
+    """Add up the gradients of a batch, in `accumulate` passes; returns their mean loss, detached."""
+    parts = [batch.shard(number, config.accumulate) for number in range(config.accumulate)]
+    counts = None  # a batch that is whole has its own
+    if config.accumulate * distributed.num_processes() > 1:
+        counts = distributed.counts_of_step([model.counts(part) for part in parts])
+    losses = []
+    for part in parts:
+        with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=config.bf16):
+            loss = model.loss(replace(part, counts=counts))
+        (loss.total / len(parts)).backward()
+        losses.append(loss.detach())
+    return losses[0] if len(losses) == 1 else Loss.mean(losses)
 
 
 def progress_of(state: TrainState, config: TrainConfig) -> float:
@@ -118,19 +150,26 @@ def stop_unless_finite(loss: Loss, norm: Tensor, step: int) -> None:
 
 @contextmanager
 def postponed_interrupt() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets, instead of interrupting; the second interrupts as usual."""
+    """An event that the first Ctrl-C, or SIGTERM as schedulers send it, sets, instead of interrupting.
+
+    A second Ctrl-C interrupts as usual, but not within two seconds: torchrun passes on the one that all have got.
+    """
     asked = threading.Event()
+    since = float("inf")
 
     def ask(number: int, frame: FrameType | None) -> None:
-        if asked.is_set():
+        nonlocal since
+        if number == signal.SIGINT and time.perf_counter() > since + 2:
             raise KeyboardInterrupt
+        since = min(since, time.perf_counter())
         asked.set()
 
     if threading.current_thread() is not threading.main_thread():  # where signals never arrive
         yield asked
         return
-    before = signal.signal(signal.SIGINT, ask)
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

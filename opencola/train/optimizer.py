@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+
+from opencola.train.distributed import full, like, local, num_processes, part_of, rank, repeated_blocks
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,8 @@ class OptimizerConfig:
     """AdamW's averaging of gradients and of squared gradients."""
     warmup: int = 50
     """Steps over which the learning rates rise linearly to their peaks."""
+    start: float = 0.0
+    """Share of the peak learning rates that they rise from."""
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
     """How the learning rates fall in the last part of the run."""
     decay: float = 1.0
@@ -72,16 +77,34 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def _move(self, matrices: list[Tensor], scale: float, group: dict[str, Any]) -> None:
-        gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]
+        gradients = [local(matrix.grad) for matrix in matrices if matrix.grad is not None]
         for matrix in matrices:
             if not self.state[matrix]:
                 self.state[matrix]["momentum"] = torch.zeros_like(matrix)
-        momenta = [self.state[matrix]["momentum"] for matrix in matrices]
+        momenta = [local(self.state[matrix]["momentum"]) for matrix in matrices]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])
-        updates = orthogonalise(torch.stack(ahead)).unbind()
-        torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(matrices, [update.to(matrices[0].dtype) for update in updates], alpha=-group["lr"] * scale)
+        whole = [full(like(part, matrix)) for part, matrix in zip(ahead, matrices, strict=True)]
+        moved = orthogonalise_together(torch.stack(whole)).to(matrices[0].dtype)
+        updates = [part_of(update, matrix) for update, matrix in zip(moved, matrices, strict=True)]
+        parts = [local(matrix) for matrix in matrices]
+        torch._foreach_mul_(parts, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(parts, updates, alpha=-group["lr"] * scale)
+
+
+def orthogonalise_together(matrices: Tensor) -> Tensor:
+    """`orthogonalise` of matrices (M, R, C) that all processes have: each does some of them."""
+    processes = num_processes()
+    if processes == 1:
+        return orthogonalise(matrices)
+    share = -(-len(matrices) // processes)
+    mine = matrices[rank() * share : (rank() + 1) * share]
+    done = matrices.new_zeros(share, *matrices.shape[1:])
+    if len(mine):
+        done[: len(mine)] = orthogonalise(mine)
+    found = matrices.new_empty(processes * share, *matrices.shape[1:])
+    dist.all_gather_into_tensor(found, done)
+    return found[: len(matrices)]
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
@@ -166,14 +189,14 @@ def hidden_matrices(model: nn.Module) -> set[Tensor]:
     Embeddings, vocabulary heads, and the projections into and out of the latents stand outside them, and need AdamW. So
     do modulations: they see the few distinct times, not the stream, and are a third of Muon's cost.
     """
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    layers = {layer for blocks in lists for layer in blocks.named_modules() if isinstance(layer[1], nn.Linear)}
-    return {layer.weight for name, layer in layers if not name.endswith("modulation")}
+    named = {layer for block in repeated_blocks(model) for layer in block.named_modules(prefix="block")}
+    layers = {layer for name, layer in named if isinstance(layer, nn.Linear) and not name.endswith("modulation")}
+    return {layer.weight for layer in layers}
 
 
 def learning_rate_factor(config: OptimizerConfig, step: int, progress: float) -> float:
     """Factor on the peak learning rates at a step (from 0) and a progress (0 at the start of the run, 1 at its end)."""
-    rise = min(1.0, (step + 1) / max(1, config.warmup))
+    rise = config.start + (1 - config.start) * min(1.0, (step + 1) / max(1, config.warmup))
     if config.schedule == "constant" or config.decay == 0:
         return rise
     gone = min(1.0, max(0.0, 1 - (1 - progress) / config.decay))
@@ -203,7 +226,10 @@ class EMA:
     def update(self, step: int) -> None:
         """Take in the weights after a step (from 0); early steps weigh more: decay is at most (1 + n) / (10 + n)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.average.values()), list(self.parameters.values()), 1 - decay)
+        average, parameters = (
+            [local(value) for value in values.values()] for values in (self.average, self.parameters)
+        )
+        torch._foreach_lerp_(average, parameters, 1 - decay)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

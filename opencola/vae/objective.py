@@ -35,26 +35,45 @@ class Reconstruction:
     accuracy: Tensor
 
 
+def masked_tokens(batch: Batch, objective: VAEObjective) -> Tensor:
+    """(B, L) bool: tokens that the second view replaces by [MASK]."""
+    drawn = randomness.uniform(batch.tokens.shape[1:], batch.seed, "mask", batch.ids)
+    return drawn.to(batch.tokens.device) < objective.mask_ratio
+
+
+def scored_counts(batch: Batch, objective: VAEObjective) -> dict[str, Tensor]:
+    """The denominators of `reconstruct`'s means."""
+    scored = torch.ones_like(batch.tokens, dtype=torch.bool) if batch.scored is None else batch.scored
+    counts = {"tokens": scored.sum()}
+    if objective.lambda_mask:
+        counts["mask"] = (scored & masked_tokens(batch, objective)).sum()
+    return counts
+
+
 def reconstruct(vae: TextVAE, batch: Batch, objective: VAEObjective) -> Reconstruction:
     """Encode, sample, decode and score a batch, with the masked second view when lambda_mask is not 0 (model.md §2)."""
-    tokens, size = batch.tokens, len(batch.tokens)
-    inputs = tokens
+    tokens, views = batch.tokens, 2 if objective.lambda_mask else 1
+    counts = batch.counts or scored_counts(batch, objective)
+    inputs, documents = tokens, batch.documents
     if objective.lambda_mask:
-        drawn = randomness.uniform(tokens.shape[1:], batch.seed, "mask", batch.ids).to(tokens.device)
-        masked = drawn < objective.mask_ratio
+        masked = masked_tokens(batch, objective)
         inputs = torch.cat((tokens, tokens.masked_fill(masked, vae.mask_id)))
-    both = vae.encode(inputs)
+        documents = None if documents is None else documents.repeat(views, 1)
+    both = vae.encode(inputs, documents=documents)
     noise = randomness.normal(both.mean.shape[1:], batch.seed, "posterior", batch.ids).to(both.mean)
-    z = both.sample(noise.repeat(len(inputs) // size, 1, 1))
-    logits = vae.decode(z)
-    losses = F.cross_entropy(logits.flatten(0, 1), tokens.repeat(len(inputs) // size, 1).flatten(), reduction="none")
-    losses = losses.view(len(inputs), -1)
+    z = both.sample(noise.repeat(views, 1, 1))
+    logits = vae.decode(z, documents=documents)
+    losses = F.cross_entropy(logits.flatten(0, 1), tokens.repeat(views, 1).flatten(), reduction="none")
+    losses = losses.view(views, *tokens.shape)
+    if batch.scored is not None:
+        losses = losses * batch.scored
     masked_loss = losses.new_zeros(())
     if objective.lambda_mask:
-        masked_loss = (losses[size:] * masked).sum() / masked.sum().clamp(min=1)
-    posterior = DiagonalGaussian(both.mean[:size], both.logvar[:size])
-    accuracy = (logits[:size].argmax(-1) == tokens).to(losses.dtype).mean()
-    return Reconstruction(posterior, z[:size], losses[:size].mean(), masked_loss, accuracy)
+        masked_loss = (losses[1] * masked).sum() / counts["mask"].clamp(min=1)
+    posterior = DiagonalGaussian(both.mean[: len(tokens)], both.logvar[: len(tokens)])
+    accuracy = (logits[: len(tokens)].argmax(-1) == tokens).to(losses.dtype).mean()
+    cross_entropy = losses[0].sum() / counts["tokens"].clamp(min=1)
+    return Reconstruction(posterior, z[: len(tokens)], cross_entropy, masked_loss, accuracy)
 
 
 def latent_metrics(posterior: DiagonalGaussian, z: Tensor, accuracy: Tensor) -> dict[str, Tensor]:

@@ -131,17 +131,24 @@ class TextVAE(nn.Module):
         """Input id of [MASK], the embedding's extra row."""
         return self.config.vocab_size
 
-    def encode(self, tokens: Tensor, lengths: Tensor | None = None, cache: KVCache | None = None) -> DiagonalGaussian:
+    def encode(
+        self,
+        tokens: Tensor,
+        lengths: Tensor | None = None,
+        cache: KVCache | None = None,
+        documents: Tensor | None = None,
+    ) -> DiagonalGaussian:
         """Posterior of the latents, not yet normalised for the prior.
 
         tokens (B, L) int64; lengths (B,): latents that exist, those behind are invisible padding; cache: the encoder's,
-        holding what was encoded before. Raises ValueError when patch_size does not divide L.
+        holding what was encoded before; documents (B, L) int64: each token's, beyond which it sees nothing (a patch
+        belongs to its first token's). Raises ValueError when patch_size does not divide L.
         """
         config = self.config
         if tokens.shape[1] % config.patch_size:
             raise ValueError(f"{tokens.shape[1]} tokens are not a multiple of patch_size {config.patch_size}")
         x = self.embedding(tokens).unflatten(1, (-1, config.patch_size)).transpose(2, 3).flatten(2)
-        x = self._transform(self.encoder, self.patch(x), lengths, cache)
+        x = self._transform(self.encoder, self.patch(x), lengths, cache, documents)
         out = self.posterior(x)
         out = out.to(torch.promote_types(out.dtype, torch.float32))
         mean, logvar = out.chunk(2, dim=-1) if config.variational else (out, torch.full_like(out, -30.0))
@@ -152,9 +159,12 @@ class TextVAE(nn.Module):
             logvar = torch.ones_like(mean) * (mean.detach().square().mean().log() - config.fixed_logsnr)
         return DiagonalGaussian(mean, logvar)
 
-    def decode(self, z: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Logits (B, N * patch_size, V) of un-normalised latents z (B, N, d); cache: the decoder's."""
-        x = self._transform(self.decoder, self.decoder_in(z), None, cache)
+    def decode(self, z: Tensor, cache: KVCache | None = None, documents: Tensor | None = None) -> Tensor:
+        """Logits (B, N * patch_size, V) of un-normalised latents z (B, N, d); cache: the decoder's.
+
+        documents: as in `encode`.
+        """
+        x = self._transform(self.decoder, self.decoder_in(z), None, cache, documents)
         x = self.unpatch(x).unflatten(-1, (-1, self.config.patch_size)).transpose(2, 3).flatten(1, 2)
         return self.head(self.final_norm(x))
 
@@ -173,17 +183,28 @@ class TextVAE(nn.Module):
         heads = 1 if config.multi_query else config.num_heads
         return KVCache.empty(self.head.weight, batch, layers, heads, config.width // config.num_heads, capacity)
 
-    def _transform(self, blocks: nn.ModuleList, x: Tensor, lengths: Tensor | None, cache: KVCache | None) -> Tensor:
+    def _transform(
+        self,
+        blocks: nn.ModuleList,
+        x: Tensor,
+        lengths: Tensor | None,
+        cache: KVCache | None,
+        documents: Tensor | None,
+    ) -> Tensor:
         config, rows = self.config, x.shape[1]
         positions = torch.arange(rows, device=x.device) if cache is None else cache.positions(rows)
         dtype = torch.promote_types(x.dtype, torch.float32)
         table = rotary(positions, config.width // config.num_heads, config.rope_theta, dtype)
-        attend = self._pattern(rows, lengths, x.device) if cache is None else cache.attend(rows, config.visible_block)
+        attend = (
+            self._pattern(rows, lengths, documents, x.device)
+            if cache is None
+            else cache.attend(rows, config.visible_block)
+        )
         for layer, block in enumerate(blocks):
             x = block(x, layer, table, attend)
         return x
 
-    def _pattern(self, rows: int, lengths: Tensor | None, device: torch.device) -> Attend:
+    def _pattern(self, rows: int, lengths: Tensor | None, documents: Tensor | None, device: torch.device) -> Attend:
         config = self.config
         if config.attention == "full":
             mask = torch.ones(rows, rows, dtype=torch.bool, device=device)
@@ -193,4 +214,7 @@ class TextVAE(nn.Module):
             key = torch.arange(rows, device=device)
             real = (key < lengths[:, None]) | (key == 0)  # key 0 stays, so that no row is left without a key
             mask = (mask & real[:, None, :])[:, None]
+        if documents is not None:
+            of_rows = documents[:, :: config.patch_size]
+            mask = mask & (of_rows[:, :, None] == of_rows[:, None, :])[:, None]
         return masked(mask)

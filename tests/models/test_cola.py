@@ -1,5 +1,6 @@
 """The stage-2 loss: every term against a formula written out here, and which parameters each of them moves."""
 
+import itertools
 import math
 from dataclasses import replace
 from typing import Any
@@ -241,16 +242,91 @@ def test_the_loss_depends_on_seed_and_ids_and_not_on_batch_order(monkeypatch: py
         assert (model.loss(changed).total - total).abs() > 1e-6
 
 
+def numbered(size: int) -> Batch:
+    """Nothing but ids."""
+    return Batch(torch.zeros(0), torch.arange(size), 0, 0)
+
+
+def scored_batch(patch: int = 1) -> Batch:
+    """Six rows of 12 latents; an answer begins inside a block, ends inside one, and one row has none."""
+    scored = torch.zeros(6, 12, dtype=torch.bool)
+    for row, (first, end) in enumerate([(0, 12), (2, 12), (5, 7), (6, 11), (11, 12), (0, 0)]):
+        scored[row, first:end] = True
+    batch = tiny_batch(6, 12 * patch)
+    documents = torch.arange(12 * patch).div(5 * patch, rounding_mode="floor").repeat(6, 1)
+    return replace(batch, scored=scored.repeat_interleave(patch, 1), documents=documents)
+
+
+def test_what_is_not_scored_is_given_before_an_answer_and_never_counts() -> None:
+    model, batch = tiny_cola(prompt_in_block=0.3), scored_batch()
+    pinned, scored = model._prompt_rows(batch, 12)
+    drawn, _ = model._prompt_rows(replace(batch, scored=None), 12)
+    assert batch.scored is not None
+    for row, copy, place in itertools.product(range(6), range(2), range(12)):
+        before = not batch.scored[row, place // 4 * 4 : place + 1].any()
+        assert pinned[row, copy, place] == (before or bool(drawn[row, copy, place]))
+        assert scored[row, copy, place] == (bool(batch.scored[row, place]) and not pinned[row, copy, place])
+
+
+@pytest.mark.parametrize("strategy", ["joint", "fixed"])
+@pytest.mark.parametrize("with_bounds", [False, True])
+def test_parts_with_the_whole_counts_have_the_gradient_of_the_whole(strategy: Any, with_bounds: bool) -> None:
+    model = tiny_cola({"patch_size": 2}, {}, {"lambda_mask": 0.7}, strategy=strategy, **WEIGHTS)
+    model.freeze_parts()
+    batch = scored_batch(2) if with_bounds else tiny_batch(6, 24)
+    parts = [batch.shard(number, 3) for number in range(3)]
+    counts = {name: sum(model.counts(part)[name].double() for part in parts) / 3 for name in model.counts(batch)}
+    losses = [model.loss(replace(part, counts=counts)).total / 3 for part in parts]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    whole = model.loss(batch).total
+    torch.testing.assert_close(sum(losses), whole, rtol=1e-12, atol=0)
+    for one, other in zip(
+        torch.autograd.grad(sum(losses), parameters, allow_unused=True),  # type: ignore[arg-type]
+        torch.autograd.grad(whole, parameters, allow_unused=True),
+        strict=True,
+    ):
+        assert (one is None) == (other is None)
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-14)
+    assert any(len({int(model.counts(part)[name]) for part in parts}) > 1 for name in counts)
+
+
+def test_documents_do_not_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of another document before it, neither the latents of the VAE nor the velocities know anything."""
+    model, batch = tiny_cola(**WEIGHTS), replace(scored_batch(), scored=None)
+    velocities: list[Tensor] = []
+    packed = model.dit.packed
+
+    def recorded(z_0: Tensor, z_t: Tensor, *rest: Any, **options: Any) -> Tensor:
+        fixed = randomness.normal(z_t.shape[1:], 0, "test", batch.ids).double()
+        velocities.append(packed(z_0, fixed, *rest, **options))
+        return velocities[-1]
+
+    monkeypatch.setattr(model.dit, "packed", recorded)
+    changed = batch.tokens.clone()
+    changed[:, :5] = (changed[:, :5] + 1) % 30
+    posteriors = [model.vae.encode(tokens, documents=batch.documents) for tokens in (batch.tokens, changed)]
+    assert torch.equal(posteriors[0].mean[:, 5:], posteriors[1].mean[:, 5:])
+    assert not torch.equal(model.vae.encode(changed).mean[:, 5:], model.vae.encode(batch.tokens).mean[:, 5:])
+    decoded = [model.vae.decode(q.mean, documents=batch.documents) for q in posteriors]
+    assert torch.equal(decoded[0][:, 5:], decoded[1][:, 5:])
+    for tokens in (batch.tokens, changed):
+        model.loss(replace(batch, tokens=tokens))
+    before, after = velocities
+    torch.testing.assert_close(before[:, :, 5:], after[:, :, 5:], rtol=0, atol=1e-12)
+    assert (before[:, :, :5] - after[:, :, :5]).abs().max() > 1e-3
+
+
 def test_prompt_rows_are_short_prefixes_of_some_blocks() -> None:
     model = tiny_cola(prompt_in_block=0.3)
-    rows = model._prompt_rows(0, torch.arange(400), 2, 12).unflatten(-1, (3, 4))
+    rows, scored = (rows.unflatten(-1, (3, 4)) for rows in model._prompt_rows(numbered(400), 12))
+    assert torch.equal(scored, ~rows)
     length = rows.sum(-1)
     assert torch.equal(rows, torch.arange(4) < length[..., None])
     share = [(length == n).double().mean().item() for n in range(5)]
     assert share == pytest.approx([0.7, 0.1, 0.1, 0.1, 0.0], abs=0.02)
     assert not torch.equal(length[:, 0], length[:, 1])
-    single = tiny_cola(dit={"block_size": 1}, prompt_in_block=1.0)._prompt_rows(0, torch.arange(4), 2, 12)
-    assert not single.any()  # a block of one latent has nothing to be given
+    single = tiny_cola(dit={"block_size": 1}, prompt_in_block=1.0)._prompt_rows(numbered(4), 12)
+    assert not single[0].any()  # a block of one latent has nothing to be given
 
 
 def test_history_is_dropped_as_often_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +340,7 @@ def test_history_is_dropped_as_often_as_asked(monkeypatch: pytest.MonkeyPatch) -
             return packed(*args, **options)
 
         monkeypatch.setattr(model.dit, "packed", record)
-        model.flow_matching(torch.randn(600, 8, 4).double(), Batch(torch.zeros(0), torch.arange(600), 0, 0))
+        model.flow_matching(torch.randn(600, 8, 4).double(), numbered(600))
     assert seen[0] is None and 0.70 < seen[1].double().mean() < 0.80
 
 
@@ -277,7 +353,7 @@ def test_flow_matching_reaches_the_latents_through_z_t_alone(per: str) -> None:
     z_1 = randomness.normal((2, 12, 4), batch.seed, "noise", batch.ids).double()
     t = torch.sigmoid(1 + randomness.normal((2, 3 if per == "block" else 1), batch.seed, "time", batch.ids)).double()
     rows = t.repeat_interleave(12 // t.shape[-1], -1)[..., None]
-    given = model._prompt_rows(batch.seed, batch.ids, 2, 12)
+    given = model._prompt_rows(batch, 12)[0]
     history = randomness.uniform((), batch.seed, "history", batch.ids) >= 0.5
     constant = z_0.detach()[:, None]
     z_t = torch.where(given[..., None], constant, (1 - rows) * constant + rows * z_1).requires_grad_()

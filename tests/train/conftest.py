@@ -1,6 +1,5 @@
 """A toy model and corpus for the training loop; run as a script, it trains them in a process that tests may kill."""
 
-import dataclasses
 import os
 import signal
 import sys
@@ -48,6 +47,10 @@ class Toy(nn.Module):
         bins = torch.tensor([float(batch.step), float("nan") if batch.step % 2 else 1.0, float("nan")])
         return Loss(ce + penalty, {"ce": ce, "penalty": penalty}, {"bins": bins})
 
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """None that differ."""
+        return {}
+
     def learning_rate_ratios(self) -> dict[str, float]:
         """All alike."""
         return {}
@@ -69,6 +72,10 @@ class Counts:
     def state_dict(self) -> dict[str, Any]:
         """Where it stands."""
         return {"num_batches": self.num_batches}
+
+    def merge_states(self, states: list[dict[str, Any]]) -> dict[str, Any]:
+        """All stand at the same place."""
+        return states[0]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Stand there."""
@@ -108,16 +115,25 @@ def everything_fixture() -> Callable[[TrainState], list[Tensor]]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if sys.argv[2] == "killed-in-save":
-        save = checkpoint.dcp.save
+    folder, mode = Path(sys.argv[1]), sys.argv[2]
+    if mode == "killed-in-save":
+        sha256 = checkpoint._sha256
 
-        def save_and_die(tensors: dict[str, Any], **options: Any) -> None:
-            save(tensors, **options)
-            if "step-000010" in str(options["checkpoint_id"]):
+        def die(file: Path) -> str:
+            if "step-000010" in str(file):
                 os.kill(os.getpid(), signal.SIGKILL)
+            return sha256(file)
 
-        checkpoint.dcp = dataclasses.make_dataclass("Dcp", ["save", "load"])(save_and_die, checkpoint.dcp.load)
-        run(Path(sys.argv[1]))
+        checkpoint._sha256 = die
+        run(folder)
+    elif mode == "slowly":  # saving all the time, to be killed from outside
+
+        def wait(step: int) -> None:
+            print(step, flush=True)
+            time.sleep(0.03)
+
+        run(folder, resume=True, hook=wait, steps=200, save_every=2, keep=2)
+        print("done", flush=True)
     else:
 
         def announce(step: int) -> None:
@@ -126,7 +142,7 @@ if __name__ == "__main__":
                 time.sleep(0.5)  # the signal arrives here, inside the step
 
         try:
-            run(Path(sys.argv[1]), hook=announce)
+            run(folder, hook=announce)
         except KeyboardInterrupt as interrupt:
             print(interrupt)
             sys.exit(130)
