@@ -205,9 +205,9 @@ def load_parts(model: build.Model, init: Path, tokenizer: str) -> None:
         part, module = PARTS[name], model.get_submodule(name)
         if part.is_in(init):
             stored = part.load(init)
-            if name == "vae" and module.config.vocab_size != stored.config.vocab_size:
+            if name == "vae" and model.config.vae.vocab_size != stored.config.vocab_size:
                 raise ValueError(
-                    f"the tokenizer in {tokenizer} has {module.config.vocab_size} ids, but the {part.title} in {init} "
+                    f"the tokenizer in {tokenizer} has {model.config.vae.vocab_size} ids, but the Text VAE in {init} "
                     f"knows {stored.config.vocab_size}: leave tokenizer.path out, or name the one it was trained with"
                 )
             check_same(name, module.config, stored.config, str(init))

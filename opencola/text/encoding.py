@@ -41,7 +41,7 @@ def encode_all(texts: Iterator[str], tokenizer: Path, dtype: str, workers: int) 
         while ahead:
             yield ahead.popleft().result()
     except BrokenProcessPool as error:
-        raise OSError(f"a process that tokenised has died (out of memory?): try fewer --workers") from error
+        raise OSError("a process that tokenised has died (out of memory?): try fewer --workers") from error
     finally:
         pool.shutdown(cancel_futures=True)
 
