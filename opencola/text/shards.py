@@ -116,8 +116,10 @@ class Manifest:
             values = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{file}: not JSON: {error}") from error
-        shards = [_filled(Shard, entry, file) for entry in _filled(cls, values, file).shards]
-        manifest = _filled(cls, {**values, "shards": tuple(shards)}, file)
+        manifest = _filled(cls, values, file)
+        if not isinstance(manifest.shards, list):
+            raise ValueError(f"{file}: 'shards' must be a list")
+        manifest = dataclasses.replace(manifest, shards=tuple(_filled(Shard, shard, file) for shard in manifest.shards))
         if manifest.format != FORMAT:
             raise ValueError(f"{file}: format {manifest.format}, but this version of opencola reads format {FORMAT}")
         if manifest.dtype not in ("uint16", "uint32"):
@@ -192,7 +194,10 @@ def load_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
     """The tokenizer that wrote a folder's shards. Raises FileNotFoundError, and ValueError where it was altered."""
     tokenizer = Tokenizer.load(folder)
     if checksum(folder / FILE_NAME) != manifest.tokenizer_sha256:
-        raise ValueError(f"{folder / FILE_NAME} is not the tokenizer that wrote the shards (its checksum differs)")
+        raise ValueError(
+            f"{folder / FILE_NAME} is not the tokenizer that wrote the shards (its checksum differs): put the right "
+            "one back, or tokenise into another folder"
+        )
     return tokenizer
 
 

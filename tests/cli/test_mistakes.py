@@ -34,7 +34,7 @@ from opencola.interop import official
         ("", "", "--stage", "stage"),
         ("", "", "--resume --overwrite", "choose one of --resume and --overwrite"),
         ("", "", "--train.learning_rate 1e30 --train.steps 50 --train.clip 1e9", "not finite at step .*: "),
-        ("", "", "--init runs/tiny --tokenizer.path other.json", "the tokenizer in other.json has 260 ids, but the Text VAE in runs/tiny knows 300: "),
+        ("", "", "--init runs/tiny --tokenizer.path other.json", "in other.json has 260 ids, .* knows 300: "),
     ],
 )  # fmt: skip
 def test_mistakes_in_training(main: Main, place: Path, old: str, new: str, flags: str, message: str) -> None:

@@ -79,9 +79,9 @@ def test_documents_of_a_row_are_numbered_by_the_ends_in_it(source: str, packing:
     for batch, with_documents in zip(take(plain, 20), take(masked, 20), strict=True):
         assert same(batch, with_documents) and batch.documents is None
         assert with_documents.documents is not None and with_documents.documents.dtype == torch.int64
-        for row, documents in zip(batch.tokens.tolist(), with_documents.documents.tolist(), strict=True):
-            assert documents == [row[:place].count(TOKENIZER.eos_id) for place in range(40)]
-            numbers |= {*documents}
+        for row, found in zip(batch.tokens.tolist(), with_documents.documents.tolist(), strict=True):
+            assert found == [row[:place].count(TOKENIZER.eos_id) for place in range(40)]
+            numbers |= {*found}
     assert numbers >= {0, 1, 2}
 
 
