@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from opencola.text import shards
-from opencola.text.packing import Packer, encoded
+from opencola.text.packing import Packer, Tokenised, TokenSource
 from opencola.text.sources import documents
 from opencola.text.tokenizer import Tokenizer
 
@@ -127,13 +127,13 @@ class Corpus:
         self._tokenizer = tokenizer
         self._seed = seed
         self._rank, self._num_ranks = rank, num_ranks
-        folder = shards.folder_of(config.source)
-        if folder is None:
-            self._documents: Any = documents(config.source, seed, config.text_field)
-        else:
+        self._documents: TokenSource
+        if (folder := shards.folder_of(config.source)) is not None:
             verify = slice(rank, None, num_ranks) if config.verify else slice(0)
             self._documents = shards.ShardDocuments(folder, seed, tokenizer, verify)
-        self._tokenised = folder is not None
+        else:
+            read_ahead = READ_AHEAD // max(1, config.streams // num_ranks)
+            self._documents = Tokenised(documents(config.source, seed, config.text_field), tokenizer, read_ahead)
         count = self._documents.num_documents
         if count is not None and count < config.streams:
             raise ValueError(f"{config.source}: data.streams is {config.streams}, but there are {count} documents")
@@ -221,10 +221,7 @@ class Corpus:
         return range((self._num_sequences + self._rank) % apart, self._config.streams, apart)
 
     def _open(self, stream: int, epoch: int, index: int, offset: int) -> Packer:
-        parts = self._config.streams
-        found = self._documents.stream(epoch, index, stream, parts)
-        if not self._tokenised:
-            found = encoded(found, self._tokenizer, READ_AHEAD // len(self._own_streams()))
+        found = self._documents.stream(epoch, index, stream, self._config.streams)
         return Packer(found, self._config.packing == "aligned", offset)
 
 

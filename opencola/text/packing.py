@@ -1,11 +1,12 @@
 """Documents cut into sequences: one endless stream of them, that can go on at any token."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
-from opencola.text.sources import Document
+from opencola.text.sources import Document, Documents
 from opencola.text.tokenizer import Tokenizer
 
 
@@ -19,20 +20,39 @@ class Tokens:
     """(L,) of any integer type, the end-of-text id last."""
 
 
-def encoded(stream: Iterable[Document], tokenizer: Tokenizer, read_ahead: int) -> Iterator[Tokens]:
-    """Tokenise an endless stream, `read_ahead` characters or a little more at a time."""
-    eos_id = tokenizer.eos_id
-    read: list[Document] = []
-    num_characters = 0
-    for document in stream:
-        read.append(document)
-        num_characters += len(document.text)
-        if num_characters < read_ahead:
-            continue
-        many = tokenizer.encode_batch([document.text for document in read])
-        for place, ids in zip(read, many, strict=True):
-            yield Tokens(place.epoch, place.index, np.array([*ids, eos_id], dtype=np.int64))
-        read, num_characters = [], 0
+class TokenSource(Protocol):
+    """Documents as token ids; like `opencola.text.sources.Documents`."""
+
+    num_documents: int | None
+
+    def stream(self, epoch: int = 0, index: int = 0, part: int = 0, parts: int = 1) -> Iterator[Tokens]:
+        """Endless documents of a part, from a position on."""
+
+
+class Tokenised:
+    """Documents of text, tokenised as they are read."""
+
+    def __init__(self, documents: Documents, tokenizer: Tokenizer, read_ahead: int) -> None:
+        """read_ahead: characters of a stream to tokenise at a time."""
+        self.num_documents = documents.num_documents
+        self._documents = documents
+        self._tokenizer = tokenizer
+        self._eos_id = tokenizer.eos_id
+        self._read_ahead = read_ahead
+
+    def stream(self, epoch: int = 0, index: int = 0, part: int = 0, parts: int = 1) -> Iterator[Tokens]:
+        """Endless documents of a part, from a position on."""
+        read: list[Document] = []
+        num_characters = 0
+        for document in self._documents.stream(epoch, index, part, parts):
+            read.append(document)
+            num_characters += len(document.text)
+            if num_characters < self._read_ahead:
+                continue
+            encoded = self._tokenizer.encode_batch([document.text for document in read])
+            for place, ids in zip(read, encoded, strict=True):
+                yield Tokens(place.epoch, place.index, np.array([*ids, self._eos_id], dtype=np.int64))
+            read, num_characters = [], 0
 
 
 class Packer:

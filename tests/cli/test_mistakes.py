@@ -106,6 +106,14 @@ def test_without_a_shipped_model(main: Main, place: Path, monkeypatch: pytest.Mo
     assert code == 2 and "opencola demo" in error and "--model" in error
 
 
+def test_a_model_with_the_tokenizer_of_a_larger_one(main: Main, place: Path) -> None:
+    words = [f"{chr(97 + i % 26)}{chr(97 + i // 26)}" for i in range(300)]
+    assert official.Tokenizer.train(words * 9, 400).vocab_size == 400
+    official.Tokenizer.train(words * 9, 400).save("runs/tiny")
+    code, _, error = main("generate", "--model", "runs/tiny", "--prompt", "a")
+    assert (code, error) == (2, "error: the tokenizer in runs/tiny has 400 ids, but its Text VAE knows 300\n")
+
+
 def test_bugs_are_not_dressed_up_as_mistakes(main: Main, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("opencola.console.load", lambda folder: int("a bug, in code that is not ours"))
     with pytest.raises(ValueError, match="a bug"):

@@ -15,6 +15,7 @@ import torch
 from opencola.text import corpus as corpus_module
 from opencola.text import sources
 from opencola.text.corpus import Batch, Corpus, CorpusConfig, merge_states
+from opencola.text.packing import Tokens
 from opencola.text.shard_writer import Order, tokenise
 from opencola.text.sources import documents, one_pass
 from opencola.text.tokenizer import Tokenizer
@@ -131,13 +132,16 @@ def test_every_document_is_seen_once_an_epoch(make: Make, streams: int) -> None:
         assert [d.index for d in hand if d.epoch == 0] == [*range(sum(d.epoch == 0 for d in hand))]
         assert [d.epoch for d in hand] == sorted(d.epoch for d in hand)
     if hands[0][-1].epoch == 0:
-        texts = [hands[n % streams][n // streams].text for n in range(60)]
+        texts = [text_of(hands[n % streams][n // streams]) for n in range(60)]
         assert texts == [*itertools.islice(one_pass("stories", SEED), 60)]
         return
     for epoch in (0, 1):
-        seen = [d for hand in hands for d in hand if d.epoch == epoch]
-        texts = [d.text if hasattr(d, "text") else TOKENIZER.decode(d.ids.tolist()) for d in seen]
-        assert sorted(texts) == sorted(TEXTS)
+        assert sorted(text_of(d) for hand in hands for d in hand if d.epoch == epoch) == sorted(TEXTS)
+
+
+def text_of(document: Tokens) -> str:
+    assert document.ids[-1] == TOKENIZER.eos_id
+    return TOKENIZER.decode(document.ids.tolist())
 
 
 @pytest.mark.parametrize("packing", ["contiguous", "aligned"])
@@ -214,6 +218,7 @@ def test_what_does_not_divide_is_refused(make: Make) -> None:
 
 
 def test_more_streams_than_documents_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus_module, "READ_AHEAD", 300)
     (tmp_path / "a.txt").write_text("a\fb")
     with pytest.raises(ValueError, match="data.streams is 3, but there are 2 documents"):
         Corpus(CorpusConfig(source=str(tmp_path), length=4, batch_size=1, streams=3), TOKENIZER, 0)
@@ -239,3 +244,23 @@ def test_a_part_of_a_dataset_reads_its_own_files(monkeypatch: pytest.MonkeyPatch
     for part in range(2):
         own = [d.text for d in itertools.islice(documents("hf:x", 1).stream(0, 0, part, 2), 11)]
         assert {*own} <= {*(TEXTS[:11], TEXTS[11:])[part]}
+
+
+@pytest.mark.parametrize("streams", [1, 2, 4, 8])
+def test_a_real_dataset_of_four_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streams: int) -> None:
+    pytest.importorskip("datasets")
+    monkeypatch.setattr(sources, "HUB_WINDOW", 20)
+    monkeypatch.setattr(corpus_module, "READ_AHEAD", 300)
+    for number in range(4):
+        lines = [json.dumps({"text": f"file {number} row {row}"}) for row in range(50)]
+        (tmp_path / f"{number}.jsonl").write_text("\n".join(lines))
+    config = CorpusConfig(source=f"hf:{tmp_path}", length=LENGTH, batch_size=4, streams=streams)
+    whole, two = Corpus(config, TOKENIZER, 0), [Corpus(config, TOKENIZER, 0, rank, 2) for rank in range(2)]
+    assert equal(interleaved(two, 12), [*itertools.islice(whole, 12)])
+    assert merge_states([corpus.state_dict() for corpus in two]) == whole.state_dict()
+    opened = documents(config.source, 0)
+    epochs = [opened.stream(0, 0, part, streams) for part in range(streams)]
+    hands = [[d.text for d in itertools.takewhile(lambda d: d.epoch == 0, epoch)] for epoch in epochs]
+    assert sorted(itertools.chain.from_iterable(hands)) == sorted(opened.one_pass())
+    if streams in (2, 4):  # a part has files of its own
+        assert [len({text[:6] for text in hand}) for hand in hands] == [4 // streams] * streams
