@@ -97,11 +97,13 @@ def tokenise(order: Order, folder: Path, workers: int = 1) -> Iterator[Progress]
     for number, shard in enumerate(manifest.shards):
         if damage := shard.damage(folder, whole=True):
             first = sum(before.documents for before in manifest.shards[:number])
+            written = None
             for part in _write(order, manifest, folder, number, first, workers):
                 yield done
                 if isinstance(part, Shard):
+                    written = part
                     break
-            if part != shard:
+            if written != shard:
                 raise ValueError(f"{damage}, and {order.source} has changed since: choose another folder")
     if manifest.finished:
         return

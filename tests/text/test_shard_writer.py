@@ -114,8 +114,12 @@ def test_what_is_damaged_is_written_anew(source: Path, tmp_path: Path, name: str
 def test_damage_cannot_be_mended_from_another_text(source: Path, tmp_path: Path) -> None:
     finish(order(source), tmp_path / "a")
     (tmp_path / "a" / "shard-00001.bin").unlink()
-    source.write_text(source.read_text().replace("document", "dokument"))
+    text = source.read_text()
+    source.write_text(text.replace("document", "dokument"))
     with pytest.raises(ValueError, match=r"shard-00001.bin is missing, and .*texts.jsonl has changed since"):
+        finish(order(source), tmp_path / "a")
+    source.write_text(text.split("\n")[0])
+    with pytest.raises(ValueError, match=r"shard-00001.bin .*, and .*texts.jsonl has changed since"):
         finish(order(source), tmp_path / "a")
 
 
