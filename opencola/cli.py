@@ -169,8 +169,25 @@ def export(argv: Sequence[str]) -> None:
     print(f"The model is in {options.to}.")
 
 
+def tokenize(argv: Sequence[str]) -> None:
+    """Turn text into shards of token ids, which training reads without tokenising, whatever their size.
+
+    SOURCE is what --data.source takes: a .txt, .jsonl or .parquet file, a folder of these, hf:NAME[:CONFIG][@SPLIT],
+    bible or stories. After Ctrl-C, a crash or a full disk the same command goes on; it also checks what is there, and
+    writes anew what is damaged.
+
+    examples:
+      opencola tokenize texts/ --to tokens --vocab-size 8192
+      opencola tokenize hf:roneneldan/TinyStories --to tokens --tokenizer runs/mine --workers 8
+      opencola train text --data.source tokens --out runs/mine
+    """
+    from opencola import tokenize as command
+
+    command.tokenize(argv, help_of(tokenize))
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
-    function.__name__: function for function in (generate, chat, demo, train, export)
+    function.__name__: function for function in (generate, chat, demo, train, tokenize, export)
 }
 
 
@@ -186,6 +203,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv[:1] in (["train"], ["demo"]):
             again = [word for word in argv if word not in ("--overwrite", "--resume")]
             print(f"go on: opencola {shlex.join(again)} --resume", file=sys.stderr)
+        if argv[:1] == ["tokenize"]:
+            print(f"go on: opencola {shlex.join(argv)}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever read the output has gone, as in `opencola generate ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

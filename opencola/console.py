@@ -63,7 +63,11 @@ def load(folder: Path) -> tuple[Cola, Tokenizer]:
         )
     if not folder.is_dir():
         raise FileNotFoundError(f"no such folder: {folder}")
-    return official.load(folder).to(device()).eval(), Tokenizer.load(folder)
+    model, tokenizer = official.load(folder), Tokenizer.load(folder)
+    known = model.vae.config.vocab_size
+    if tokenizer.vocab_size > known:
+        raise ValueError(f"the tokenizer in {folder} has {tokenizer.vocab_size} ids, but its Text VAE knows {known}")
+    return model.to(device()).eval(), tokenizer
 
 
 def generate(argv: Sequence[str], description: str) -> None:

@@ -40,7 +40,8 @@ class TokenizerConfig:
     """Which tokenizer to use: an existing one, or a new one trained on the corpus."""
 
     path: Path | None = None
-    """An existing tokenizer.json; without it the one of `init` is used or, without `init`, a new one is trained."""
+    """An existing tokenizer.json; without it the one of `init` is used or, without `init`, that of the tokenised
+    corpus, or a new one is trained."""
     vocab_size: int = 4096
     """Size of a newly trained vocabulary, special tokens included."""
     train_documents: int = 10_000

@@ -24,7 +24,8 @@ from opencola.interop import official
 from opencola.models import build
 from opencola.recipe import Recipe
 from opencola.text.corpus import Corpus
-from opencola.text.sources import documents
+from opencola.text.shards import folder_of
+from opencola.text.sources import one_pass
 from opencola.text.tokenizer import FILE_NAME, Tokenizer
 from opencola.train.loop import train
 from opencola.train.tracker import Means
@@ -178,14 +179,13 @@ def prepare(recipe: Recipe[Any], resume: bool) -> Stage:
     data, out, seed = recipe.data, recipe.out, recipe.seed
     if recipe.init is not None and not any(part.is_in(recipe.init) for part in PARTS.values()):
         raise FileNotFoundError(f"{recipe.init} holds no model ({MODEL}/): train it to its end, or name another init")
-    source = recipe.tokenizer.path or recipe.init
+    source = recipe.tokenizer.path or recipe.init or folder_of(data.source)
     if source is None and resume and (out / FILE_NAME).exists():
         source = out
     if source is not None:
         tokenizer = Tokenizer.load(source)
     else:
-        texts = documents(data.source, seed, data.text_field).one_pass()
-        texts = itertools.islice(texts, recipe.tokenizer.train_documents)
+        texts = itertools.islice(one_pass(data.source, seed, data.text_field), recipe.tokenizer.train_documents)
         tokenizer = Tokenizer.train(texts, recipe.tokenizer.vocab_size)
     corpus = Corpus(data, tokenizer, seed)
     # Another seed: of the story world it gives other stories.
@@ -194,17 +194,22 @@ def prepare(recipe: Recipe[Any], resume: bool) -> Stage:
     vae = replace(recipe.model.vae, vocab_size=tokenizer.vocab_size)
     model = build.build(replace(recipe.model, vae=vae))
     if recipe.init is not None:
-        load_parts(model, recipe.init)
+        load_parts(model, recipe.init, str(source))
     build.start(model)
     return Stage(recipe, tokenizer, model.to(build.device()), corpus, valid)
 
 
-def load_parts(model: build.Model, init: Path) -> None:
-    """Give a model the parts that a folder holds, of those that it starts from."""
+def load_parts(model: build.Model, init: Path, tokenizer: str) -> None:
+    """Give a model, which is as large as its tokenizer asks, the parts that a folder holds, of those it starts from."""
     for name, needed in build.starting_parts(model.config).items():
         part, module = PARTS[name], model.get_submodule(name)
         if part.is_in(init):
             stored = part.load(init)
+            if name == "vae" and model.config.vae.vocab_size != stored.config.vocab_size:
+                raise ValueError(
+                    f"the tokenizer in {tokenizer} has {model.config.vae.vocab_size} ids, but the Text VAE in {init} "
+                    f"knows {stored.config.vocab_size}: leave tokenizer.path out, or name the one it was trained with"
+                )
             check_same(name, module.config, stored.config, str(init))
             module.load_state_dict(stored.state_dict())
         elif needed:

@@ -8,7 +8,7 @@ import torch
 from tiny import tiny_cola
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import generation, growth, quality
+from benchmarks import data, generation, growth, quality
 from benchmarks.common import COMPARED, SIZES, generation_flops, training_flops
 from opencola.models.cola import Cola
 from opencola.models.sampling import Sampling
@@ -110,3 +110,15 @@ def test_growth_prints_and_draws_its_points(
     for line in lines:
         assert line["floor_ratio"] == pytest.approx(line["us_per_token"] / line["floor_us_per_token"], rel=0.02)
     assert "<svg" in (tmp_path / "growth.svg").read_text()
+
+
+def test_the_data_pipeline_is_timed_from_every_source(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["data", "--training", "1000", "--tokens", "2000", "--documents", "300"]
+    monkeypatch.setattr("sys.argv", arguments)
+    data.main()
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["source"] for line in lines] == ["stories", "jsonl", "shards"]
+    for line in lines:
+        assert line["over_training"] == pytest.approx(line["tokens_per_second"] / 1000, abs=0.1)

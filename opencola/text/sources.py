@@ -1,10 +1,12 @@
 """Where documents come from: the story world, local files, Hugging Face datasets, an optional Bible package.
 
 Every source offers the same two readings: one pass in order, and an endless stream, shuffled anew in each epoch, that
-can start at any position. A position is (epoch, index): the index counts documents of that epoch's shuffled order.
-The order depends on the seed and the epoch alone.
+can start at any position. The order depends on the seed and the epoch alone. It can be dealt to several parts like
+cards: of `parts`, number `part` has the documents at the places part, part + parts, part + 2 parts, ... of each epoch's
+order. A position is (epoch, index): the index counts the part's documents in that epoch.
 """
 
+import functools
 import importlib
 import itertools
 import re
@@ -14,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from opencola.text.files import read_documents, text_of
+from opencola.text.files import iter_documents, read_documents, text_of
 
 HUB_WINDOW = 10_000
 
@@ -37,8 +39,8 @@ class Documents(Protocol):
     def one_pass(self) -> Iterator[str]:
         """Every document once, in the source's own order (the story world never ends: take what you need)."""
 
-    def stream(self, epoch: int = 0, index: int = 0) -> Iterator[Document]:
-        """Endless documents, from a position on, each epoch in its own order."""
+    def stream(self, epoch: int = 0, index: int = 0, part: int = 0, parts: int = 1) -> Iterator[Document]:
+        """Endless documents of a part, from a position on, each epoch in its own order."""
 
 
 def documents(source: str, seed: int, text_field: str = "text") -> Documents:
@@ -54,8 +56,7 @@ def documents(source: str, seed: int, text_field: str = "text") -> Documents:
 
     Documents of white space alone are skipped. Raises FileNotFoundError and ValueError, naming the place.
     """
-    if seed < 0:
-        raise ValueError(f"the seed must not be negative, but is {seed}")
+    check_seed(seed)
     if source == "stories":
         return StoryDocuments(seed)
     if source == "bible":
@@ -63,6 +64,46 @@ def documents(source: str, seed: int, text_field: str = "text") -> Documents:
     if source.startswith("hf:"):
         return HubDocuments(source, seed, text_field)
     return ListDocuments(read_documents(source, text_field), seed)
+
+
+def one_pass(source: str, seed: int, text_field: str = "text", first: int = 0) -> Iterator[str]:
+    """Every document of a source once, in order, from number `first` on; files are not read into memory.
+
+    Raises like `documents`, but for files as late as the reading comes to the mistake.
+    """
+    if source == "stories":
+        check_seed(seed)
+        return (document.text for document in StoryDocuments(seed).stream(index=first))
+    in_memory = source == "bible" or source.startswith("hf:")
+    texts = documents(source, seed, text_field).one_pass() if in_memory else iter_documents(source, text_field)
+    return itertools.islice(texts, first, None)
+
+
+def check_seed(seed: int) -> None:
+    """Raise ValueError for a negative seed."""
+    if seed < 0:
+        raise ValueError(f"the seed must not be negative, but is {seed}")
+
+
+class Shuffled:
+    """An order of `count` documents for each epoch, each of them once."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count = count
+        # Several parts walk through the same epoch, and an order of many documents takes a moment to draw.
+        self._order = functools.lru_cache(maxsize=2)(
+            lambda epoch: np.random.default_rng([seed, epoch]).permutation(count)
+        )
+
+    def stream(self, epoch: int, index: int, part: int, parts: int) -> Iterator[tuple[int, int, int]]:
+        """Endless (epoch, index, number of the document)."""
+        if part >= self.count:
+            raise ValueError(f"{self.count} documents are too few for {parts} streams: lower data.streams")
+        while True:
+            order = self._order(epoch)
+            for place in range(part + index * parts, self.count, parts):
+                yield epoch, place // parts, int(order[place])
+            epoch, index = epoch + 1, 0
 
 
 class StoryDocuments:
@@ -77,12 +118,12 @@ class StoryDocuments:
         """The stories in order; they never end."""
         return (document.text for document in self.stream())
 
-    def stream(self, epoch: int = 0, index: int = 0) -> Iterator[Document]:
-        """The stories from number `index` on."""
+    def stream(self, epoch: int = 0, index: int = 0, part: int = 0, parts: int = 1) -> Iterator[Document]:
+        """A part's stories from its number `index` on."""
         from opencola.text.stories import story
 
         for number in itertools.count(index):
-            yield Document(epoch, number, story(self._seed, number).text)
+            yield Document(epoch, number, story(self._seed, part + number * parts).text)
 
 
 class ListDocuments:
@@ -91,19 +132,16 @@ class ListDocuments:
     def __init__(self, texts: Sequence[str], seed: int) -> None:
         self.num_documents: int | None = len(texts)
         self._texts = texts
-        self._seed = seed
+        self._order = Shuffled(len(texts), seed)
 
     def one_pass(self) -> Iterator[str]:
         """Every document once, in order."""
         return iter(self._texts)
 
-    def stream(self, epoch: int = 0, index: int = 0) -> Iterator[Document]:
+    def stream(self, epoch: int = 0, index: int = 0, part: int = 0, parts: int = 1) -> Iterator[Document]:
         """Endless documents; an epoch shows each of them once."""
-        while True:
-            order = np.random.default_rng([self._seed, epoch]).permutation(len(self._texts))
-            for number in range(index, len(order)):
-                yield Document(epoch, number, self._texts[order[number]])
-            epoch, index = epoch + 1, 0
+        for at, place, number in self._order.stream(epoch, index, part, parts):
+            yield Document(at, place, self._texts[number])
 
 
 class HubDocuments:
@@ -130,25 +168,34 @@ class HubDocuments:
         """Every document once, in order."""
         return (text for number, row in enumerate(self._rows) if (text := self._text(row, number)).strip())
 
-    def stream(self, epoch: int = 0, index: int = 0) -> Iterator[Document]:
-        """Endless documents; resuming reads on from the start of the window."""
+    def stream(self, epoch: int = 0, index: int = 0, part: int = 0, parts: int = 1) -> Iterator[Document]:
+        """Endless documents; resuming reads on from the start of the window.
+
+        Where the dataset has a file or more for each part, a part reads its own files only, with windows of its own;
+        otherwise every part reads all rows, and takes its places of every window.
+        """
+        rows_of_part = self._rows
+        if 1 < parts <= self._rows.num_shards:
+            rows_of_part, part, parts = self._rows.shard(num_shards=parts, index=part), 0, 1
         while True:
-            start = index - index % HUB_WINDOW
+            first = part + index * parts
+            start = first - first % HUB_WINDOW
             # Only an epoch read from its beginning can tell that there is nothing: a resumed one may be at its end.
             found = start > 0
-            rows = enumerate(self._rows.skip(start) if start else self._rows, start)
+            rows = enumerate(rows_of_part.skip(start) if start else rows_of_part, start)
             while window := list(itertools.islice(rows, HUB_WINDOW)):
                 order = np.random.default_rng([self._seed, epoch, start]).permutation(len(window))
-                for place, chosen in enumerate(order):
+                for place, chosen in enumerate(order, start):
                     number, row = window[chosen]
-                    text = self._text(row, number)
-                    if text.strip():
-                        found = True
-                        if start + place >= index:
-                            yield Document(epoch, start + place, text)
+                    if place % parts != part or not (text := self._text(row, number)).strip():
+                        continue
+                    found = True
+                    if place >= first:
+                        yield Document(epoch, place // parts, text)
                 start += HUB_WINDOW
             if not found:
-                raise ValueError(f"no documents in {self._source}")
+                few = f" for stream {part} of {parts}: lower data.streams" if parts > 1 else ""
+                raise ValueError(f"no documents in {self._source}{few}")
             epoch, index = epoch + 1, 0
 
     def _text(self, row: dict[str, Any], number: int) -> str:

@@ -1,5 +1,6 @@
 """Text to token ids and back: byte-level BPE, or whatever a given `tokenizer.json` holds."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -104,6 +105,13 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Rows an embedding needs: the largest id (added tokens and gaps included) plus one."""
         return self._vocab_size
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that decides how text becomes ids: the same for the same tokenizer, however its file is laid
+        out.
+        """
+        return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
 
     @property
     def eos_id(self) -> int:

@@ -34,7 +34,7 @@ from opencola.interop import official
         ("", "", "--stage", "stage"),
         ("", "", "--resume --overwrite", "choose one of --resume and --overwrite"),
         ("", "", "--train.learning_rate 1e30 --train.steps 50 --train.clip 1e9", "not finite at step .*: "),
-        ("", "", "--init runs/tiny --tokenizer.path other.json", "vae.vocab_size is 260, but 300 in runs/tiny"),
+        ("", "", "--init runs/tiny --tokenizer.path other.json", "in other.json has 260 ids, .* knows 300: "),
     ],
 )  # fmt: skip
 def test_mistakes_in_training(main: Main, place: Path, old: str, new: str, flags: str, message: str) -> None:
@@ -104,6 +104,14 @@ def test_without_a_shipped_model(main: Main, place: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("opencola.console.SHIPPED", place / "shipped")
     code, _, error = main("generate", "--model", str(place / "shipped"), "--prompt", "a")
     assert code == 2 and "opencola demo" in error and "--model" in error
+
+
+def test_a_model_with_the_tokenizer_of_a_larger_one(main: Main, place: Path) -> None:
+    words = [f"{chr(97 + i % 26)}{chr(97 + i // 26)}" for i in range(300)]
+    assert official.Tokenizer.train(words * 9, 400).vocab_size == 400
+    official.Tokenizer.train(words * 9, 400).save("runs/tiny")
+    code, _, error = main("generate", "--model", "runs/tiny", "--prompt", "a")
+    assert (code, error) == (2, "error: the tokenizer in runs/tiny has 400 ids, but its Text VAE knows 300\n")
 
 
 def test_bugs_are_not_dressed_up_as_mistakes(main: Main, monkeypatch: pytest.MonkeyPatch) -> None:

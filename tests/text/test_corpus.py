@@ -72,6 +72,19 @@ def test_aligned_starts_every_sequence_with_a_document(source: str, length: int)
         assert row == expected[:length]
 
 
+@pytest.mark.parametrize("packing", ["contiguous", "aligned"])
+def test_documents_of_a_row_are_numbered_by_the_ends_in_it(source: str, packing: str) -> None:
+    plain, masked = (corpus(source, packing=packing, length=40, mask_documents=mask) for mask in (False, True))
+    numbers = set()
+    for batch, with_documents in zip(take(plain, 20), take(masked, 20), strict=True):
+        assert same(batch, with_documents) and batch.documents is None
+        assert with_documents.documents is not None and with_documents.documents.dtype == torch.int64
+        for row, found in zip(batch.tokens.tolist(), with_documents.documents.tolist(), strict=True):
+            assert found == [row[:place].count(TOKENIZER.eos_id) for place in range(40)]
+            numbers |= {*found}
+    assert numbers >= {0, 1, 2}
+
+
 def test_batches_count_steps_and_sequences(source: str) -> None:
     for step, batch in enumerate(take(corpus(source, seed=7), 5)):
         assert (batch.seed, batch.step) == (7, step)
@@ -123,9 +136,11 @@ def test_batch_moves_between_devices(source: str) -> None:
     assert batch.tokens.device.type == "cpu"
 
 
-@pytest.mark.parametrize("fields", [{"length": 0}, {"batch_size": 0}, {"length": -4}, {"packing": "loose"}])
+@pytest.mark.parametrize(
+    "fields", [{"length": 0}, {"batch_size": 0}, {"length": -4}, {"packing": "loose"}, {"streams": 0}]
+)
 def test_impossible_configs_are_refused(fields: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"length and batch_size must be at least 1|packing must be"):
+    with pytest.raises(ValueError, match=r"length and batch_size must be at least 1|packing must be|streams must be"):
         CorpusConfig(**({"length": 8, "batch_size": 2} | fields))
 
 
@@ -142,8 +157,8 @@ def test_resuming_equals_not_stopping(source: str, packing: str) -> None:
     for _ in range(50):
         saved.append(json.loads(json.dumps(running.state_dict())))
         batches.append(next(running))
-    assert saved[-1]["epoch"] >= 3
-    assert {state["offset"] for state in saved} - {0} or packing == "aligned"
+    assert saved[-1]["streams"]["0"]["epoch"] >= 3
+    assert {state["streams"]["0"]["offset"] for state in saved} - {0} or packing == "aligned"
     for step, state in enumerate(saved[:-3]):
         resumed = corpus(source, packing=packing)
         take(resumed, step % 4)  # where it stood before must not matter
@@ -180,7 +195,7 @@ def test_resuming_with_another_batch_size_goes_on_in_the_same_sequences(source: 
     assert (first.step, second.step) == (5, 6)
 
 
-@pytest.mark.parametrize("changed", ["seed", "length", "packing", "source", "num_documents", "vocab_size"])
+@pytest.mark.parametrize("changed", ["seed", "length", "packing", "streams", "source", "num_documents", "vocab_size"])
 def test_the_state_of_another_corpus_is_refused(tmp_path: Path, source: str, changed: str) -> None:
     state = corpus(source).state_dict()
     other = str(write_jsonl(tmp_path / "other.jsonl", TEXTS))
@@ -188,6 +203,7 @@ def test_the_state_of_another_corpus_is_refused(tmp_path: Path, source: str, cha
         write_jsonl(Path(source), [*TEXTS, "one more"])
     tokenizer = Tokenizer.train(["abab"] * 9, 259) if changed == "vocab_size" else TOKENIZER
     fields: dict[str, Any] = {"length": {"length": 8}, "packing": {"packing": "aligned"}, "source": {"source": other}}
+    fields |= {"streams": {"streams": 2}}
     config = replace(CorpusConfig(source=source, length=16, batch_size=3), **fields.get(changed, {}))
     with pytest.raises(ValueError, match=f"cannot resume the corpus: {changed} was .*, but is"):
         Corpus(config, tokenizer, seed=int(changed == "seed")).load_state_dict(state)
@@ -195,7 +211,7 @@ def test_the_state_of_another_corpus_is_refused(tmp_path: Path, source: str, cha
 
 def test_a_position_inside_a_document_that_has_become_shorter_is_refused(source: str) -> None:
     running = corpus(source)
-    while (state := running.state_dict())["offset"] < 5:
+    while (state := running.state_dict())["streams"]["0"]["offset"] < 5:
         next(running)
     write_jsonl(Path(source), ["abc"] * len(TEXTS))
     with pytest.raises(ValueError, match="is not what it was when it was saved"):
