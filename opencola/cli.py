@@ -97,8 +97,11 @@ def train_recipe(recipe: str, settings: Sequence[str], options: RunFlags, stage:
     from opencola import recipe as recipes
     from opencola import run
     from opencola.models import build
+    from opencola.train.distributed import connected
 
-    return run.run(recipes.read(recipe, settings, build.config_class), stage, options.resume, options.overwrite)
+    stages = recipes.read(recipe, settings, build.config_class)
+    with connected(build.device()):
+        return run.run(stages, stage, options.resume, options.overwrite)
 
 
 def demo(argv: Sequence[str]) -> None:

@@ -27,6 +27,7 @@ from opencola.text.corpus import Corpus
 from opencola.text.shards import folder_of
 from opencola.text.sources import one_pass
 from opencola.text.tokenizer import FILE_NAME, Tokenizer
+from opencola.train import distributed
 from opencola.train.loop import train
 from opencola.train.tracker import Means
 from opencola.vae.text_vae import TextVAEConfig
@@ -87,19 +88,22 @@ def run(
         if only not in (None, name):
             continue
         if recipe not in ahead:
-            print(f"{title}: finished before, in {recipe.out}", flush=True)
+            say(f"{title}: finished before, in {recipe.out}")
             continue
         stage = prepare(recipe, resume)
-        if overwrite:  # only now, when all that the stage needs has been found
-            for other in ahead[ahead.index(recipe) :]:
-                clear(other.out, RECIPE, METRICS, VALID, CHECKPOINTS, FILE_NAME, official.EXTRAS)
-        for folder in (root, recipe.out):
-            clear(folder, MODEL, official.EXTRAS, VALID)
+        distributed.barrier()  # all have looked at what is there
+        if distributed.is_main():
+            if overwrite:  # only now, when all that the stage needs has been found
+                for other in ahead[ahead.index(recipe) :]:
+                    clear(other.out, RECIPE, METRICS, VALID, CHECKPOINTS, FILE_NAME, official.EXTRAS)
+            for folder in (root, recipe.out):
+                clear(folder, MODEL, official.EXTRAS, VALID)
+        distributed.barrier()
         count = sum(parameter.numel() for parameter in stage.model.parameters() if parameter.requires_grad)
-        print(f"{title}: {recipe.train.steps} steps, {count / 1e6:.2f} M parameters to train", flush=True)
+        say(f"{title}: {recipe.train.steps} steps, {count / 1e6:.2f} M parameters to train")
         stage.train(resume)
-        print(f"{title}: {summary(recipe.out)}; in {recipe.out}", flush=True)
-    if root != last and PARTS["vae"].is_in(last):
+        say(f"{title}: {summary(recipe.out)}; in {recipe.out}")
+    if root != last and PARTS["vae"].is_in(last) and distributed.is_main():
         export(last, root)
     return root
 
@@ -162,16 +166,23 @@ class Stage:
     def train(self, resume: bool) -> None:
         """Train, measure on the validation corpus, and export."""
         recipe, out = self.recipe, self.recipe.out
-        recipes.dump(recipe, out / RECIPE)
-        self.tokenizer.save(out)
-        state = train(self.model, self.corpus, recipe.train, out, resume=resume)
+        if distributed.is_main():
+            recipes.dump(recipe, out / RECIPE)
+            self.tokenizer.save(out)
+        state = train(self.model, self.corpus, recipe.train, out, display=distributed.is_main(), resume=resume)
         with state.ema.averaged() if state.ema else contextlib.nullcontext():
-            if self.valid is not None:
-                (out / VALID).write_text(json.dumps(validate(self.model, self.valid), indent=2) + "\n")
-            for name, module in self.model.named_children():
-                if name in PARTS:
-                    PARTS[name].save(module, out / PARTS[name].folder)
-        official.save_sampling(recipe.sampling, out)
+            valid = None if self.valid is None else validate(self.model, self.valid)
+            weights = distributed.whole_weights(self.model)
+        if distributed.is_main():
+            if valid is not None:
+                (out / VALID).write_text(json.dumps(valid, indent=2) + "\n")
+            with torch.device("meta"):
+                model = build.build(self.model.config)
+            model.load_state_dict({name: weights[name] for name in model.state_dict()}, assign=True)
+            for name, module in model.named_children():
+                PARTS[name].save(module, out / PARTS[name].folder)
+            official.save_sampling(recipe.sampling, out)
+        distributed.barrier()  # a later stage starts from these files
 
 
 def prepare(recipe: Recipe[Any], resume: bool) -> Stage:
@@ -187,9 +198,10 @@ def prepare(recipe: Recipe[Any], resume: bool) -> Stage:
     else:
         texts = itertools.islice(one_pass(data.source, seed, data.text_field), recipe.tokenizer.train_documents)
         tokenizer = Tokenizer.train(texts, recipe.tokenizer.vocab_size)
-    corpus = Corpus(data, tokenizer, seed)
+    place = (distributed.rank(), distributed.num_processes())
+    corpus = Corpus(data, tokenizer, seed, *place)
     # Another seed: of the story world it gives other stories.
-    valid = Corpus(replace(data, source=recipe.valid), tokenizer, seed + 1) if recipe.valid else None
+    valid = Corpus(replace(data, source=recipe.valid), tokenizer, seed + 1, *place) if recipe.valid else None
     torch.manual_seed(seed)
     vae = replace(recipe.model.vae, vocab_size=tokenizer.vocab_size)
     model = build.build(replace(recipe.model, vae=vae))
@@ -221,9 +233,16 @@ def validate(model: build.Model, corpus: Corpus) -> dict[str, Any]:
     """Loss, its terms and metrics, as in metrics.jsonl, over the first batches of a corpus."""
     means = Means()
     for batch in itertools.islice(corpus, VALID_BATCHES):
-        loss = model.loss(batch.to(build.device()))
+        batch = batch.to(build.device())
+        loss = model.loss(replace(batch, counts=distributed.counts_of_step([model.counts(batch)])))
         means.add({"loss": loss.total, **{f"loss/{name}": term for name, term in loss.terms.items()}, **loss.metrics})
     return {"batches": VALID_BATCHES, **means.take()}
+
+
+def say(text: str) -> None:
+    """Print a line, on one of the processes."""
+    if distributed.is_main():
+        print(text, flush=True)
 
 
 def is_finished(recipe: Recipe[Any]) -> bool:

@@ -180,10 +180,6 @@ class Corpus:
             "made_with": self._identity(),
         }
 
-    def merge_states(self, states: list[dict[str, Any]]) -> dict[str, Any]:
-        """The position out of what each process knows of it."""
-        return states[0]
-
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue with exactly the batch that would have followed when `state` was taken, by any number of ranks.
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from opencola.text.corpus import Batch
+from opencola.text.corpus import Batch, merge_states
 from opencola.train import distributed
 from opencola.train.optimizer import EMA
 
@@ -38,10 +38,7 @@ class Batches(Protocol):
         """The rows of the next batch that this process works on."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, as JSON values; on several processes each knows its own part."""
-
-    def merge_states(self, states: list[dict[str, Any]]) -> dict[str, Any]:
-        """The whole position out of what each process knows."""
+        """The position, as JSON values; of several processes each knows its own part (`corpus.merge_states`)."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a whole position."""
@@ -100,11 +97,12 @@ class Saver:
         if path.exists():
             return
         draft = self.folder / f"unfinished-{path.name}"
+        positions = distributed.gather(state.corpus.state_dict())
         run = {
             "step": state.step,
             "num_tokens": state.num_tokens,
             "seconds": state.seconds,
-            "corpus": state.corpus.merge_states(distributed.gather(state.corpus.state_dict())),
+            "corpus": positions[0] if len(positions) == 1 else merge_states(positions),
             "processes": distributed.num_processes(),
         }
         if distributed.is_main():

@@ -103,7 +103,7 @@ def orthogonalise_together(matrices: Tensor) -> Tensor:
     if len(mine):
         done[: len(mine)] = orthogonalise(mine)
     found = matrices.new_empty(processes * share, *matrices.shape[1:])
-    dist.all_gather_into_tensor(found, done)
+    dist.all_gather_single(found, done)
     return found[: len(matrices)]
 
 

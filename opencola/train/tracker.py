@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from opencola.models.language_model import Loss
 from opencola.train.checkpoint import TrainState
+from opencola.train.distributed import is_main, mean
 
 Value = float | list[Any] | None
 
@@ -23,12 +25,17 @@ class Report:
     """
 
     def __init__(self, folder: Path, state: TrainState, log_every: int, display: bool) -> None:
-        """Append to `folder/metrics.jsonl`, of which only the records up to the state's step are kept."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """Append to `folder/metrics.jsonl`, of which only the records up to the state's step are kept.
+
+        On several processes only the main one writes; all of them take part in the means.
+        """
         path = folder / "metrics.jsonl"
-        old = path.read_text().splitlines(keepends=True) if path.exists() else []
-        path.write_text("".join(line for line in old if line.endswith("\n") and json.loads(line)["step"] <= state.step))
-        self._file = path.open("a")
+        if is_main():
+            folder.mkdir(parents=True, exist_ok=True)
+            old = path.read_text().splitlines(keepends=True) if path.exists() else []
+            kept = (line for line in old if line.endswith("\n") and json.loads(line)["step"] <= state.step)
+            path.write_text("".join(kept))
+        self._file = (path if is_main() else Path(os.devnull)).open("a")
         self._log_every = log_every
         self._means = Means()
         self._last = (state.num_tokens, state.seconds)
@@ -87,8 +94,12 @@ class Means:
             self._counts[name] = self._counts.get(name, torch.zeros_like(value)) + ~value.isnan()
 
     def take(self) -> dict[str, Value]:
-        """The means as plain numbers and lists, and start anew; None stands for no value, as JSON has no NaN."""
-        means = {name: plain((self._sums[name] / self._counts[name]).tolist()) for name in self._sums}
+        """The means over all processes, as plain numbers and lists, and start anew.
+
+        None stands for no value, as JSON has no NaN.
+        """
+        sums, counts = mean(self._sums), mean(self._counts)
+        means = {name: plain((sums[name] / counts[name]).tolist()) for name in sums}
         self._sums, self._counts = {}, {}
         return means
 

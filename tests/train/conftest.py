@@ -73,10 +73,6 @@ class Counts:
         """Where it stands."""
         return {"num_batches": self.num_batches}
 
-    def merge_states(self, states: list[dict[str, Any]]) -> dict[str, Any]:
-        """All stand at the same place."""
-        return states[0]
-
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Stand there."""
         self.num_batches = state["num_batches"]
