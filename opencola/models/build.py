@@ -47,6 +47,17 @@ def starting_parts(config: ModelConfig) -> dict[str, bool]:
             assert_never(config)
 
 
+def tokens_per_block(config: ModelConfig) -> int:
+    """Tokens that are written at once: of the prior's blocks or, for a Text VAE alone, of what its latents see."""
+    match config:
+        case StageOneConfig(vae=vae):
+            return vae.patch_size * vae.visible_block
+        case ColaConfig(vae=vae, dit=dit):
+            return vae.patch_size * dit.block_size
+        case _:
+            assert_never(config)
+
+
 def start(model: Model) -> None:
     """To be called when the starting weights are in, before the optimizer is made: freezes what is not trained."""
     match model:
