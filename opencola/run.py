@@ -25,7 +25,6 @@ from opencola.models import build
 from opencola.recipe import Recipe
 from opencola.text.corpus import Corpus
 from opencola.text.shards import folder_of
-from opencola.text.sources import one_pass
 from opencola.text.tokenizer import FILE_NAME, Tokenizer
 from opencola.train import distributed
 from opencola.train.loop import train
@@ -91,8 +90,8 @@ def run(
             say(f"{title}: finished before, in {recipe.out}")
             continue
         stage = prepare(recipe, resume)
-        if recipe.data.packing == "whole" and distributed.is_main() and (count := stage.corpus.num_too_long()):
-            say(f"{title}: {count} documents are longer than data.length {recipe.data.length}, and lose their ends")
+        if distributed.is_main() and (warning := stage.corpus.warning()):
+            say(f"{title}: {warning}")
         distributed.barrier()  # all have looked at what is there
         if distributed.is_main():
             if overwrite:  # only now, when all that the stage needs has been found
@@ -197,10 +196,8 @@ def prepare(recipe: Recipe[Any], resume: bool) -> Stage:
         source = out
     if source is not None:
         tokenizer = Tokenizer.load(source)
-    elif data.format == "messages":
-        raise ValueError("conversations need the tokenizer of a trained model: set init, or tokenizer.path")
     else:
-        texts = itertools.islice(one_pass(data.source, seed, data.text_field), recipe.tokenizer.train_documents)
+        texts = itertools.islice(data.texts(seed), recipe.tokenizer.train_documents)
         tokenizer = Tokenizer.train(texts, recipe.tokenizer.vocab_size, recipe.tokenizer.special)
     place = (distributed.rank(), distributed.num_processes(), build.tokens_per_block(recipe.model))
     corpus = Corpus(data, tokenizer, seed, *place)

@@ -32,11 +32,13 @@ def generate_text(
     sampling: Sampling,
     ids: Sequence[int] | None = None,
 ) -> Iterator[list[TextPiece]]:
-    """Continue prompts (any text, also ""), or with sampling.chat answer users or conversations so far, and yield a piece for every unfinished sample, block by block.
+    """Continue prompts (any text, also ""), and yield a piece for every unfinished sample, block by block.
 
-    A sample's pieces join to its exact continuation. ids: the samples' ids, which with the seed decide their noise
-    (their places in the list when not given). Raises ValueError for a model and a tokenizer that do not belong
-    together, an empty stop string, or a token that the sampling needs and the tokenizer lacks.
+    With sampling.chat a prompt is what a user says, or all messages of a conversation so far, and the text is the
+    assistant's answer. A sample's pieces join to its exact continuation. ids: the samples' ids, which with the seed
+    decide their noise (their places in the list when not given). Raises ValueError for a model and a tokenizer that do
+    not belong together, an empty stop string, messages without chat, or a token that the sampling needs and the
+    tokenizer lacks.
     """
     release = sampling.compatibility == "release"
     if tokenizer.vocab_size > model.vae.config.vocab_size:

@@ -17,7 +17,7 @@ from opencola.text import shards
 from opencola.text.conversations import ChatML, conversation_of
 from opencola.text.files import text_of
 from opencola.text.packing import Packer, Packing, Tokenised, TokenSource, plain
-from opencola.text.sources import documents
+from opencola.text.sources import documents, one_pass
 from opencola.text.tokenizer import Tokenizer
 
 READ_AHEAD = 1 << 17  # characters tokenised at a time: enough for the tokenizer to use its cores
@@ -117,6 +117,12 @@ class CorpusConfig:
                 raise ValueError(f"{name} must be one of {', '.join(get_args(known))}, but is {value!r}")
         if self.format == "messages" and self.packing != "whole":
             raise ValueError(f"packing {self.packing} would cut conversations: set packing to whole")
+
+    def texts(self, seed: int) -> Iterator[str]:
+        """The source's documents once, in order, to train a tokenizer on. Raises ValueError for conversations."""
+        if self.format == "messages":
+            raise ValueError("conversations need the tokenizer of a trained model: set init, or tokenizer.path")
+        return one_pass(self.source, seed, self.text_field)
 
 
 class Corpus:
@@ -255,15 +261,17 @@ class Corpus:
         found = self._documents.stream(epoch, index, stream, self._config.streams)
         return Packer(found, self._config.packing, offset, self._multiple, self._pad_id)
 
-    def num_too_long(self) -> int:
-        """Documents of an epoch that are longer than a sequence; reads and tokenises them all.
+    def warning(self) -> str:
+        """How many documents that should be packed whole are too long, in a line; empty where none is.
 
-        0 for a source without an end.
+        Tokenises them all; of a source without an end none.
         """
-        if self._documents.num_documents is None:
-            return 0
+        number, length = self._documents.num_documents, self._config.length
+        if self._config.packing != "whole" or number is None:
+            return ""
         epoch = itertools.takewhile(lambda document: document.epoch == 0, self._documents.stream())
-        return sum(len(document.ids) > self._config.length for document in epoch)
+        count = sum(len(document.ids) > length for document in epoch)
+        return f"{count} of {number} documents are longer than data.length {length}, and lose their ends" * (count > 0)
 
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
