@@ -37,7 +37,8 @@ def conversation_of(row: Any, field: str, place: str) -> str:
     """
     value = field_of(row, field, place)
     if not isinstance(value, list) or not value:
-        raise ValueError(f"{place}: field {field!r} must be a list of messages, but is {kind(value)}")
+        found = "empty" if value == [] else kind(value)
+        raise ValueError(f"{place}: field {field!r} must be a list of messages, but is {found}")
     pairs: list[tuple[str, str]] = []
     for number, message in enumerate(value, 1):
         where = f"{place}: message {number} of field {field!r}"
