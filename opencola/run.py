@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,59 +19,35 @@ import torch
 import yaml
 
 from opencola import recipe as recipes
-from opencola.flow.dit import DiTConfig
-from opencola.interop import official
+from opencola.export import METRICS, MODEL, PARTS, RECIPE, VALID, export, facts_of
+from opencola.interop import card, official
 from opencola.models import build
+from opencola.models.language_model import Sample
 from opencola.recipe import Recipe
 from opencola.text.corpus import Corpus
 from opencola.text.shards import folder_of
 from opencola.text.sources import one_pass
 from opencola.text.tokenizer import FILE_NAME, Tokenizer
+from opencola.train import distributed, trackers
 from opencola.train.loop import train
+from opencola.train.samples import Show
 from opencola.train.tracker import Means
-from opencola.vae.text_vae import TextVAEConfig
 
-RECIPE, METRICS, VALID, CHECKPOINTS = "recipe.yaml", "metrics.jsonl", "valid.json", "checkpoints"
-MODEL = official.VAE_FOLDER.parts[0]
+CHECKPOINTS = "checkpoints"
+WRITTEN = (RECIPE, METRICS, "samples.jsonl", VALID, CHECKPOINTS, "tensorboard", "wandb", FILE_NAME, official.EXTRAS)
 VALID_BATCHES = 50
 
 
-@dataclass(frozen=True)
-class Part:
-    """A part of a model that is stored in a folder of its own."""
-
-    title: str
-    folder: Path
-    load: Callable[..., Any]
-    save: Callable[..., None]
-    essence: Callable[[Any], Any]
-    """A configuration without what may change while the weights stay the same."""
-
-    def is_in(self, root: Path) -> bool:
-        """Whether a model's folder has this part."""
-        return any((root / place).is_dir() for place in (self.folder, self.folder.name))
-
-
-def vae_essence(config: TextVAEConfig) -> TextVAEConfig:
-    """Without the treatment of latents, and without a block size that has no effect."""
-    return replace(config, block_size=config.visible_block, latent_shift=0.0, latent_scale=1.0, fixed_logsnr=None)
-
-
-def dit_essence(config: DiTConfig) -> DiTConfig:
-    """Without the block size, which may grow from stage to stage."""
-    return replace(config, block_size=1)
-
-
-PARTS = {
-    "vae": Part("Text VAE", official.VAE_FOLDER, official.load_vae, official.save_vae, vae_essence),
-    "dit": Part("prior", official.DIT_FOLDER, official.load_dit, official.save_dit, dit_essence),
-}
-
-
 def run(
-    stages: Sequence[tuple[str, Recipe[Any]]], only: str | None = None, resume: bool = False, overwrite: bool = False
+    stages: Sequence[tuple[str, Recipe[Any]]],
+    command: str,
+    only: str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
 ) -> Path:
     """Train a recipe's stages in order, or `only` one of them; returns the folder of the whole run.
+
+    command: how the user asked for it, for the model's card.
 
     resume: pass over finished stages (exported, and their recipe unchanged) and go on from the last checkpoint of the
     others; overwrite: start anew. Raises FileExistsError where there is a run and neither is asked for, ValueError and
@@ -92,12 +68,12 @@ def run(
         stage = prepare(recipe, resume)
         if overwrite:  # only now, when all that the stage needs has been found
             for other in ahead[ahead.index(recipe) :]:
-                clear(other.out, RECIPE, METRICS, VALID, CHECKPOINTS, FILE_NAME, official.EXTRAS)
+                clear(other.out, *WRITTEN)
         for folder in (root, recipe.out):
-            clear(folder, MODEL, official.EXTRAS, VALID)
-        count = sum(parameter.numel() for parameter in stage.model.parameters() if parameter.requires_grad)
-        print(f"{title}: {recipe.train.steps} steps, {count / 1e6:.2f} M parameters to train", flush=True)
-        stage.train(resume)
+            clear(folder, MODEL, official.EXTRAS, VALID, card.FACTS, card.EVALUATION)
+        count = num_trained(stage.model) / 1e6
+        print(f"{title}: {recipe.train.steps} steps, {count:.2f} M parameters to train", flush=True)
+        stage.train(resume, command)
         print(f"{title}: {summary(recipe.out)}; in {recipe.out}", flush=True)
     if root != last and PARTS["vae"].is_in(last):
         export(last, root)
@@ -124,6 +100,7 @@ def plan(
                 f"{recipe.out} holds a run: go on with --resume, replace it with --overwrite, or choose another --out"
             )
         if chosen and not (resume and is_finished(recipe)):
+            trackers.check(recipe.train.trackers)
             ahead.append(recipe)
     return ahead
 
@@ -159,19 +136,56 @@ class Stage:
     corpus: Corpus
     valid: Corpus | None
 
-    def train(self, resume: bool) -> None:
-        """Train, measure on the validation corpus, and export."""
+    def train(self, resume: bool, command: str) -> None:
+        """Train, measure on the validation corpus, and export; `command` is told in the model's card."""
         recipe, out = self.recipe, self.recipe.out
         recipes.dump(recipe, out / RECIPE)
         self.tokenizer.save(out)
-        state = train(self.model, self.corpus, recipe.train, out, resume=resume)
+        show = self.show() if recipe.train.sample_every else None
+        state = train(
+            self.model, self.corpus, recipe.train, out, resume=resume, show=show, settings=settings(out / RECIPE)
+        )
         with state.ema.averaged() if state.ema else contextlib.nullcontext():
             if self.valid is not None:
                 (out / VALID).write_text(json.dumps(validate(self.model, self.valid), indent=2) + "\n")
             for name, module in self.model.named_children():
                 if name in PARTS:
                     PARTS[name].save(module, out / PARTS[name].folder)
+        card.write_facts(out, facts_of(out, recipe.init, command, num_trained(self.model)))
         official.save_sampling(recipe.sampling, out)
+        card.write(out)
+
+    def show(self) -> Show:
+        """What gives samples of the model, of the first texts to validate on or else to train on."""
+        recipe = self.recipe
+        data, seed = (
+            (replace(recipe.data, source=recipe.valid), recipe.seed + 1) if recipe.valid else (recipe.data, recipe.seed)
+        )
+        tokens = next(Corpus(data, self.tokenizer, seed)).tokens  # the same in every process
+
+        def show() -> list[Sample]:
+            model = whole(self.model)
+            return build.samples(model, self.tokenizer, tokens, recipe.sampling) if model else []
+
+        return show
+
+
+def whole(model: build.Model) -> build.Model | None:
+    """The model as a single process has it; of several, the main one gets a copy, and the others None."""
+    if distributed.num_processes() == 1:
+        return model
+    weights = distributed.whole_weights(model)
+    if not distributed.is_main():
+        return None
+    with torch.device("meta"):
+        copy = build.build(model.config)
+    copy.load_state_dict({name: weights[name] for name in copy.state_dict()}, assign=True)
+    return copy.to(build.device()).eval()
+
+
+def num_trained(model: build.Model) -> int:
+    """The number of parameters that training moves."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def prepare(recipe: Recipe[Any], resume: bool) -> Stage:
@@ -252,21 +266,6 @@ def summary(out: Path) -> str:
     took = f"{record['seconds']:.0f} s" if record["seconds"] < 120 else f"{record['seconds'] / 60:.1f} min"
     named = ", ".join(f"{name} {value:.4g}" for name, value in figures if value is not None)
     return f"{record['step']} steps in {took}, {named}"
-
-
-def export(source: Path, to: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write the model in a folder, with its tokenizer and sampling settings, to another one.
-
-    Raises FileNotFoundError when there is none.
-    """
-    if not any(part.is_in(source) for part in PARTS.values()):
-        raise FileNotFoundError(f"{source} holds no model ({MODEL}/): give the folder of a finished run")
-    tokenizer, sampling = Tokenizer.load(source), official.load_sampling(source)
-    for part in PARTS.values():
-        if part.is_in(source):
-            part.save(part.load(source), to / part.folder, dtype=dtype)
-    tokenizer.save(to)
-    official.save_sampling(sampling, to)
 
 
 def clear(folder: Path, *names: str) -> None:

@@ -111,6 +111,16 @@ def part_of(value: Tensor, whole: Tensor) -> Tensor:
     return local(distribute_tensor(value, whole.device_mesh, whole.placements, src_data_rank=None))
 
 
+def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+    """A model's whole state on the CPU of the main process; nothing on the others, which must call this, too."""
+    weights: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        value = full(tensor)
+        if is_main():
+            weights[name] = value.detach().cpu()
+    return weights
+
+
 def mean(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Means over the processes of scalars or vectors that all of them have."""
     if num_processes() == 1 or not values:
