@@ -176,6 +176,8 @@ def export(argv: Sequence[str]) -> None:
 
     if options.to.exists() and any(options.to.iterdir()):
         raise FileExistsError(f"{options.to} is not empty: choose another folder")
+    if options.push is not None:
+        hub.check_repo_id(options.push)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
     write(hub.locate(options.model), options.to, dtype, options.license)
     print(f"The model is in {options.to}.")

@@ -47,10 +47,7 @@ def write_facts(root: Path, facts: Facts) -> None:
 def write(root: Path, license_id: str = LICENSE) -> None:
     """Write the card of the model in a folder; a README.md that is no card of ours stays as it is."""
     file = root / CARD
-    if (
-        file.exists()
-        and ModelCard(file.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.get("library_name") != LIBRARY
-    ):
+    if file.exists() and f"\nlibrary_name: {LIBRARY}\n" not in file.read_text(encoding="utf-8"):
         return
     file.write_text(render(root, license_id), encoding="utf-8")
 
@@ -136,7 +133,7 @@ def describe_parts(root: Path) -> Iterable[tuple[str, tuple[str, str]]]:
         if (root / official.DIT_FOLDER).is_dir():
             file = root / official.DIT_FOLDER / CONFIG
             dit = configs.dit_from_release(file, read_json(file))
-            shape = f"{dit.num_layers} layers of width {dit.width}, blocks of {dit.block_size} latents"
+            shape = f"{dit.num_layers} layers of width {dit.width}, block size {dit.block_size}"
             yield "prior", (count(BlockCausalDiT(dit)), shape)
 
 
@@ -162,10 +159,13 @@ def training(stages: Sequence[Facts]) -> Iterable[str]:
     yield table(("stage", "figure", "in the last steps of training", "on validation text"), losses)
     commands = dict.fromkeys(stage["command"] for stage in stages)
     yield "```\n" + "\n".join(commands) + "\n```"
-    versions = dict.fromkeys(
-        ", ".join(f"{name} {value}" for name, value in stage["made_with"].items() if value) for stage in stages
-    )
+    versions = dict.fromkeys(made_with(**stage["made_with"]) for stage in stages)
     yield f"Made with {'; '.join(versions)}. Every setting is in `{FACTS}`."
+
+
+def made_with(opencola: str, git: str | None, torch: str, python: str) -> str:
+    """Versions, for people."""
+    return f"opencola {opencola}{f' at commit {git}' if git else ''}, torch {torch}, Python {python}"
 
 
 def evaluation(measures: Mapping[str, Any]) -> str:

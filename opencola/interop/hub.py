@@ -69,8 +69,7 @@ def push_to_hub(folder: str | Path, repo_id: str, private: bool = False, token: 
     root = Path(folder)
     if not any((root / part).is_dir() for part in (official.VAE_FOLDER, official.DIT_FOLDER)):
         raise FileNotFoundError(f"{root} holds no model ({official.VAE_FOLDER.parts[0]}/)")
-    if not is_repo_id(repo_id):
-        raise ValueError(f"{repo_id!r} is no name of a repository: write OWNER/NAME")
+    check_repo_id(repo_id)
     api = HfApi(token=token)
     try:
         url = api.create_repo(repo_id, private=private, exist_ok=True)
@@ -78,6 +77,12 @@ def push_to_hub(folder: str | Path, repo_id: str, private: bool = False, token: 
     except (OSError, ValueError) as error:
         raise OSError(f"cannot upload to {repo_id}: {reason(error)}") from error
     return str(url)
+
+
+def check_repo_id(name: str) -> None:
+    """Raise ValueError for what cannot be the name of a repository."""
+    if not is_repo_id(name):
+        raise ValueError(f"{name!r} is no name of a repository: write OWNER/NAME")
 
 
 def is_repo_id(name: str) -> bool:

@@ -95,6 +95,19 @@ def test_mistakes(main: Main, place: Path, argv: str, message: str) -> None:
     assert re.fullmatch(rf"error: .*{message}.*\n", error), error
 
 
+def test_a_missing_tracker_costs_nothing(main: Main, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opencola.train.trackers.importlib.util.find_spec", lambda name: None)
+    before = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
+    code, _, error = main("train", "tiny.yaml", "--overwrite", "--train.trackers", "tensorboard")
+    assert code == 2
+    assert error == (
+        "error: train.trackers names tensorboard, whose package is not installed: pip install 'opencola[tensorboard]'\n"
+    )
+    assert before == {path: path.stat().st_mtime_ns for path in place.rglob("*")}
+    code, _, error = main("train", "tiny.yaml", "--out", "new", "--train.trackers", "paper")
+    assert code == 2 and "paper" in error and not (place / "new").exists()
+
+
 def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
     done = opencola("tarin", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
