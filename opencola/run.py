@@ -1,7 +1,8 @@
 """Running a recipe, stage by stage: tokenizer, starting weights, training, an exported model.
 
-A stage's folder holds recipe.yaml, metrics.jsonl, checkpoints/, valid.json (where the recipe has `valid`) and, once the
-stage is finished, its model in the public layout. The last stage's model is copied to the folder of the whole run.
+A stage's folder holds recipe.yaml, metrics.jsonl, checkpoints/, samples.jsonl (with `train.sample_every`), valid.json
+(where the recipe has `valid`) and, once the stage is finished, its model in the public layout with a card. The last
+stage's model is copied to the folder of the whole run.
 """
 
 import contextlib
@@ -47,9 +48,7 @@ def run(
 ) -> Path:
     """Train a recipe's stages in order, or `only` one of them; returns the folder of the whole run.
 
-    command: how the user asked for it, for the model's card.
-
-    resume: pass over finished stages (exported, and their recipe unchanged) and go on from the last checkpoint of the
+    command: how the user asked for it, for the model's card; resume: pass over finished stages (exported, and their recipe unchanged) and go on from the last checkpoint of the
     others; overwrite: start anew. Raises FileExistsError where there is a run and neither is asked for, ValueError and
     FileNotFoundError for settings and files that do not fit each other, KeyboardInterrupt after Ctrl-C.
     """
