@@ -48,9 +48,10 @@ def run(
 ) -> Path:
     """Train a recipe's stages in order, or `only` one of them; returns the folder of the whole run.
 
-    command: how the user asked for it, for the model's card; resume: pass over finished stages (exported, and their recipe unchanged) and go on from the last checkpoint of the
-    others; overwrite: start anew. Raises FileExistsError where there is a run and neither is asked for, ValueError and
-    FileNotFoundError for settings and files that do not fit each other, KeyboardInterrupt after Ctrl-C.
+    command: how the user asked for it, for the model's card; resume: pass over finished stages (exported, and their
+    recipe unchanged) and go on from the last checkpoint of the others; overwrite: start anew. Raises FileExistsError
+    where there is a run and neither is asked for, ValueError and FileNotFoundError for settings and files that do not
+    fit each other, KeyboardInterrupt after Ctrl-C.
     """
     last = stages[-1][1].out
     root = last if len(stages) == 1 else last.parent
