@@ -121,8 +121,13 @@ def find(recipe: str | Path) -> Path:
 def dump(recipe: Recipe[Any], path: Path) -> None:
     """Write a single stage as a recipe file that reads back to the same recipe."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(_plain(dataclasses.asdict(recipe)), sort_keys=False, allow_unicode=True)
-    path.write_text(text, encoding="utf-8")
+    path.write_text(yaml.safe_dump(values(recipe), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def values(recipe: Recipe[Any]) -> dict[str, Any]:
+    """A stage's settings as nested plain values, as its file has them."""
+    plain: dict[str, Any] = _plain(dataclasses.asdict(recipe))
+    return plain
 
 
 class _Loader(yaml.SafeLoader):

@@ -1,7 +1,8 @@
 """Running a recipe, stage by stage: tokenizer, starting weights, training, an exported model.
 
-A stage's folder holds recipe.yaml, metrics.jsonl, checkpoints/, valid.json (where the recipe has `valid`) and, once the
-stage is finished, its model in the public layout. The last stage's model is copied to the folder of the whole run.
+A stage's folder holds recipe.yaml, metrics.jsonl, checkpoints/, samples.jsonl (with `train.sample_every`), valid.json
+(where the recipe has `valid`) and, once the stage is finished, its model in the public layout with a card. The last
+stage's model is copied to the folder of the whole run.
 """
 
 import contextlib
@@ -9,8 +10,7 @@ import itertools
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,64 +19,38 @@ import torch
 import yaml
 
 from opencola import recipe as recipes
-from opencola.flow.dit import DiTConfig
-from opencola.interop import official
+from opencola.export import METRICS, MODEL, PARTS, RECIPE, VALID, export, facts_of
+from opencola.interop import card, official
 from opencola.models import build
+from opencola.models.language_model import Sample
 from opencola.recipe import Recipe
 from opencola.text.corpus import Corpus
 from opencola.text.shards import folder_of
 from opencola.text.sources import one_pass
 from opencola.text.tokenizer import FILE_NAME, Tokenizer
-from opencola.train import distributed
+from opencola.train import distributed, trackers
 from opencola.train.loop import train
+from opencola.train.samples import Show
 from opencola.train.tracker import Means
-from opencola.vae.text_vae import TextVAEConfig
 
-RECIPE, METRICS, VALID, CHECKPOINTS = "recipe.yaml", "metrics.jsonl", "valid.json", "checkpoints"
-MODEL = official.VAE_FOLDER.parts[0]
+CHECKPOINTS = "checkpoints"
+WRITTEN = (RECIPE, METRICS, "samples.jsonl", VALID, CHECKPOINTS, "tensorboard", "wandb", FILE_NAME, official.EXTRAS)
 VALID_BATCHES = 50
 
 
-@dataclass(frozen=True)
-class Part:
-    """A part of a model that is stored in a folder of its own."""
-
-    title: str
-    folder: Path
-    load: Callable[..., Any]
-    save: Callable[..., None]
-    essence: Callable[[Any], Any]
-    """A configuration without what may change while the weights stay the same."""
-
-    def is_in(self, root: Path) -> bool:
-        """Whether a model's folder has this part."""
-        return any((root / place).is_dir() for place in (self.folder, self.folder.name))
-
-
-def vae_essence(config: TextVAEConfig) -> TextVAEConfig:
-    """Without the treatment of latents, and without a block size that has no effect."""
-    return replace(config, block_size=config.visible_block, latent_shift=0.0, latent_scale=1.0, fixed_logsnr=None)
-
-
-def dit_essence(config: DiTConfig) -> DiTConfig:
-    """Without the block size, which may grow from stage to stage."""
-    return replace(config, block_size=1)
-
-
-PARTS = {
-    "vae": Part("Text VAE", official.VAE_FOLDER, official.load_vae, official.save_vae, vae_essence),
-    "dit": Part("prior", official.DIT_FOLDER, official.load_dit, official.save_dit, dit_essence),
-}
-
-
 def run(
-    stages: Sequence[tuple[str, Recipe[Any]]], only: str | None = None, resume: bool = False, overwrite: bool = False
+    stages: Sequence[tuple[str, Recipe[Any]]],
+    command: str,
+    only: str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
 ) -> Path:
     """Train a recipe's stages in order, or `only` one of them; returns the folder of the whole run.
 
-    resume: pass over finished stages (exported, and their recipe unchanged) and go on from the last checkpoint of the
-    others; overwrite: start anew. Raises FileExistsError where there is a run and neither is asked for, ValueError and
-    FileNotFoundError for settings and files that do not fit each other, KeyboardInterrupt after Ctrl-C.
+    command: how the user asked for it, for the model's card; resume: pass over finished stages (exported, and their
+    recipe unchanged) and go on from the last checkpoint of the others; overwrite: start anew. Raises FileExistsError
+    where there is a run and neither is asked for, ValueError and FileNotFoundError for settings and files that do not
+    fit each other, KeyboardInterrupt after Ctrl-C.
     """
     last = stages[-1][1].out
     root = last if len(stages) == 1 else last.parent
@@ -95,13 +69,12 @@ def run(
         if distributed.is_main():
             if overwrite:  # only now, when all that the stage needs has been found
                 for other in ahead[ahead.index(recipe) :]:
-                    clear(other.out, RECIPE, METRICS, VALID, CHECKPOINTS, FILE_NAME, official.EXTRAS)
+                    clear(other.out, *WRITTEN)
             for folder in (root, recipe.out):
-                clear(folder, MODEL, official.EXTRAS, VALID)
+                clear(folder, MODEL, official.EXTRAS, VALID, card.FACTS, card.EVALUATION)
         distributed.barrier()
-        count = sum(parameter.numel() for parameter in stage.model.parameters() if parameter.requires_grad)
-        say(f"{title}: {recipe.train.steps} steps, {count / 1e6:.2f} M parameters to train")
-        stage.train(resume)
+        say(f"{title}: {recipe.train.steps} steps, {num_trained(stage.model) / 1e6:.2f} M parameters to train")
+        stage.train(resume, command)
         say(f"{title}: {summary(recipe.out)}; in {recipe.out}")
     if root != last and PARTS["vae"].is_in(last) and distributed.is_main():
         export(last, root)
@@ -128,6 +101,7 @@ def plan(
                 f"{recipe.out} holds a run: go on with --resume, replace it with --overwrite, or choose another --out"
             )
         if chosen and not (resume and is_finished(recipe)):
+            trackers.check(recipe.train.trackers)
             ahead.append(recipe)
     return ahead
 
@@ -163,26 +137,60 @@ class Stage:
     corpus: Corpus
     valid: Corpus | None
 
-    def train(self, resume: bool) -> None:
-        """Train, measure on the validation corpus, and export."""
+    def train(self, resume: bool, command: str) -> None:
+        """Train, measure on the validation corpus, and export; `command` is told in the model's card."""
         recipe, out = self.recipe, self.recipe.out
         if distributed.is_main():
             recipes.dump(recipe, out / RECIPE)
             self.tokenizer.save(out)
-        state = train(self.model, self.corpus, recipe.train, out, display=distributed.is_main(), resume=resume)
+        show = self.show() if recipe.train.sample_every else None
+        values = recipes.values(recipe)
+        state = train(self.model, self.corpus, recipe.train, out, resume=resume, show=show, settings=values)
         with state.ema.averaged() if state.ema else contextlib.nullcontext():
             valid = None if self.valid is None else validate(self.model, self.valid)
-            weights = distributed.whole_weights(self.model)
+            model = whole(self.model)
+            for name, module in model.named_children() if model else ():
+                if name in PARTS:
+                    PARTS[name].save(module, out / PARTS[name].folder)
         if distributed.is_main():
             if valid is not None:
                 (out / VALID).write_text(json.dumps(valid, indent=2) + "\n")
-            with torch.device("meta"):
-                model = build.build(self.model.config)
-            model.load_state_dict({name: weights[name] for name in model.state_dict()}, assign=True)
-            for name, module in model.named_children():
-                PARTS[name].save(module, out / PARTS[name].folder)
+            card.write_facts(out, facts_of(out, recipe.init, command, num_trained(self.model)))
             official.save_sampling(recipe.sampling, out)
+            card.write(out)
         distributed.barrier()  # a later stage starts from these files
+
+    def show(self) -> Show:
+        """What gives samples of the model, of the first texts to validate on or else to train on."""
+        recipe = self.recipe
+        data, seed = replace(recipe.data, verify=False), recipe.seed
+        if recipe.valid:
+            data, seed = replace(data, source=recipe.valid), seed + 1
+        tokens = next(Corpus(data, self.tokenizer, seed)).tokens  # the same in every process
+
+        def show() -> list[Sample]:
+            model = whole(self.model)
+            return build.samples(model, self.tokenizer, tokens, recipe.sampling) if model else []
+
+        return show
+
+
+def whole(model: build.Model) -> build.Model | None:
+    """The model as a single process has it; of several, the main one gets a copy, and the others None."""
+    if distributed.num_processes() == 1:
+        return model
+    weights = distributed.whole_weights(model)
+    if not distributed.is_main():
+        return None
+    with torch.device("meta"):
+        copy = build.build(model.config)
+    copy.load_state_dict({name: weights[name] for name in copy.state_dict()}, assign=True)
+    return copy.to(build.device()).eval()
+
+
+def num_trained(model: build.Model) -> int:
+    """The number of parameters that training moves."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def prepare(recipe: Recipe[Any], resume: bool) -> Stage:
@@ -249,16 +257,14 @@ def is_finished(recipe: Recipe[Any]) -> bool:
     """Whether a stage was trained to its end by this very recipe."""
     if not (recipe.out / official.EXTRAS).exists():  # written last
         return False
-    with tempfile.TemporaryDirectory() as folder:
-        recipes.dump(recipe, Path(folder, RECIPE))
-        return settings(Path(folder, RECIPE)) == settings(recipe.out / RECIPE)
+    before = yaml.safe_load((recipe.out / RECIPE).read_text(encoding="utf-8"))
+    return movable(recipes.values(recipe)) == movable(before)
 
 
-def settings(file: Path) -> dict[str, Any]:
-    """A stage's recipe as plain values, those that moving the run to another folder changes made relative."""
-    values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    out = values.pop("out")
-    return values | {"init": values["init"] and os.path.relpath(values["init"], out)}
+def movable(values: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's values without what changes when the run is moved to another folder."""
+    start = values["init"] and os.path.relpath(values["init"], values["out"])
+    return {name: value for name, value in values.items() if name != "out"} | {"init": start}
 
 
 def summary(out: Path) -> str:
@@ -271,21 +277,6 @@ def summary(out: Path) -> str:
     took = f"{record['seconds']:.0f} s" if record["seconds"] < 120 else f"{record['seconds'] / 60:.1f} min"
     named = ", ".join(f"{name} {value:.4g}" for name, value in figures if value is not None)
     return f"{record['step']} steps in {took}, {named}"
-
-
-def export(source: Path, to: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write the model in a folder, with its tokenizer and sampling settings, to another one.
-
-    Raises FileNotFoundError when there is none.
-    """
-    if not any(part.is_in(source) for part in PARTS.values()):
-        raise FileNotFoundError(f"{source} holds no model ({MODEL}/): give the folder of a finished run")
-    tokenizer, sampling = Tokenizer.load(source), official.load_sampling(source)
-    for part in PARTS.values():
-        if part.is_in(source):
-            part.save(part.load(source), to / part.folder, dtype=dtype)
-    tokenizer.save(to)
-    official.save_sampling(sampling, to)
 
 
 def clear(folder: Path, *names: str) -> None:

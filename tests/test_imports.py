@@ -30,6 +30,7 @@ ALLOWED: dict[str, set[str]] = {
 ALLOWED["serve"] = {*ALLOWED, "interop"} - {"train", "evaluation"}
 ALLOWED["flags"] = set()
 ALLOWED["recipe"] = {*ALLOWED} - {"serve"}
+ALLOWED["export"] = {"text", "vae", "flow", "interop"}
 ALLOWED["run"] = {*ALLOWED} - {"serve", "evaluation"}
 ALLOWED["console"] = {*ALLOWED} - {"serve", "evaluation"}
 ALLOWED["tokenize"] = {"flags", "text"}

@@ -3,9 +3,14 @@
 from typing import assert_never
 
 import torch
+from torch import Tensor
 
 from opencola.models.cola import Cola, ColaConfig, PriorObjective
+from opencola.models.language_model import Sample
+from opencola.models.samples import continuations, reconstructions
+from opencola.models.sampling import Sampling
 from opencola.models.stage_one import StageOne, StageOneConfig
+from opencola.text.tokenizer import Tokenizer
 
 ModelConfig = StageOneConfig | ColaConfig
 Model = StageOne | Cola
@@ -54,6 +59,17 @@ def start(model: Model) -> None:
             pass
         case Cola():
             model.freeze_parts()
+        case _:
+            assert_never(model)
+
+
+def samples(model: Model, tokenizer: Tokenizer, tokens: Tensor, sampling: Sampling) -> list[Sample]:
+    """What a model makes of the first of some sequences (B, L): continuations if it can, and reconstructions."""
+    match model:
+        case StageOne():
+            return reconstructions(model.vae, tokenizer, tokens)
+        case Cola():
+            return continuations(model, tokenizer, tokens, sampling) + reconstructions(model.vae, tokenizer, tokens)
         case _:
             assert_never(model)
 
