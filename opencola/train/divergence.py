@@ -16,7 +16,8 @@ class Divergence:
     """Watches a run's records, each a mean of the loss over some steps.
 
     A record is bad when its loss lies above the lowest one so far by more than `factor` - 1 times that one's size, more
-    than half of what had been gained since the first record, and more than FLOOR. So neither a loss that begins near
+    than half of what had been gained since the first record, and more than FLOOR. Records are compared by the terms
+    that both have: in `interval` the VAE's come and go. So neither a loss that begins near
     its end stops a run, nor one that has become tiny, as a Text VAE's does, or negative. Two bad records in a row are a
     divergence.
     """
@@ -25,7 +26,7 @@ class Divergence:
         self.factor = factor
         self.good_until = 0
         """Step of the last record that was not bad."""
-        self._first = 0.0
+        self._first: Mapping[str, Any] = {}
         self._best: Mapping[str, Any] = {}
         self._num_bad = 0
 
@@ -36,12 +37,11 @@ class Divergence:
 
     def take(self, record: Mapping[str, Any]) -> str | None:
         """Take in the next record of metrics.jsonl; what has gone wrong, with the term that rose most, if it has."""
-        loss = record["loss"]
-        if not self._best:
-            self._first, self._best = loss, record
-        best = self._best["loss"]
-        rise = loss - best
-        if self.factor and rise > max((self.factor - 1) * abs(best), (self._first - best) / 2, FLOOR):
+        first, best = self._first, self._best = self._first or record, self._best or record
+        common = [term for term in terms(record) if term in terms(best)]
+        rise, lowest = (sum(values) for values in ((record[t] - best[t] for t in common), (best[t] for t in common)))
+        gained = sum(first[term] - best[term] for term in common if term in terms(first))
+        if self.factor and rise > max((self.factor - 1) * abs(lowest), gained / 2, FLOOR):
             self._num_bad += 1
             return self._fault(record) if self._num_bad >= PATIENCE else None
         self._num_bad, self.good_until = 0, record["step"]
@@ -51,13 +51,10 @@ class Divergence:
 
     def _fault(self, record: Mapping[str, Any]) -> str:
         best = self._best
-        terms = [name for name in record if name.startswith("loss/") and record[name] is not None]
-        # a term that the best record lacks had no part in its loss: in `interval` the VAE's come and go
-        before = {name: best.get(name) or 0.0 for name in terms}
-        worst = max(terms, key=lambda name: record[name] - before[name])
+        worst = max((term for term in terms(record) if term in terms(best)), key=lambda term: record[term] - best[term])
         return (
             f"the loss diverged: {record['loss']:.4g} at step {record['step']}, after {best['loss']:.4g} at step "
-            f"{best['step']}; term {worst.removeprefix('loss/')} rose most, from {before[worst]:.4g} to "
+            f"{best['step']}; term {worst.removeprefix('loss/')} rose most, from {best[worst]:.4g} to "
             f"{record[worst]:.4g}"
         )
 
@@ -68,6 +65,11 @@ class Divergence:
         raise FloatingPointError(
             f"{fault}; lower train.learning_rate and train.muon_learning_rate, and go on with --resume from {where}"
         )
+
+
+def terms(record: Mapping[str, Any]) -> list[str]:
+    """The terms that a record's loss is the sum of."""
+    return [name for name, value in record.items() if name.startswith("loss/") and value is not None]
 
 
 def set_aside(folder: Path, good_until: int) -> Path | None:

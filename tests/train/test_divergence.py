@@ -63,12 +63,18 @@ def test_the_fault_names_the_term_that_rose_most() -> None:
     assert watch.suspected and watch.good_until == 10
     fault = watch.take(record(3, ce=2.0, flow=5.5, kl=0.1, new=1.0))
     assert fault == "the loss diverged: 8.6 at step 30, after 2 at step 10; term flow rose most, from 1 to 5.5"
-    watch = Divergence(2.0)
-    for number in range(2):
-        watch.take(record(number, ce=1.0))
-    for number in range(2, 4):
-        fault = watch.take(record(number, ce=1.5, new=8.0))
-    assert fault and fault.endswith("term new rose most, from 0 to 8")
+
+
+def test_terms_that_come_and_go_are_no_divergence() -> None:
+    """As in `interval`, where the VAE's terms are there for some steps and not for others."""
+    watch, vae = Divergence(2.0), {"ce": 5.0, "entropy": -0.2}
+    for number in range(0, 12, 2):
+        assert watch.take(record(number, flow=3 - 0.1 * number)) is None
+        assert watch.take(record(number + 1, flow=3 - 0.1 * number, **vae)) is None
+        assert not watch.suspected
+    watch.take(record(12, flow=9.0))
+    fault = watch.take(record(13, flow=9.5, **vae))
+    assert fault and fault.endswith("term flow rose most, from 2 to 9.5")
 
 
 def test_checkpoints_that_no_good_record_follows_are_set_aside(tmp_path: Path) -> None:
