@@ -13,11 +13,14 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from opencola import __version__, flags
+
+if TYPE_CHECKING:
+    from opencola.recipe import Recipe
 
 USAGE = """usage: opencola COMMAND [FLAGS]
 
@@ -53,6 +56,14 @@ class TrainFlags(RunFlags):
     """Recipe file, or the name of a recipe that comes with the package: demo, text, tinystories, fairytales."""
     stage: str | None = None
     """Train only this stage of the recipe."""
+    dry_run: bool = False
+    """Train nothing: print parameters, operations, memory, time on GPUs, and the plan. Takes seconds and no GPU."""
+    devices: int = 1
+    """GPUs to plan for (--dry-run)."""
+    gpu: str | None = None
+    """Kind of GPU to plan for, such as H100; all that are known without it (--dry-run)."""
+    utilisation: float = 0.4
+    """Share of the GPU's peak rate that training is taken to reach (--dry-run)."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +89,7 @@ def train(argv: Sequence[str]) -> None:
       opencola train text --data.source my.txt --out runs/mine
       opencola train text --data.source my.txt --out runs/mine --resume
       opencola train my-recipe.yaml --stage prior --overwrite
+      opencola train paper --dry-run --devices 8
     """
     recipe = next(iter(argv), "-")
     if {"-h", "--help"} & {*argv} and not recipe.startswith("-"):
@@ -85,6 +97,11 @@ def train(argv: Sequence[str]) -> None:
     options, settings = flags.parse(
         TrainFlags, argv, prog="opencola train", description=help_of(train), return_unknown_args=True
     )
+    if options.dry_run:
+        from opencola import dry_run
+
+        stages = read(options.recipe, settings)
+        return dry_run.dry_run(stages, options.stage, options.devices, options.gpu, options.utilisation)
     out = train_recipe(options.recipe, settings, options, options.stage)
     from opencola.run import PARTS
 
@@ -94,11 +111,17 @@ def train(argv: Sequence[str]) -> None:
 
 def train_recipe(recipe: str, settings: Sequence[str], options: RunFlags, stage: str | None = None) -> Path:
     """Train by a recipe file, or one that comes with the package; returns the folder of the run."""
-    from opencola import recipe as recipes
     from opencola import run
+
+    return run.run(read(recipe, settings), stage, options.resume, options.overwrite)
+
+
+def read(recipe: str, settings: Sequence[str]) -> "list[tuple[str, Recipe[Any]]]":
+    """The stages of a recipe, with flags over them."""
+    from opencola import recipe as recipes
     from opencola.models import build
 
-    return run.run(recipes.read(recipe, settings, build.config_class), stage, options.resume, options.overwrite)
+    return recipes.read(recipe, settings, build.config_class)
 
 
 def demo(argv: Sequence[str]) -> None:

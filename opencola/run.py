@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import yaml
 
+from opencola import checks
 from opencola import recipe as recipes
 from opencola.flow.dit import DiTConfig
 from opencola.interop import official
@@ -123,6 +124,7 @@ def plan(
                 f"{recipe.out} holds a run: go on with --resume, replace it with --overwrite, or choose another --out"
             )
         if chosen and not (resume and is_finished(recipe)):
+            checks.check(name, recipe, checks.world_size())
             ahead.append(recipe)
     return ahead
 

@@ -40,11 +40,19 @@ class TrainConfig(OptimizerConfig):
     """Steps between checkpoints; there is always one at the end."""
     keep: int = 1
     """Checkpoints to keep."""
+    replicate: int = 1
+    """Copies of the sharded model, over which a batch is divided (mesh: replicate x shard)."""
+    shard: int = 0
+    """Processes over which each copy's parameters are sharded; 0: all that are left."""
+    accumulate: int = 1
+    """Passes per optimizer step; the batch is divided among them."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "log_every", "save_every", "keep"):
+        for name in ("steps", "log_every", "save_every", "keep", "replicate", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}")
+        if self.shard < 0:
+            raise ValueError(f"shard must be at least 0, but is {self.shard}")
 
 
 class Interrupted(KeyboardInterrupt):

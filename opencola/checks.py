@@ -1,0 +1,64 @@
+"""Whether a recipe divides: sequences into blocks, batches among processes, processes into a mesh.
+
+Asked before anything is loaded or written, so that nothing is lost when the answer is no.
+"""
+
+import math
+import os
+from typing import Any
+
+from opencola.models import build
+from opencola.recipe import Recipe
+from opencola.text.tokenizer import SMALLEST_VOCABULARY
+
+
+def check(stage: str, recipe: Recipe[Any], processes: int) -> None:
+    """Raise ValueError, in one line with fields, values and what to do, where a stage does not divide."""
+    data, train = recipe.data, recipe.train
+    factors = build.length_factors(recipe.model)
+    step = math.prod(factors.values())
+    if data.length % step:
+        product = " x ".join(f"{name} {value}" for name, value in factors.items())
+        raise ValueError(
+            f"stage {stage}: data.length {data.length} is not a multiple of {product}: set it to {near(data.length, step)}"
+        )
+    num_shards(stage, recipe, processes)
+    parts = processes * train.accumulate
+    if data.batch_size % parts:
+        raise ValueError(
+            f"stage {stage}: data.batch_size {data.batch_size} cannot be divided among {processes} process(es) x "
+            f"train.accumulate {train.accumulate}: set it to {near(data.batch_size, parts)}"
+        )
+    own = recipe.tokenizer
+    if own.path is None and recipe.init is None and own.vocab_size < SMALLEST_VOCABULARY:
+        raise ValueError(
+            f"stage {stage}: tokenizer.vocab_size {own.vocab_size} is too small for a new tokenizer: "
+            f"set it to {SMALLEST_VOCABULARY} or more"
+        )
+
+
+def num_shards(stage: str, recipe: Recipe[Any], processes: int) -> int:
+    """Processes that share the parameters of one copy; ValueError where copies and shards do not use all processes."""
+    replicate, shard = recipe.train.replicate, recipe.train.shard
+    if processes % replicate:
+        raise ValueError(
+            f"stage {stage}: train.replicate {replicate} does not divide the {processes} process(es) there are: "
+            "set it to a divisor"
+        )
+    if shard and replicate * shard != processes:
+        raise ValueError(
+            f"stage {stage}: train.replicate {replicate} x train.shard {shard} is not the {processes} process(es) there "
+            f"are: set train.shard to {processes // replicate}, or to 0 for all that are left"
+        )
+    return processes // replicate
+
+
+def near(value: int, step: int) -> str:
+    """The multiples of a step around a value."""
+    below = value // step * step
+    return " or ".join(str(multiple) for multiple in (below, below + step) if multiple)
+
+
+def world_size() -> int:
+    """Processes that torchrun has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,0 +1,245 @@
+"""What `opencola train RECIPE --dry-run` prints: sizes, operations, memory, time and the plan, with nothing done.
+
+The model is built, and a step of it taken, on tensors without memory (`train.cost.unreal`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from opencola import checks, run
+from opencola.models import build
+from opencola.recipe import Recipe
+from opencola.text.corpus import Batch
+from opencola.text.tokenizer import FILE_NAME, Tokenizer
+from opencola.train import cost
+
+USABLE = 0.9
+"""Share of a GPU's memory that may be planned for; the rest is for the driver, communication and fragments."""
+
+
+@dataclass(frozen=True)
+class GPU:
+    """Memory in GB (10^9 bytes) and dense peak rates in TFLOP/s (10^12 operations a second)."""
+
+    gigabytes: float
+    bf16: float
+    float32: float
+
+
+# NVIDIA's data sheets: A100 80GB SXM (2021), H100 SXM5 and H200 SXM (2022, 2024), L40S (2023); for the GeForce the Ada
+# whitepaper (2022), products accumulated in float32. Rates that the sheets give with sparsity are halved.
+GPUS = {
+    "A100": GPU(80, 312, 19.5),
+    "H100": GPU(80, 989.4, 66.9),
+    "H200": GPU(141, 989.4, 66.9),
+    "L40S": GPU(48, 362, 91.6),
+    "4090": GPU(24, 165.2, 82.6),
+}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A stage by the numbers. Bytes are those of one device."""
+
+    name: str
+    recipe: Recipe[Any]
+    devices: int
+    shards: int
+    parts: dict[str, tuple[int, bool]]
+    """Parameters of each part, and whether they are trained."""
+    core: int
+    """Core parameters, N."""
+    flops_per_token: float
+    """Counted, forward and backward."""
+    memory: dict[str, int]
+    """Bytes by part."""
+    activations: dict[bool, int]
+    """Bytes of activations without and with recomputation, where the family has it."""
+
+    @property
+    def micro_batch(self) -> int:
+        """Sequences of one pass on one device."""
+        return self.recipe.data.batch_size // (self.devices * self.recipe.train.accumulate)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Over all devices."""
+        return self.recipe.data.batch_size * self.recipe.data.length
+
+    @property
+    def tokens(self) -> int:
+        """Of the whole stage."""
+        return self.recipe.train.steps * self.tokens_per_step
+
+    def seconds_per_step(self, gpu: GPU, utilisation: float) -> float:
+        """At a share of the peak rate."""
+        rate = gpu.bf16 if self.recipe.train.bf16 else gpu.float32
+        return self.flops_per_token * self.tokens_per_step / (self.devices * rate * 1e12 * utilisation)
+
+    def fits(self, gpu: GPU) -> bool:
+        """Whether the memory is enough."""
+        return sum(self.memory.values()) <= USABLE * gpu.gigabytes * 1e9
+
+
+def dry_run(
+    stages: Sequence[tuple[str, Recipe[Any]]], only: str | None, devices: int, gpu: str | None, utilisation: float
+) -> None:
+    """Print the estimates of a recipe's stages, or of `only` one, for one kind of GPU or all known; writes nothing.
+
+    Raises ValueError for an unknown stage or GPU, and where a stage would not start.
+    """
+    if gpu is not None and gpu.upper() not in GPUS:
+        raise ValueError(f"there is no GPU {gpu!r} in the table; it has: {', '.join(GPUS)}")
+    if not 0 < utilisation <= 1:
+        raise ValueError(f"--utilisation must be above 0 and at most 1, not {utilisation}")
+    if only is not None and only not in dict(stages):
+        raise ValueError(f"there is no stage {only!r}; the stages are: {', '.join(dict(stages))}")
+    gpus = {name: figures for name, figures in GPUS.items() if gpu is None or name == gpu.upper()}
+    chosen = [(name, recipe) for name, recipe in stages if only in (None, name)]
+    for name, recipe in chosen:
+        number = [*dict(stages)].index(name)
+        run.check_start(name, recipe, [earlier for _, earlier in stages[:number]])
+        checks.check(name, recipe, devices)
+    console = Console(highlight=False)
+    for name, recipe in chosen:
+        estimate = estimated(name, recipe, devices, vocabulary(recipe, dict(stages)))
+        show(estimate, gpus, utilisation, console)
+
+
+def vocabulary(recipe: Recipe[Any], stages: dict[str, Recipe[Any]]) -> int:
+    """Tokens: of the tokenizer named or of `init`, if it is there already, else what the recipe says they will be."""
+    for source in (recipe.tokenizer.path, recipe.init):
+        if source is not None and (source.is_file() or (source / FILE_NAME).is_file()):
+            return Tokenizer.load(source).vocab_size
+    if recipe.tokenizer.path is not None:
+        return recipe.model.vae.vocab_size
+    earlier = [other for other in stages.values() if other.out == recipe.init]
+    return vocabulary(earlier[0], stages) if earlier else recipe.tokenizer.vocab_size
+
+
+def estimated(name: str, recipe: Recipe[Any], devices: int, vocab_size: int, both: bool = True) -> Estimate:
+    """Count a stage; `both`: with and without recomputation, not only as the recipe has it."""
+    data, train = recipe.data, recipe.train
+    shards = checks.num_shards(name, recipe, devices)
+    config = replace(recipe.model, vae=replace(recipe.model.vae, vocab_size=vocab_size))
+    ids = torch.arange(data.batch_size // (devices * train.accumulate))
+    with cost.unreal():
+        passes: dict[Any, cost.PassCost] = {}
+        variants = (build.recomputing(config, False), build.recomputing(config, True))
+        for variant in (config, *(variants if both else ())):
+            if variant not in passes:
+                model = build.build(variant)
+                build.start(model)
+                batch = Batch(torch.zeros(len(ids), data.length, dtype=torch.long), ids, recipe.seed, step=0)
+                passes[variant] = cost.of_pass(model, batch, train.bf16)
+        memory = {part: total // shards for part, total in cost.state_bytes(model, train).items()}
+        if shards > 1:
+            memory["gathered"] = cost.gathered_bytes(model)
+        memory["activations"] = passes[config].peak_bytes
+        activations = {on: passes[variant].peak_bytes for on, variant in enumerate(variants) if variant in passes}
+        return Estimate(
+            name=name,
+            recipe=recipe,
+            devices=devices,
+            shards=shards,
+            parts=parts(model),
+            core=build.num_core(model),
+            flops_per_token=passes[config].flops / (len(ids) * data.length),
+            memory={part: size for part, size in memory.items() if size},
+            activations={bool(on): size for on, size in activations.items()} if variants[0] != variants[1] else {},
+        )
+
+
+def parts(model: build.Model) -> dict[str, tuple[int, bool]]:
+    """Parameters by part: the first two words of their names; modulations of the time apart."""
+    found: dict[str, tuple[int, bool]] = {}
+    for name, parameter in model.named_parameters():
+        words = name.split(".")
+        part = ".".join([words[0], "modulations" if any("modulation" in word for word in words) else words[1]])
+        found[part] = (found.get(part, (0, False))[0] + parameter.numel(), parameter.requires_grad)
+    return found
+
+
+def show(estimate: Estimate, gpus: dict[str, GPU], utilisation: float, console: Console) -> None:
+    """Print an estimate in four tables."""
+    recipe, data, train = estimate.recipe, estimate.recipe.data, estimate.recipe.train
+    seen = sum(count for count, _ in estimate.parts.values())
+    trained = sum(count for count, is_trained in estimate.parts.values() if is_trained)
+    precision = "bfloat16 autocast over float32 weights" if train.bf16 else "float32"
+    state = sum(size for part, size in estimate.memory.items() if part not in ("gathered", "gradients", "activations"))
+    fall = (
+        "constant" if train.schedule == "constant" else f"{train.schedule} to {train.learning_rate * train.final:.3g}"
+    )
+    rows = {
+        "starts from": str(recipe.init or "random weights"),
+        "data": f"{data.source}, {data.batch_size:,} sequences of {data.length} tokens a step",
+        "devices": f"{estimate.devices}: {train.replicate} x {estimate.shards} shards; a step is {train.accumulate} pass(es) of "
+        f"{estimate.micro_batch} sequences on each",
+        "steps": f"{train.steps:,}, {short(estimate.tokens)} tokens" + (
+            f", or {train.seconds:g} seconds" if train.seconds else ""
+        ),
+        "optimizer": f"{train.optimizer}, learning rate {train.learning_rate:.3g} after {train.warmup:,} steps, {fall}",
+        "precision": precision,
+        "checkpoints": f"every {train.save_every:,} steps, {train.keep} kept, {short(state * estimate.shards)}B each, in "
+        f"{recipe.out / run.CHECKPOINTS}",
+    }  # fmt: skip
+    plan = table(f"{estimate.name}: the plan", "", "")
+    for title, text in rows.items():
+        plan.add_row(title, text)
+    sizes = table(f"{estimate.name}: parameters", "part", "parameters", "")
+    for part, (count, is_trained) in estimate.parts.items():
+        if count >= seen / 1000:
+            sizes.add_row(part, f"{count:,}", "" if is_trained else "frozen")
+    sizes.add_section()
+    sizes.add_row("all", f"{seen:,}")
+    sizes.add_row("trained", f"{trained:,}")
+    sizes.add_row("core, N", f"{estimate.core:,}")
+    flops = table(f"{estimate.name}: operations", "", "a token", "whole stage")
+    for title, per_token in (("6 N", 6.0 * estimate.core), ("counted", estimate.flops_per_token)):
+        flops.add_row(title, f"{short(per_token)}FLOP", f"{short(per_token * estimate.tokens)}FLOP")
+    memory = table(f"{estimate.name}: memory of one device", "part", "GB")
+    for part, size in estimate.memory.items():
+        memory.add_row(part, f"{size / 1e9:.2f}")
+    memory.add_section()
+    memory.add_row("all", f"{sum(estimate.memory.values()) / 1e9:.2f}")
+    for on, size in estimate.activations.items():
+        memory.add_row(f"(activations {'with' if on else 'without'} prior.recompute", f"{size / 1e9:.2f})")
+    time = table(
+        f"{estimate.name}: estimated for {estimate.devices} GPU(s) at {utilisation:.0%} of the peak rate",
+        "GPU", "GB", "fits", "s / step", "tokens / day", "days",
+    )  # fmt: skip
+    for name, gpu in gpus.items():
+        seconds = estimate.seconds_per_step(gpu, utilisation)
+        time.add_row(
+            name,
+            f"{gpu.gigabytes:g}",
+            "yes" if estimate.fits(gpu) else "no",
+            f"{seconds:.3g}",
+            short(86400 / seconds * estimate.tokens_per_step),
+            f"{seconds * train.steps / 86400:.3g}",
+        )
+    for each in (plan, sizes, flops, memory, time):
+        console.print(each)
+
+
+def table(title: str, *columns: str) -> Table:
+    """An empty table whose figures stand to the right."""
+    made = Table(*columns[:1], title=title, title_justify="left", box=box.SIMPLE_HEAD, show_header=any(columns))
+    for column in columns[1:]:
+        made.add_column(column, justify="right" if column else "left", overflow="fold")
+    return made
+
+
+def short(value: float) -> str:
+    """Three digits and a unit, such as 1.83 G."""
+    for unit in ("", "k", "M", "G", "T", "P", "E"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} Z"
