@@ -14,25 +14,20 @@ from opencola.text.tokenizer import SMALLEST_VOCABULARY
 
 def check(stage: str, recipe: Recipe[Any], processes: int) -> None:
     """Raise ValueError, in one line with fields, values and what to do, where a stage does not divide."""
-    data, train = recipe.data, recipe.train
-    factors = build.length_factors(recipe.model)
-    step = math.prod(factors.values())
-    if data.length % step:
-        product = " x ".join(f"{name} {value}" for name, value in factors.items())
-        raise ValueError(
-            f"stage {stage}: data.length {data.length} is not a multiple of {product}: set it to {near(data.length, step)}"
-        )
+    data, train, own = recipe.data, recipe.train, recipe.tokenizer
     num_shards(stage, recipe, processes)
-    parts = processes * train.accumulate
-    if data.batch_size % parts:
-        raise ValueError(
-            f"stage {stage}: data.batch_size {data.batch_size} cannot be divided among {processes} process(es) x "
-            f"train.accumulate {train.accumulate}: set it to {near(data.batch_size, parts)}"
-        )
-    own = recipe.tokenizer
+    for field, value, divisors in (
+        ("data.length", data.length, build.length_factors(recipe.model)),
+        ("data.batch_size", data.batch_size, {"processes": processes, "train.accumulate": train.accumulate}),
+    ):
+        step = math.prod(divisors.values())
+        if value % step:
+            product = " x ".join(f"{name} {divisor}" for name, divisor in divisors.items())
+            advice = f"set it to {near(value, step)}"
+            raise ValueError(f"stage {stage}: {field} {value} is not a multiple of {product}: {advice}")
     if own.path is None and recipe.init is None and own.vocab_size < SMALLEST_VOCABULARY:
         raise ValueError(
-            f"stage {stage}: tokenizer.vocab_size {own.vocab_size} is too small for a new tokenizer: "
+            f"stage {stage}: tokenizer.vocab_size {own.vocab_size} is too small for bytes and special tokens: "
             f"set it to {SMALLEST_VOCABULARY} or more"
         )
 
@@ -42,13 +37,12 @@ def num_shards(stage: str, recipe: Recipe[Any], processes: int) -> int:
     replicate, shard = recipe.train.replicate, recipe.train.shard
     if processes % replicate:
         raise ValueError(
-            f"stage {stage}: train.replicate {replicate} does not divide the {processes} process(es) there are: "
-            "set it to a divisor"
+            f"stage {stage}: train.replicate {replicate} does not divide processes {processes}: set it to a divisor"
         )
     if shard and replicate * shard != processes:
         raise ValueError(
-            f"stage {stage}: train.replicate {replicate} x train.shard {shard} is not the {processes} process(es) there "
-            f"are: set train.shard to {processes // replicate}, or to 0 for all that are left"
+            f"stage {stage}: train.replicate {replicate} x train.shard {shard} is not processes {processes}: "
+            f"set train.shard to {processes // replicate}, or to 0 for all that are left"
         )
     return processes // replicate
 

@@ -5,6 +5,7 @@ The model is built, and a step of it taken, on tensors without memory (`train.co
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,28 +19,32 @@ from opencola.recipe import Recipe
 from opencola.text.corpus import Batch
 from opencola.text.tokenizer import FILE_NAME, Tokenizer
 from opencola.train import cost
+from opencola.train.cost import PassCost
 
 USABLE = 0.9
 """Share of a GPU's memory that may be planned for; the rest is for the driver, communication and fragments."""
+LAUNCH = 5e-6
+"""Seconds that starting one operation takes at least."""
 
 
 @dataclass(frozen=True)
 class GPU:
-    """Memory in GB (10^9 bytes) and dense peak rates in TFLOP/s (10^12 operations a second)."""
+    """A kind of GPU, by its data sheet."""
 
-    gigabytes: float
-    bf16: float
+    gigabytes: float  # 10^9 bytes
+    bandwidth: float  # 10^9 bytes a second
+    bf16: float  # dense products, 10^12 operations a second
     float32: float
 
 
 # NVIDIA's data sheets: A100 80GB SXM (2021), H100 SXM5 and H200 SXM (2022, 2024), L40S (2023); for the GeForce the Ada
 # whitepaper (2022), products accumulated in float32. Rates that the sheets give with sparsity are halved.
 GPUS = {
-    "A100": GPU(80, 312, 19.5),
-    "H100": GPU(80, 989.4, 66.9),
-    "H200": GPU(141, 989.4, 66.9),
-    "L40S": GPU(48, 362, 91.6),
-    "4090": GPU(24, 165.2, 82.6),
+    "A100": GPU(80, 2039, 312, 19.5),
+    "H100": GPU(80, 3350, 989.4, 66.9),
+    "H200": GPU(141, 4800, 989.4, 66.9),
+    "L40S": GPU(48, 864, 362, 91.6),
+    "4090": GPU(24, 1008, 165.2, 82.6),
 }
 
 
@@ -55,8 +60,8 @@ class Estimate:
     """Parameters of each part, and whether they are trained."""
     core: int
     """Core parameters, N."""
-    flops_per_token: float
-    """Counted, forward and backward."""
+    cost: PassCost
+    """Of one pass on one device."""
     memory: dict[str, int]
     """Bytes by part."""
     activations: dict[bool, int]
@@ -77,10 +82,19 @@ class Estimate:
         """Of the whole stage."""
         return self.recipe.train.steps * self.tokens_per_step
 
+    @property
+    def flops_per_token(self) -> float:
+        """Counted, forward and backward."""
+        return self.cost.flops / (self.micro_batch * self.recipe.data.length)
+
     def seconds_per_step(self, gpu: GPU, utilisation: float) -> float:
-        """At a share of the peak rate."""
-        rate = gpu.bf16 if self.recipe.train.bf16 else gpu.float32
-        return self.flops_per_token * self.tokens_per_step / (self.devices * rate * 1e12 * utilisation)
+        """The longest of: products at a share of the peak rate; all products at that rate, and then the other
+        operations as fast as memory allows; starting all of them one by one."""
+        rate = 1e12 * (gpu.bf16 if self.recipe.train.bf16 else gpu.float32)
+        products = self.cost.flops / rate
+        moving = self.cost.moved_bytes / (1e9 * gpu.bandwidth)
+        seconds = max(products / utilisation, products + moving, LAUNCH * self.cost.kernels)
+        return self.recipe.train.accumulate * seconds
 
     def fits(self, gpu: GPU) -> bool:
         """Whether the memory is enough."""
@@ -96,6 +110,8 @@ def dry_run(
     """
     if gpu is not None and gpu.upper() not in GPUS:
         raise ValueError(f"there is no GPU {gpu!r} in the table; it has: {', '.join(GPUS)}")
+    if devices < 1:
+        raise ValueError(f"--devices must be at least 1, not {devices}")
     if not 0 < utilisation <= 1:
         raise ValueError(f"--utilisation must be above 0 and at most 1, not {utilisation}")
     if only is not None and only not in dict(stages):
@@ -113,14 +129,18 @@ def dry_run(
 
 
 def vocabulary(recipe: Recipe[Any], stages: dict[str, Recipe[Any]]) -> int:
-    """Tokens: of the tokenizer named or of `init`, if it is there already, else what the recipe says they will be."""
-    for source in (recipe.tokenizer.path, recipe.init):
-        if source is not None and (source.is_file() or (source / FILE_NAME).is_file()):
-            return Tokenizer.load(source).vocab_size
-    if recipe.tokenizer.path is not None:
-        return recipe.model.vae.vocab_size
-    earlier = [other for other in stages.values() if other.out == recipe.init]
-    return vocabulary(earlier[0], stages) if earlier else recipe.tokenizer.vocab_size
+    """Tokens: of the tokenizer to be used if it is there already, else what the recipe says they will be."""
+    tokenised = recipe.data.source.removeprefix("shards:")
+    place = recipe.tokenizer.path or recipe.init or Path(tokenised)
+    if (place if place.suffix == ".json" else place / FILE_NAME).is_file():
+        return Tokenizer.load(place).vocab_size
+    if recipe.tokenizer.path is None:
+        for earlier in stages.values():
+            if earlier.out == recipe.init:
+                return vocabulary(earlier, stages)
+        if recipe.init is None and tokenised == recipe.data.source:
+            return recipe.tokenizer.vocab_size
+    return recipe.model.vae.vocab_size
 
 
 def estimated(name: str, recipe: Recipe[Any], devices: int, vocab_size: int, both: bool = True) -> Estimate:
@@ -130,7 +150,7 @@ def estimated(name: str, recipe: Recipe[Any], devices: int, vocab_size: int, bot
     config = replace(recipe.model, vae=replace(recipe.model.vae, vocab_size=vocab_size))
     ids = torch.arange(data.batch_size // (devices * train.accumulate))
     with cost.unreal():
-        passes: dict[Any, cost.PassCost] = {}
+        passes: dict[Any, PassCost] = {}
         variants = (build.recomputing(config, False), build.recomputing(config, True))
         for variant in (config, *(variants if both else ())):
             if variant not in passes:
@@ -150,7 +170,7 @@ def estimated(name: str, recipe: Recipe[Any], devices: int, vocab_size: int, bot
             shards=shards,
             parts=parts(model),
             core=build.num_core(model),
-            flops_per_token=passes[config].flops / (len(ids) * data.length),
+            cost=passes[config],
             memory={part: size for part, size in memory.items() if size},
             activations={bool(on): size for on, size in activations.items()} if variants[0] != variants[1] else {},
         )
@@ -167,72 +187,74 @@ def parts(model: build.Model) -> dict[str, tuple[int, bool]]:
 
 
 def show(estimate: Estimate, gpus: dict[str, GPU], utilisation: float, console: Console) -> None:
-    """Print an estimate in four tables."""
-    recipe, data, train = estimate.recipe, estimate.recipe.data, estimate.recipe.train
-    seen = sum(count for count, _ in estimate.parts.values())
-    trained = sum(count for count, is_trained in estimate.parts.values() if is_trained)
-    precision = "bfloat16 autocast over float32 weights" if train.bf16 else "float32"
-    state = sum(size for part, size in estimate.memory.items() if part not in ("gathered", "gradients", "activations"))
-    fall = (
-        "constant" if train.schedule == "constant" else f"{train.schedule} to {train.learning_rate * train.final:.3g}"
-    )
-    rows = {
-        "starts from": str(recipe.init or "random weights"),
-        "data": f"{data.source}, {data.batch_size:,} sequences of {data.length} tokens a step",
-        "devices": f"{estimate.devices}: {train.replicate} x {estimate.shards} shards; a step is {train.accumulate} pass(es) of "
-        f"{estimate.micro_batch} sequences on each",
-        "steps": f"{train.steps:,}, {short(estimate.tokens)} tokens" + (
-            f", or {train.seconds:g} seconds" if train.seconds else ""
-        ),
-        "optimizer": f"{train.optimizer}, learning rate {train.learning_rate:.3g} after {train.warmup:,} steps, {fall}",
-        "precision": precision,
-        "checkpoints": f"every {train.save_every:,} steps, {train.keep} kept, {short(state * estimate.shards)}B each, in "
-        f"{recipe.out / run.CHECKPOINTS}",
-    }  # fmt: skip
+    """Print an estimate: the plan, parameters, operations, memory, time."""
     plan = table(f"{estimate.name}: the plan", "", "")
-    for title, text in rows.items():
+    for title, text in settings(estimate).items():
         plan.add_row(title, text)
+    console.print(plan)
+
+    total = sum(count for count, _ in estimate.parts.values())
     sizes = table(f"{estimate.name}: parameters", "part", "parameters", "")
     for part, (count, is_trained) in estimate.parts.items():
-        if count >= seen / 1000:
+        if count >= total / 1000:
             sizes.add_row(part, f"{count:,}", "" if is_trained else "frozen")
     sizes.add_section()
-    sizes.add_row("all", f"{seen:,}")
-    sizes.add_row("trained", f"{trained:,}")
+    sizes.add_row("all", f"{total:,}")
+    sizes.add_row("trained", f"{sum(count for count, is_trained in estimate.parts.values() if is_trained):,}")
     sizes.add_row("core, N", f"{estimate.core:,}")
+    console.print(sizes)
+
     flops = table(f"{estimate.name}: operations", "", "a token", "whole stage")
     for title, per_token in (("6 N", 6.0 * estimate.core), ("counted", estimate.flops_per_token)):
         flops.add_row(title, f"{short(per_token)}FLOP", f"{short(per_token * estimate.tokens)}FLOP")
+    console.print(flops)
+
     memory = table(f"{estimate.name}: memory of one device", "part", "GB")
     for part, size in estimate.memory.items():
         memory.add_row(part, f"{size / 1e9:.2f}")
     memory.add_section()
     memory.add_row("all", f"{sum(estimate.memory.values()) / 1e9:.2f}")
-    for on, size in estimate.activations.items():
-        memory.add_row(f"(activations {'with' if on else 'without'} prior.recompute", f"{size / 1e9:.2f})")
-    time = table(
-        f"{estimate.name}: estimated for {estimate.devices} GPU(s) at {utilisation:.0%} of the peak rate",
-        "GPU", "GB", "fits", "s / step", "tokens / day", "days",
-    )  # fmt: skip
+    for recompute, size in estimate.activations.items():
+        memory.add_row(f"(activations {'with' if recompute else 'without'} recomputation", f"{size / 1e9:.2f})")
+    console.print(memory)
+
+    title = f"{estimate.name}: time on {estimate.devices} GPU(s), estimated, at most {utilisation:.0%} of the peak rate"
+    time = table(title, "GPU", "GB", "fits", "s / step", "tokens / day", "days")
     for name, gpu in gpus.items():
         seconds = estimate.seconds_per_step(gpu, utilisation)
-        time.add_row(
-            name,
-            f"{gpu.gigabytes:g}",
-            "yes" if estimate.fits(gpu) else "no",
-            f"{seconds:.3g}",
-            short(86400 / seconds * estimate.tokens_per_step),
-            f"{seconds * train.steps / 86400:.3g}",
-        )
-    for each in (plan, sizes, flops, memory, time):
-        console.print(each)
+        a_day = short(86400 / seconds * estimate.tokens_per_step)
+        days = f"{seconds * estimate.recipe.train.steps / 86400:.3g}"
+        time.add_row(name, f"{gpu.gigabytes:g}", "yes" if estimate.fits(gpu) else "no", f"{seconds:.3g}", a_day, days)
+    console.print(time)
+
+
+def settings(estimate: Estimate) -> dict[str, str]:
+    """What the stage starts from, reads, and does, in words."""
+    recipe, data, train = estimate.recipe, estimate.recipe.data, estimate.recipe.train
+    rates = f"AdamW {train.learning_rate:.3g}"
+    if train.optimizer == "muon":
+        rates = f"Muon {train.muon_learning_rate:.3g}, {rates}"
+    fall = "" if train.schedule == "constant" else f" to {train.final:.3g} of it over the last {train.decay:.0%}"
+    kept = sum(estimate.memory.get(part, 0) for part in cost.SAVED) * estimate.shards
+    return {
+        "starts from": str(recipe.init or "random weights"),
+        "data": f"{data.source}, {data.batch_size:,} sequences of {data.length:,} tokens a step",
+        "devices": f"{estimate.devices}: {train.replicate} x {estimate.shards} shards, "
+        f"passes of {estimate.micro_batch:,} sequences, {train.accumulate:,} a step",
+        "steps": f"{train.steps:,}, or {train.seconds:g} seconds" if train.seconds else f"{train.steps:,}",
+        "tokens": short(estimate.tokens),
+        "learning rate": f"{rates}, warm-up {train.warmup:,} steps, {train.schedule}{fall}",
+        "precision": "bfloat16 autocast over float32 weights" if train.bf16 else "float32",
+        "checkpoints": f"every {train.save_every:,} steps, {short(kept)}B each, {train.keep} kept",
+        "writes to": str(recipe.out),
+    }
 
 
 def table(title: str, *columns: str) -> Table:
-    """An empty table whose figures stand to the right."""
-    made = Table(*columns[:1], title=title, title_justify="left", box=box.SIMPLE_HEAD, show_header=any(columns))
-    for column in columns[1:]:
-        made.add_column(column, justify="right" if column else "left", overflow="fold")
+    """An empty table, its first column to the left and figures to the right."""
+    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_header=any(columns))
+    for place, column in enumerate(columns):
+        made.add_column(column, justify="right" if place and column else "left")
     return made
 
 

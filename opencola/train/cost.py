@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from opencola.models.language_model import Trainable
@@ -22,6 +23,8 @@ from opencola.text.corpus import Batch
 from opencola.train.loop import TrainConfig
 from opencola.train.optimizer import EMA, build
 
+SAVED = ("trained weights", "frozen weights", "optimizer", "moving average")
+"""Parts of `state_bytes` that a checkpoint holds."""
 ATEN = torch.ops.aten
 # torch's formulas, by operation; it has none for its CPU kernels of attention, whose arguments begin like the others'.
 FORMULAS: dict[Any, Any] = {
@@ -47,6 +50,10 @@ class PassCost:
 
     flops: int
     """Multiplications and additions of matrix products, attention included; what is computed again counts again."""
+    moved_bytes: int
+    """What all other operations read and write, each on its own, as without a compiler that fuses them."""
+    kernels: int
+    """Operations that compute or copy something."""
     peak_bytes: int
     """Most that lives at once beside the parameters and their gradients: what the backward pass waits for, and what is
     being worked on. Under autocast the low-precision copies of the weights are among it."""
@@ -61,7 +68,7 @@ def of_pass(model: Trainable, batch: Batch, bf16: bool) -> PassCost:
             loss = model.loss(batch)
         loss.total.backward()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    return PassCost(meter.flops, meter.peak_bytes(gradients))
+    return PassCost(meter.flops, meter.moved_bytes, meter.kernels, meter.peak_bytes(gradients))
 
 
 def state_bytes(model: Trainable, config: TrainConfig) -> dict[str, int]:
@@ -73,9 +80,9 @@ def state_bytes(model: Trainable, config: TrainConfig) -> dict[str, int]:
     return {
         "trained weights": size(trained),
         "frozen weights": size(frozen),
-        "gradients": size(trained),
         "optimizer": sum(size(state.values()) for optimizer in optimizers for state in optimizer.state.values()),
         "moving average": size(EMA(model, config.ema).average.values()) if config.ema else 0,
+        "gradients": size(trained),
     }
 
 
@@ -102,26 +109,35 @@ class Meter(TorchDispatchMode):
     def __init__(self, known: Iterable[Tensor]) -> None:
         """`known`: tensors that are there already, and do not count."""
         super().__init__()
-        self.flops = 0
+        self.flops = self.moved_bytes = self.kernels = 0
         self._numbers: weakref.WeakKeyDictionary[torch.UntypedStorage, int] = weakref.WeakKeyDictionary()
         self._changes: list[tuple[int, int]] = []  # a storage's number, and its bytes: negative when they are freed
         for number, tensor in enumerate(known):
             self._numbers[tensor.untyped_storage()] = -1 - number
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if formula := FORMULAS.get(func._overloadpacket):
-            self.flops += formula(*args, **(kwargs or {}), out_val=out)
-        for tensor in out if isinstance(out, tuple | list) else (out,):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        works = func._schema.is_mutable
+        is_view = any(returned.alias_info for returned in func._schema.returns)
+        for tensor in () if is_view else out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self._numbers:
+                works = True
                 self._numbers[storage] = number = len(self._changes)
                 self._changes.append((number, storage.nbytes()))
                 weakref.finalize(storage, self._changes.append, (number, -storage.nbytes()))
+        if works:
+            self.kernels += 1
+            if formula := FORMULAS.get(func._overloadpacket):
+                self.flops += formula(*args, **kwargs, out_val=out)
+            else:
+                moved = (t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor))
+                self.moved_bytes += sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in moved)
         return out
 
     def peak_bytes(self, ignored: Iterable[Tensor]) -> int:
         """Most bytes that lived at once, without those of some tensors that are still there."""
-        numbers = {self._numbers[tensor.untyped_storage()] for tensor in ignored}
+        numbers = {self._numbers.get(tensor.untyped_storage()) for tensor in ignored}
         now = peak = 0
         for number, change in self._changes:
             now += change if number not in numbers else 0
