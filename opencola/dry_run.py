@@ -149,31 +149,32 @@ def estimated(name: str, recipe: Recipe[Any], devices: int, vocab_size: int, bot
     shards = checks.num_shards(name, recipe, devices)
     config = replace(recipe.model, vae=replace(recipe.model.vae, vocab_size=vocab_size))
     ids = torch.arange(data.batch_size // (devices * train.accumulate))
-    with cost.unreal():
-        passes: dict[Any, PassCost] = {}
-        variants = (build.recomputing(config, False), build.recomputing(config, True))
-        for variant in (config, *(variants if both else ())):
-            if variant not in passes:
-                model = build.build(variant)
-                build.start(model)
-                batch = Batch(torch.zeros(len(ids), data.length, dtype=torch.long), ids, recipe.seed, step=0)
-                passes[variant] = cost.of_pass(model, batch, train.bf16)
+    variants = (build.recomputing(config, False), build.recomputing(config, True))
+    models: dict[Any, build.Model] = {}
+    with torch.device("meta"):
+        for variant in {config, *(variants if both else ())}:
+            models[variant] = build.build(variant)
+            build.start(models[variant])
+    model = models[config]
+    with cost.unreal(*models.values()):
+        batch = Batch(torch.zeros(len(ids), data.length, dtype=torch.long), ids, recipe.seed, step=0)
+        passes = {variant: cost.of_pass(model, batch, train.bf16) for variant, model in models.items()}
         memory = {part: total // shards for part, total in cost.state_bytes(model, train).items()}
         if shards > 1:
             memory["gathered"] = cost.gathered_bytes(model)
         memory["activations"] = passes[config].peak_bytes
-        activations = {on: passes[variant].peak_bytes for on, variant in enumerate(variants) if variant in passes}
-        return Estimate(
-            name=name,
-            recipe=recipe,
-            devices=devices,
-            shards=shards,
-            parts=parts(model),
-            core=build.num_core(model),
-            cost=passes[config],
-            memory={part: size for part, size in memory.items() if size},
-            activations={bool(on): size for on, size in activations.items()} if variants[0] != variants[1] else {},
-        )
+    activations = {bool(on): passes[variant].peak_bytes for on, variant in enumerate(variants) if variant in passes}
+    return Estimate(
+        name=name,
+        recipe=recipe,
+        devices=devices,
+        shards=shards,
+        parts=parts(model),
+        core=build.num_core(model),
+        cost=passes[config],
+        memory={part: size for part, size in memory.items() if size},
+        activations=activations if len(models) > 1 else {},
+    )
 
 
 def parts(model: build.Model) -> dict[str, tuple[int, bool]]:

@@ -4,7 +4,6 @@ Inside `unreal()` every tensor has a shape, a type and a device, but no contents
 parameters then takes seconds and a few megabytes, and its counts are those of the real step.
 """
 
-import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -37,10 +36,15 @@ FORMULAS: dict[Any, Any] = {
 
 
 @contextmanager
-def unreal() -> Iterator[None]:
-    """While it lasts, new tensors are meta tensors that pass for tensors of the CPU; real ones may be mixed in."""
-    with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):
-        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # copy.deepcopy does
+def unreal(*models: nn.Module) -> Iterator[None]:
+    """While it lasts, new tensors are meta tensors that pass for tensors of the CPU; real ones may be mixed in.
+
+    models: built under `torch.device("meta")`, all but their first pass; they pass for models on the CPU from then on.
+    Not to be built in here: what copies parameters (copy.deepcopy) copies torch's bookkeeping, which crashes it later.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for model in models:
+            model.to_empty(device="cpu")
         yield
 
 
