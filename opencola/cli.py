@@ -13,14 +13,11 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from opencola import __version__, flags
-
-if TYPE_CHECKING:
-    from opencola.recipe import Recipe
 
 USAGE = """usage: opencola COMMAND [FLAGS]
 
@@ -53,7 +50,8 @@ class TrainFlags(RunFlags):
     """What to train."""
 
     recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE")]
-    """Recipe file, or the name of a recipe that comes with the package: demo, text, tinystories, fairytales."""
+    """Recipe file, or the name of a recipe that comes with the package: demo, text, tinystories, fairytales,
+    paper, ladder/1m to ladder/1800m."""
     stage: str | None = None
     """Train only this stage of the recipe."""
     dry_run: bool = False
@@ -116,8 +114,8 @@ def train_recipe(recipe: str, settings: Sequence[str], options: RunFlags, stage:
     return run.run(read(recipe, settings), stage, options.resume, options.overwrite)
 
 
-def read(recipe: str, settings: Sequence[str]) -> "list[tuple[str, Recipe[Any]]]":
-    """The stages of a recipe, with flags over them."""
+def read(recipe: str, settings: Sequence[str]) -> list[tuple[str, Any]]:
+    """The stages of a recipe by name, with flags over them."""
     from opencola import recipe as recipes
     from opencola.models import build
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from command_line import ROOT, TINY, environment
 
+from benchmarks import scale
 from opencola import cli, dry_run, recipe
 from opencola.dry_run import GPU, USABLE, estimated, short, vocabulary
 from opencola.models import build
@@ -164,3 +165,20 @@ sys.exit(code)
         assert figure in words
     assert ROOT.name and files(tmp_path) == [tmp_path / "tiny.yaml"]
     assert dry_run.GPUS.keys() <= {*words.split()}
+
+
+def test_the_tables_of_the_ladder(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    text = TINY.replace("batch_size: 4", "batch_size: 16")
+    Path("tiny.yaml").write_text(text)
+    monkeypatch.setattr("sys.argv", ["scale", "tiny.yaml"])
+    scale.main()
+    sizes, costs = (table.splitlines() for table in capsys.readouterr().out.strip().split("\n\n"))
+    for rows, columns in ((sizes, scale.SIZES), (costs, scale.COSTS)):
+        cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+        assert cells[0] == [*columns] and [row[:2] for row in cells[2:]] == [
+            ["tiny.yaml", "vae"],
+            ["tiny.yaml", "prior"],
+        ]
+        assert {len(row) for row in cells} == {len(columns)}
+    core = estimated("prior", stages()["prior"], 1, 300).core
+    assert short(core) in sizes[-1] and f"{short(6.0 * core)}FLOP" in sizes[-1]
