@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -50,9 +50,18 @@ class TrainFlags(RunFlags):
     """What to train."""
 
     recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE")]
-    """Recipe file, or the name of a recipe that comes with the package: demo, text, tinystories, fairytales."""
+    """Recipe file, or the name of a recipe that comes with the package: demo, text, tinystories, fairytales,
+    paper, ladder/1m to ladder/1800m."""
     stage: str | None = None
     """Train only this stage of the recipe."""
+    dry_run: bool = False
+    """Train nothing: print parameters, operations, memory, time on GPUs, and the plan. Takes seconds and no GPU."""
+    devices: int = 1
+    """GPUs to plan for (--dry-run)."""
+    gpu: str | None = None
+    """Kind of GPU to plan for, such as H100; all that are known without it (--dry-run)."""
+    utilisation: float = 0.4
+    """Share of the GPU's peak rate that training is taken to reach (--dry-run)."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,7 @@ def train(argv: Sequence[str]) -> None:
       opencola train text --data.source my.txt --out runs/mine
       opencola train text --data.source my.txt --out runs/mine --resume
       opencola train my-recipe.yaml --stage prior --overwrite
+      opencola train paper --dry-run --devices 8
     """
     recipe = next(iter(argv), "-")
     if {"-h", "--help"} & {*argv} and not recipe.startswith("-"):
@@ -91,6 +101,11 @@ def train(argv: Sequence[str]) -> None:
     options, settings = flags.parse(
         TrainFlags, argv, prog="opencola train", description=help_of(train), return_unknown_args=True
     )
+    if options.dry_run:
+        from opencola import dry_run
+
+        stages = read(options.recipe, settings)
+        return dry_run.dry_run(stages, options.stage, options.devices, options.gpu, options.utilisation)
     out = train_recipe(options.recipe, settings, options, shlex.join(["opencola", "train", *argv]), options.stage)
     from opencola.export import PARTS
 
@@ -102,14 +117,21 @@ def train_recipe(
     recipe: str, settings: Sequence[str], options: RunFlags, command: str, stage: str | None = None
 ) -> Path:
     """Train by a recipe file, or one that comes with the package; returns the folder of the run."""
-    from opencola import recipe as recipes
     from opencola import run
     from opencola.models import build
     from opencola.train.distributed import connected
 
-    stages = recipes.read(recipe, settings, build.config_class)
+    stages = read(recipe, settings)
     with connected(build.device()):
         return run.run(stages, command, stage, options.resume, options.overwrite)
+
+
+def read(recipe: str, settings: Sequence[str]) -> list[tuple[str, Any]]:
+    """The stages of a recipe by name, with flags over them."""
+    from opencola import recipe as recipes
+    from opencola.models import build
+
+    return recipes.read(recipe, settings, build.config_class)
 
 
 def demo(argv: Sequence[str]) -> None:

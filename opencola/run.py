@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import yaml
 
+from opencola import checks
 from opencola import recipe as recipes
 from opencola.export import METRICS, MODEL, PARTS, RECIPE, VALID, export, facts_of
 from opencola.interop import card, official
@@ -102,6 +103,7 @@ def plan(
             )
         if chosen and not (resume and is_finished(recipe)):
             trackers.check(recipe.train.trackers)
+            checks.check(name, recipe, distributed.num_processes())
             ahead.append(recipe)
     return ahead
 

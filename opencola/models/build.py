@@ -1,5 +1,6 @@
 """From a configuration to a model: the only place that tells the model families apart."""
 
+from dataclasses import replace
 from typing import assert_never
 
 import torch
@@ -50,6 +51,42 @@ def starting_parts(config: ModelConfig) -> dict[str, bool]:
             return {"vae": True, "dit": False}
         case _:
             assert_never(config)
+
+
+def length_factors(config: ModelConfig) -> dict[str, int]:
+    """The fields whose product must divide a sequence's tokens: a whole number of latents and of blocks."""
+    patch = {"model.vae.patch_size": config.vae.patch_size}
+    match config:
+        case StageOneConfig():
+            return patch
+        case ColaConfig():
+            return patch | {"model.dit.block_size": config.dit.block_size}
+        case _:
+            assert_never(config)
+
+
+def recomputing(config: ModelConfig, recompute: bool) -> ModelConfig:
+    """The same model with or without activation checkpointing, where its family has it."""
+    match config:
+        case StageOneConfig():
+            return config
+        case ColaConfig():
+            return replace(config, prior=replace(config.prior, recompute=recompute))
+        case _:
+            assert_never(config)
+
+
+def num_core(model: Model) -> int:
+    """Core parameters, by which a model's size is named (model.md §7): the prior's; without one, those of the Text VAE
+    that are not vocabulary."""
+    match model:
+        case StageOne(vae=vae):
+            vocabulary = (*vae.embedding.parameters(), *vae.head.parameters())
+            return sum(p.numel() for p in vae.parameters()) - sum(p.numel() for p in vocabulary)
+        case Cola():
+            return sum(p.numel() for p in model.dit.parameters())
+        case _:
+            assert_never(model)
 
 
 def start(model: Model) -> None:

@@ -12,6 +12,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
 FILE_NAME = "tokenizer.json"
+SMALLEST_VOCABULARY = 258  # of a trained tokenizer: all bytes and the two tokens
 
 # Names that tokenizer files in circulation give to the two tokens we need, commonest first.
 END_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]", "<|im_end|>", "[SEP]")
@@ -54,9 +55,10 @@ class Tokenizer:
         fewer merges than asked for: read `vocab_size` afterwards. Raises ValueError for a size below 258.
         """
         alphabet = pre_tokenizers.ByteLevel.alphabet()
-        smallest = len(alphabet) + 2
-        if vocab_size < smallest:
-            raise ValueError(f"vocab_size {vocab_size} is too small: 256 bytes and 2 special tokens need {smallest}")
+        if vocab_size < SMALLEST_VOCABULARY:
+            raise ValueError(
+                f"vocab_size {vocab_size} is too small: 256 bytes and 2 special tokens need {SMALLEST_VOCABULARY}"
+            )
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()

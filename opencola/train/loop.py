@@ -64,7 +64,7 @@ class TrainConfig(OptimizerConfig):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}")
         if self.shard < 0:
-            raise ValueError(f"shard must be 0 or more, but is {self.shard}")
+            raise ValueError(f"shard must be at least 0, but is {self.shard}")
         if self.sample_every < 0 or (self.divergence and self.divergence <= 1):
             raise ValueError("sample_every must be at least 0, and divergence above 1 (or 0)")
 
