@@ -106,11 +106,7 @@ def train(argv: Sequence[str]) -> None:
 
         stages = read(options.recipe, settings)
         return dry_run.dry_run(stages, options.stage, options.devices, options.gpu, options.utilisation)
-    out = train_recipe(options.recipe, settings, options, shlex.join(["opencola", "train", *argv]), options.stage)
-    from opencola.export import PARTS
-
-    if PARTS["dit"].is_in(out):
-        print(f"The model is in {out}. Let it write: opencola generate --model {shlex.quote(str(out))} --prompt TEXT")
+    train_recipe(options.recipe, settings, options, shlex.join(["opencola", "train", *argv]), options.stage)
 
 
 def train_recipe(
