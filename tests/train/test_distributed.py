@@ -45,6 +45,7 @@ STRATEGIES = {
         "0.002",
     ),
     "interval": ("--model.prior.strategy", "interval"),
+    "recompute": ("--model.prior.recompute", "True", "--train.accumulate", "2"),
     "adamw": ("--train.optimizer", "adamw", "--model.prior.vae_learning_rate_ratio", "0.1"),
 }
 
