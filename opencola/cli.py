@@ -50,7 +50,7 @@ class TrainFlags(RunFlags):
     """What to train."""
 
     recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE")]
-    """Recipe file, or the name of a recipe that comes with the package: demo, text, tinystories, fairytales,
+    """Recipe file, or the name of a recipe that comes with the package: demo, text, tinystories, fairytales, sft,
     paper, ladder/1m to ladder/1800m."""
     stage: str | None = None
     """Train only this stage of the recipe."""
@@ -168,10 +168,11 @@ def generate(argv: Sequence[str]) -> None:
 
 
 def chat(argv: Sequence[str]) -> None:
-    """Type beginnings of texts, and read how the model goes on.
+    """Type beginnings of texts, and read how the model goes on; or talk with a model of conversations.
 
     examples:
       opencola chat
+      opencola chat --model runs/sft
       opencola chat --model runs/demo --max-new-tokens 100
     """
     from opencola import console

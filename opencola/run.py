@@ -56,6 +56,8 @@ def run(
             say(f"{title}: finished before, in {recipe.out}")
             continue
         stage = prepare(recipe, resume)
+        if distributed.is_main() and (warning := stage.corpus.warning()):
+            say(f"{title}: {warning}")
         distributed.barrier()  # all have looked at what is there
         if distributed.is_main():
             if overwrite:  # only now, when all that the stage needs has been found

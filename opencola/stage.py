@@ -17,7 +17,6 @@ from opencola.models.language_model import Sample
 from opencola.recipe import Recipe
 from opencola.text.corpus import Corpus
 from opencola.text.shards import folder_of
-from opencola.text.sources import one_pass
 from opencola.text.tokenizer import FILE_NAME, Tokenizer
 from opencola.train import distributed
 from opencola.train.loop import train
@@ -66,7 +65,8 @@ class Stage:
         data, seed = replace(recipe.data, verify=False), recipe.seed
         if recipe.valid:
             data, seed = replace(data, source=recipe.valid), seed + 1
-        tokens = next(Corpus(data, self.tokenizer, seed)).tokens  # the same in every process
+        multiple = build.tokens_per_block(recipe.model)
+        tokens = next(Corpus(data, self.tokenizer, seed, multiple=multiple)).tokens  # the same in every process
 
         def show() -> list[Sample]:
             model = whole(self.model)
@@ -104,9 +104,9 @@ def prepare(recipe: Recipe[Any], resume: bool) -> Stage:
     if source is not None:
         tokenizer = Tokenizer.load(source)
     else:
-        texts = itertools.islice(one_pass(data.source, seed, data.text_field), recipe.tokenizer.train_documents)
-        tokenizer = Tokenizer.train(texts, recipe.tokenizer.vocab_size)
-    place = (distributed.rank(), distributed.num_processes())
+        texts = itertools.islice(data.texts(seed), recipe.tokenizer.train_documents)
+        tokenizer = Tokenizer.train(texts, recipe.tokenizer.vocab_size, recipe.tokenizer.special)
+    place = (distributed.rank(), distributed.num_processes(), build.tokens_per_block(recipe.model))
     corpus = Corpus(data, tokenizer, seed, *place)
     # Another seed: of the story world it gives other stories.
     valid = Corpus(replace(data, source=recipe.valid), tokenizer, seed + 1, *place) if recipe.valid else None
