@@ -17,7 +17,7 @@ from opencola.models.cola import Cola, ColaConfig, PriorObjective
 from opencola.text.corpus import Batch
 from opencola.vae.text_vae import TextVAEConfig
 
-ROW = ("work", "size", "batch", "threads", "bf16", "recompute")
+ROW = ("work", "size", "batch", "threads", "bf16", "recompute", "compile")
 COMPARED = ("seconds", "floor_ratio", "peak_bytes")
 PRIOR = PriorObjective(strategy="fixed", noisy_copies=1, prompt_in_block=0.05, history_dropout=0.0, lambda_ref=0.0)
 
@@ -54,6 +54,7 @@ def rows(description: str, batches: list[int]) -> Iterator[tuple[argparse.Namesp
     parser.add_argument("--vae", help="folder of a Text VAE in the public format")
     parser.add_argument("--bf16", action="store_true", help="generate with bfloat16 weights, train under autocast")
     parser.add_argument("--recompute", action="store_true", help="train with activation checkpointing")
+    parser.add_argument("--compile", action="store_true", help="compile the DiT's blocks")
     parser.add_argument("--compare", help="file of an earlier run's lines; adds the ratios to it", type=earlier_lines)
     parser.set_defaults(compare=[])
     options = parser.parse_args()
@@ -83,6 +84,8 @@ def model(options: argparse.Namespace, size: str) -> Cola:
         cola.dit = official.load_dit(options.dit)
     if options.vae:
         cola.vae = official.load_vae(options.vae)
+    for block in cola.dit.blocks if options.compile else ():
+        block.compile()
     return cola
 
 
@@ -174,6 +177,7 @@ def report(
         "threads": options.threads,
         "bf16": options.bf16,
         "recompute": options.recompute,
+        "compile": options.compile,
         "seconds": round(best, 4),
         "tokens_per_second": round(tokens / best, 1),
         "gemm_gflops": round(gflops, 1),

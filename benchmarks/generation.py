@@ -1,6 +1,6 @@
 """Generation speed: prompt of 64 tokens, 64 new ones, 16 Euler steps, guidance 7.
 
-    .venv/bin/python -m benchmarks.generation [--size S|M] [--batch N] [--threads N] [--bf16]
+    .venv/bin/python -m benchmarks.generation [--size S|M] [--batch N] [--threads N] [--bf16] [--compile]
 
 One JSON line a row; peak_bytes is the process's peak so far.
 """

@@ -1,6 +1,6 @@
 """Training speed of the prior: forward and backward of the packed flow-matching loss, frozen VAE not counted.
 
-    .venv/bin/python -m benchmarks.training [--size S|M] [--batch N] [--threads N] [--bf16] [--recompute]
+    .venv/bin/python -m benchmarks.training [--size S|M] [--batch N] [--threads N] [--bf16] [--recompute] [--compile]
 
 256 latents a sample, one noisy copy. One JSON line a row; peak_bytes is the process's peak so far.
 """

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -50,9 +50,18 @@ class TrainFlags(RunFlags):
     """What to train."""
 
     recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE")]
-    """Recipe file, or the name of a recipe that comes with the package: demo, text, tinystories, fairytales, sft."""
+    """Recipe file, or the name of a recipe that comes with the package: demo, text, tinystories, fairytales, sft,
+    paper, ladder/1m to ladder/1800m."""
     stage: str | None = None
     """Train only this stage of the recipe."""
+    dry_run: bool = False
+    """Train nothing: print parameters, operations, memory, time on GPUs, and the plan. Takes seconds and no GPU."""
+    devices: int = 1
+    """GPUs to plan for (--dry-run)."""
+    gpu: str | None = None
+    """Kind of GPU to plan for, such as H100; all that are known without it (--dry-run)."""
+    utilisation: float = 0.4
+    """Share of the GPU's peak rate that training is taken to reach (--dry-run)."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +69,17 @@ class ExportFlags:
     """Which model to write, and how."""
 
     model: Path
-    """Folder of a finished run or of a model."""
+    """Folder of a finished run or of a model, or a repository of the Hugging Face Hub (OWNER/NAME)."""
     to: Path
     """Folder to write to."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Type of the stored weights; bf16 halves their size."""
+    license: str = "apache-2.0"
+    """Licence of the weights, by the name that the Hub has for it, for the model card."""
+    push: str | None = None
+    """Repository of the Hugging Face Hub (OWNER/NAME) to upload to, too; it is made if it is not there."""
+    private: bool = False
+    """Make that a private one."""
 
 
 def train(argv: Sequence[str]) -> None:
@@ -78,30 +93,41 @@ def train(argv: Sequence[str]) -> None:
       opencola train text --data.source my.txt --out runs/mine
       opencola train text --data.source my.txt --out runs/mine --resume
       opencola train my-recipe.yaml --stage prior --overwrite
+      opencola train paper --dry-run --devices 8
     """
     recipe = next(iter(argv), "-")
     if {"-h", "--help"} & {*argv} and not recipe.startswith("-"):
-        train_recipe(recipe, ["--help"], TrainFlags(recipe=recipe))
+        train_recipe(recipe, ["--help"], TrainFlags(recipe=recipe), "")
     options, settings = flags.parse(
         TrainFlags, argv, prog="opencola train", description=help_of(train), return_unknown_args=True
     )
-    out = train_recipe(options.recipe, settings, options, options.stage)
-    from opencola.run import PARTS
+    if options.dry_run:
+        from opencola import dry_run
 
-    if PARTS["dit"].is_in(out):
-        print(f"The model is in {out}. Let it write: opencola generate --model {shlex.quote(str(out))} --prompt TEXT")
+        stages = read(options.recipe, settings)
+        return dry_run.dry_run(stages, options.stage, options.devices, options.gpu, options.utilisation)
+    train_recipe(options.recipe, settings, options, shlex.join(["opencola", "train", *argv]), options.stage)
 
 
-def train_recipe(recipe: str, settings: Sequence[str], options: RunFlags, stage: str | None = None) -> Path:
+def train_recipe(
+    recipe: str, settings: Sequence[str], options: RunFlags, command: str, stage: str | None = None
+) -> Path:
     """Train by a recipe file, or one that comes with the package; returns the folder of the run."""
-    from opencola import recipe as recipes
     from opencola import run
     from opencola.models import build
     from opencola.train.distributed import connected
 
-    stages = recipes.read(recipe, settings, build.config_class)
+    stages = read(recipe, settings)
     with connected(build.device()):
-        return run.run(stages, stage, options.resume, options.overwrite)
+        return run.run(stages, command, stage, options.resume, options.overwrite)
+
+
+def read(recipe: str, settings: Sequence[str]) -> list[tuple[str, Any]]:
+    """The stages of a recipe by name, with flags over them."""
+    from opencola import recipe as recipes
+    from opencola.models import build
+
+    return recipes.read(recipe, settings, build.config_class)
 
 
 def demo(argv: Sequence[str]) -> None:
@@ -119,7 +145,7 @@ def demo(argv: Sequence[str]) -> None:
     options, settings = flags.parse(
         RunFlags, argv, prog="opencola demo", description=help_of(demo), return_unknown_args=True
     )
-    out = train_recipe("demo", settings, options)
+    out = train_recipe("demo", settings, options, shlex.join(["opencola", "demo", *argv]))
     from opencola.demo import finish
 
     finish(out, started=None if options.resume else started)
@@ -155,22 +181,29 @@ def chat(argv: Sequence[str]) -> None:
 
 
 def export(argv: Sequence[str]) -> None:
-    """Write a trained model, with tokenizer and sampling settings, into a folder of its own.
+    """Write a trained model, with tokenizer, sampling settings and a model card, into a folder of its own.
 
     The folder has the layout of the public Cola DLM release, which `opencola generate --model` reads.
 
     examples:
       opencola export --model runs/demo --to models/stories --dtype bf16
+      opencola export --model runs/demo --to models/stories --push OWNER/stories --private
     """
     options = flags.parse(ExportFlags, argv, prog="opencola export", description=help_of(export))
     import torch
 
-    from opencola import run
+    from opencola.export import export as write
+    from opencola.interop import hub
 
     if options.to.exists() and any(options.to.iterdir()):
         raise FileExistsError(f"{options.to} is not empty: choose another folder")
-    run.export(options.model, options.to, {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype])
+    if options.push is not None:
+        hub.check_repo_id(options.push)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
+    write(hub.locate(options.model), options.to, dtype, options.license)
     print(f"The model is in {options.to}.")
+    if options.push is not None:
+        print(f"It is at {hub.push_to_hub(options.to, options.push, options.private)}, too.")
 
 
 def tokenize(argv: Sequence[str]) -> None:

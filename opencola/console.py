@@ -13,7 +13,7 @@ from typing import Any, TextIO
 import tyro
 
 from opencola import flags
-from opencola.interop import official
+from opencola.interop import hub, official
 from opencola.models.build import device
 from opencola.models.cola import Cola
 from opencola.models.sampling import Sampling
@@ -31,7 +31,8 @@ class ModelFlags:
     """Which model writes, and how."""
 
     model: Path = SHIPPED
-    """Folder of a run or of an exported model; without it the model that comes with the package writes."""
+    """Folder of a run or of an exported model, or a repository of the Hugging Face Hub (OWNER/NAME); without it the
+    model that comes with the package writes."""
     sampling: tyro.conf.OmitArgPrefixes[Sampling] = field(default_factory=Sampling)
     """Settings of generation; the defaults are the model's own."""
 
@@ -53,22 +54,28 @@ class GenerateFlags(ModelFlags):
 def read_flags(target: type, argv: Sequence[str], **options: Any) -> Any:
     """Parse a command's flags, whose defaults depend on the model that they name."""
     model = flags.parse(ModelFlags, argv, return_unknown_args=True, add_help=False)[0].model
-    return flags.parse(target, argv, default=target(model=model, sampling=official.load_sampling(model)), **options)
+    sampling = official.load_sampling(locate(model))
+    return flags.parse(target, argv, default=target(model=model, sampling=sampling), **options)
 
 
-def load(folder: Path) -> tuple[Cola, Tokenizer]:
+def load(model: Path) -> tuple[Cola, Tokenizer]:
     """A model and its tokenizer. Raises FileNotFoundError, with what to do, where there is none."""
-    if folder == SHIPPED and not folder.is_dir():
+    loaded = hub.from_pretrained(locate(model))
+    known = loaded.model.vae.config.vocab_size
+    if loaded.tokenizer.vocab_size > known:
+        raise ValueError(
+            f"the tokenizer in {model} has {loaded.tokenizer.vocab_size} ids, but its Text VAE knows {known}"
+        )
+    return loaded.model.to(device()), loaded.tokenizer
+
+
+def locate(model: Path) -> Path:
+    """The folder of a model that the user names. Errors as `load`."""
+    if model == SHIPPED and not model.is_dir():
         raise FileNotFoundError(
             "no model comes with this installation: train one (opencola demo) and name it (--model)"
         )
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no such folder: {folder}")
-    model, tokenizer = official.load(folder), Tokenizer.load(folder)
-    known = model.vae.config.vocab_size
-    if tokenizer.vocab_size > known:
-        raise ValueError(f"the tokenizer in {folder} has {tokenizer.vocab_size} ids, but its Text VAE knows {known}")
-    return model.to(device()).eval(), tokenizer
+    return hub.locate(model)
 
 
 def generate(argv: Sequence[str], description: str) -> None:

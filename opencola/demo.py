@@ -33,7 +33,7 @@ from opencola.evaluation.stories import (
     share,
     write_records,
 )
-from opencola.interop import official
+from opencola.interop import card, official
 from opencola.models.cola import Cola
 from opencola.models.sampling import Sampling
 from opencola.models.text_stream import generate_text
@@ -65,6 +65,8 @@ MEANING = {
 
 def finish(out: Path, num_stories: int = 200, display: bool = True, started: float | None = None) -> dict[str, Any]:
     """Measure the model in `out` on held-out stories; write metrics.json, evaluation.jsonl and report.html there.
+
+    The model's card is written anew with the results.
 
     out: an exported model with its tokenizer, the training stages' folders in it; display: show progress, samples and
     results; started: `time.time()` at the start of everything that `seconds` shall count (by default the stages'
@@ -118,7 +120,8 @@ def finish(out: Path, num_stories: int = 200, display: bool = True, started: flo
         "counts": {measure.name: measure.count for measure in measures},
         "settings": settings,
     }
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    (out / card.EVALUATION).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    card.write(out)
     if display:
         _show(samples, measures, out, metrics["seconds"])
     return metrics

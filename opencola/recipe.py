@@ -10,7 +10,7 @@ parser. Keys at the top are shared by all stages; `stages` maps names to what is
       prior: {family: cola, init: vae, train: {steps: 5000}}
 
 A stage writes to `out`/<its name>, and `init` may name an earlier stage. Without `stages` the file is a single stage
-that writes to `out` itself.
+that writes to `out` itself. `base: FILE` names another recipe file, whose values hold where this one has none.
 """
 
 import contextlib
@@ -114,7 +114,8 @@ def find(recipe: str | Path) -> Path:
     """The path itself if it is a file, else that of the shipped recipe of this name. Raises FileNotFoundError."""
     if Path(recipe).is_file():
         return Path(recipe)
-    shipped = {path.stem: path for folder in FOLDERS for path in sorted(folder.glob("*.yaml"))}
+    files = [(path.relative_to(folder), path) for folder in FOLDERS for path in sorted(folder.rglob("*.yaml"))]
+    shipped = {name.with_suffix("").as_posix(): path for name, path in files}
     if str(recipe) not in shipped:
         raise FileNotFoundError(f"{recipe}: no such file, and the shipped recipes are: {', '.join(shipped) or 'none'}")
     return shipped[str(recipe)]
@@ -123,8 +124,13 @@ def find(recipe: str | Path) -> Path:
 def dump(recipe: Recipe[Any], path: Path) -> None:
     """Write a single stage as a recipe file that reads back to the same recipe."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(_plain(dataclasses.asdict(recipe)), sort_keys=False, allow_unicode=True)
-    path.write_text(text, encoding="utf-8")
+    path.write_text(yaml.safe_dump(values(recipe), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def values(recipe: Recipe[Any]) -> dict[str, Any]:
+    """A stage's settings as nested plain values, as its file has them."""
+    plain: dict[str, Any] = _plain(dataclasses.asdict(recipe))
+    return plain
 
 
 class _Loader(yaml.SafeLoader):
@@ -142,21 +148,35 @@ class _Loader(yaml.SafeLoader):
 
 def _stages(path: Path) -> tuple[bool, dict[str, dict[str, Any]]]:
     """Whether the file has a `stages` key, and each stage's values with the shared ones below them."""
-    try:
-        shared = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ValueError(f"{path}{line}: not valid YAML: {error.problem}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
-    if not isinstance(shared, dict):
-        raise ValueError(f"{path}: a recipe is a mapping of keys to values")
+    shared = _load(path)
+    if "base" in shared:
+        base = path.parent / str(shared.pop("base"))
+        if not base.is_file():
+            raise FileNotFoundError(f"{path}: base {base}: no such file")
+        below = _load(base)
+        if "base" in below:
+            raise ValueError(f"{path}: base {base} has a base of its own: name a recipe that is complete")
+        shared = _merged(below, shared)
     if "stages" not in shared:
         return False, {str(shared.get("family")): shared}
     stages = shared.pop("stages")
     if not isinstance(stages, dict) or not stages or not all(isinstance(stage, dict) for stage in stages.values()):
         raise ValueError(f"{path}: 'stages' maps the stages' names to their keys and values")
     return True, {str(name): _merged(shared, stage) for name, stage in stages.items()}
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """The keys and values of a file."""
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ValueError(f"{path}{line}: not valid YAML: {error.problem}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: a recipe is a mapping of keys to values")
+    return values
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -1,81 +1,47 @@
-"""Running a recipe, stage by stage: tokenizer, starting weights, training, an exported model.
+"""Running a recipe, stage by stage.
 
-A stage's folder holds recipe.yaml, metrics.jsonl, checkpoints/, valid.json (where the recipe has `valid`) and, once the
-stage is finished, its model in the public layout. The last stage's model is copied to the folder of the whole run.
+A stage's folder holds recipe.yaml, metrics.jsonl, checkpoints/, samples.jsonl (with `train.sample_every`), valid.json
+(where the recipe has `valid`) and, once the stage is finished, its model in the public layout with a card. The last
+stage's model is copied to the folder of the whole run.
 """
 
-import contextlib
-import itertools
 import json
 import os
+import shlex
 import shutil
-import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
+from opencola import checks
 from opencola import recipe as recipes
-from opencola.flow.dit import DiTConfig
-from opencola.interop import official
+from opencola.export import METRICS, MODEL, PARTS, RECIPE, VALID, export
+from opencola.interop import card, official
 from opencola.models import build
 from opencola.recipe import Recipe
-from opencola.text.corpus import Corpus
-from opencola.text.shards import folder_of
-from opencola.text.tokenizer import FILE_NAME, Tokenizer
-from opencola.train import distributed
-from opencola.train.loop import train
-from opencola.train.tracker import Means
-from opencola.vae.text_vae import TextVAEConfig
+from opencola.stage import check_same, num_trained, prepare
+from opencola.text.tokenizer import FILE_NAME
+from opencola.train import distributed, trackers
 
-RECIPE, METRICS, VALID, CHECKPOINTS = "recipe.yaml", "metrics.jsonl", "valid.json", "checkpoints"
-MODEL = official.VAE_FOLDER.parts[0]
-VALID_BATCHES = 50
-
-
-@dataclass(frozen=True)
-class Part:
-    """A part of a model that is stored in a folder of its own."""
-
-    title: str
-    folder: Path
-    load: Callable[..., Any]
-    save: Callable[..., None]
-    essence: Callable[[Any], Any]
-    """A configuration without what may change while the weights stay the same."""
-
-    def is_in(self, root: Path) -> bool:
-        """Whether a model's folder has this part."""
-        return any((root / place).is_dir() for place in (self.folder, self.folder.name))
-
-
-def vae_essence(config: TextVAEConfig) -> TextVAEConfig:
-    """Without the treatment of latents, and without a block size that has no effect."""
-    return replace(config, block_size=config.visible_block, latent_shift=0.0, latent_scale=1.0, fixed_logsnr=None)
-
-
-def dit_essence(config: DiTConfig) -> DiTConfig:
-    """Without the block size, which may grow from stage to stage."""
-    return replace(config, block_size=1)
-
-
-PARTS = {
-    "vae": Part("Text VAE", official.VAE_FOLDER, official.load_vae, official.save_vae, vae_essence),
-    "dit": Part("prior", official.DIT_FOLDER, official.load_dit, official.save_dit, dit_essence),
-}
+CHECKPOINTS = "checkpoints"
+WRITTEN = (RECIPE, METRICS, "samples.jsonl", VALID, CHECKPOINTS, "tensorboard", "wandb", FILE_NAME, official.EXTRAS)
 
 
 def run(
-    stages: Sequence[tuple[str, Recipe[Any]]], only: str | None = None, resume: bool = False, overwrite: bool = False
+    stages: Sequence[tuple[str, Recipe[Any]]],
+    command: str,
+    only: str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
 ) -> Path:
     """Train a recipe's stages in order, or `only` one of them; returns the folder of the whole run.
 
-    resume: pass over finished stages (exported, and their recipe unchanged) and go on from the last checkpoint of the
-    others; overwrite: start anew. Raises FileExistsError where there is a run and neither is asked for, ValueError and
-    FileNotFoundError for settings and files that do not fit each other, KeyboardInterrupt after Ctrl-C.
+    command: how the user asked for it, for the model's card; resume: pass over finished stages (exported, and their
+    recipe unchanged) and go on from the last checkpoint of the others; overwrite: start anew. Raises FileExistsError
+    where there is a run and neither is asked for, ValueError and FileNotFoundError for settings and files that do not
+    fit each other, KeyboardInterrupt after Ctrl-C.
     """
     last = stages[-1][1].out
     root = last if len(stages) == 1 else last.parent
@@ -96,16 +62,18 @@ def run(
         if distributed.is_main():
             if overwrite:  # only now, when all that the stage needs has been found
                 for other in ahead[ahead.index(recipe) :]:
-                    clear(other.out, RECIPE, METRICS, VALID, CHECKPOINTS, FILE_NAME, official.EXTRAS)
+                    clear(other.out, *WRITTEN)
             for folder in (root, recipe.out):
-                clear(folder, MODEL, official.EXTRAS, VALID)
+                clear(folder, MODEL, official.EXTRAS, VALID, card.FACTS, card.EVALUATION)
         distributed.barrier()
-        count = sum(parameter.numel() for parameter in stage.model.parameters() if parameter.requires_grad)
-        say(f"{title}: {recipe.train.steps} steps, {count / 1e6:.2f} M parameters to train")
-        stage.train(resume)
+        say(f"{title}: {recipe.train.steps} steps, {num_trained(stage.model) / 1e6:.2f} M parameters to train")
+        stage.train(resume, command)
         say(f"{title}: {summary(recipe.out)}; in {recipe.out}")
     if root != last and PARTS["vae"].is_in(last) and distributed.is_main():
         export(last, root)
+    distributed.barrier()
+    if PARTS["dit"].is_in(root):
+        say(f"The model is in {root}. Let it write: opencola generate --model {shlex.quote(str(root))} --prompt TEXT")
     return root
 
 
@@ -129,6 +97,8 @@ def plan(
                 f"{recipe.out} holds a run: go on with --resume, replace it with --overwrite, or choose another --out"
             )
         if chosen and not (resume and is_finished(recipe)):
+            trackers.check(recipe.train.trackers)
+            checks.check(name, recipe, distributed.num_processes())
             ahead.append(recipe)
     return ahead
 
@@ -144,102 +114,6 @@ def check_start(name: str, recipe: Recipe[Any], earlier: Sequence[Recipe[Any]]) 
                 check_same(part, getattr(recipe.model, part), getattr(other.model, part), f"stage {other.out.name}")
 
 
-def check_same(part: str, config: Any, found: Any, where: str) -> None:
-    """Raise ValueError where the configuration of a part is another one than that of the weights to start from."""
-    wanted, there = asdict(PARTS[part].essence(config)), asdict(PARTS[part].essence(found))
-    for name, value in wanted.items():
-        if there[name] != value:
-            raise ValueError(
-                f"model.{part}.{name} is {value}, but {there[name]} in {where}, where its weights are from"
-            )
-
-
-@dataclass
-class Stage:
-    """All that training a stage needs."""
-
-    recipe: Recipe[Any]
-    tokenizer: Tokenizer
-    model: build.Model
-    corpus: Corpus
-    valid: Corpus | None
-
-    def train(self, resume: bool) -> None:
-        """Train, measure on the validation corpus, and export."""
-        recipe, out = self.recipe, self.recipe.out
-        if distributed.is_main():
-            recipes.dump(recipe, out / RECIPE)
-            self.tokenizer.save(out)
-        state = train(self.model, self.corpus, recipe.train, out, display=distributed.is_main(), resume=resume)
-        with state.ema.averaged() if state.ema else contextlib.nullcontext():
-            valid = None if self.valid is None else validate(self.model, self.valid)
-            weights = distributed.whole_weights(self.model)
-        if distributed.is_main():
-            if valid is not None:
-                (out / VALID).write_text(json.dumps(valid, indent=2) + "\n")
-            with torch.device("meta"):
-                model = build.build(self.model.config)
-            model.load_state_dict({name: weights[name] for name in model.state_dict()}, assign=True)
-            for name, module in model.named_children():
-                PARTS[name].save(module, out / PARTS[name].folder)
-            official.save_sampling(recipe.sampling, out)
-        distributed.barrier()  # a later stage starts from these files
-
-
-def prepare(recipe: Recipe[Any], resume: bool) -> Stage:
-    """Tokenizer, corpora, and the model with its starting weights; writes nothing."""
-    data, out, seed = recipe.data, recipe.out, recipe.seed
-    if recipe.init is not None and not any(part.is_in(recipe.init) for part in PARTS.values()):
-        raise FileNotFoundError(f"{recipe.init} holds no model ({MODEL}/): train it to its end, or name another init")
-    source = recipe.tokenizer.path or recipe.init or folder_of(data.source)
-    if source is None and resume and (out / FILE_NAME).exists():
-        source = out
-    if source is not None:
-        tokenizer = Tokenizer.load(source)
-    else:
-        texts = itertools.islice(data.texts(seed), recipe.tokenizer.train_documents)
-        tokenizer = Tokenizer.train(texts, recipe.tokenizer.vocab_size, recipe.tokenizer.special)
-    place = (distributed.rank(), distributed.num_processes(), build.tokens_per_block(recipe.model))
-    corpus = Corpus(data, tokenizer, seed, *place)
-    # Another seed: of the story world it gives other stories.
-    valid = Corpus(replace(data, source=recipe.valid), tokenizer, seed + 1, *place) if recipe.valid else None
-    torch.manual_seed(seed)
-    vae = replace(recipe.model.vae, vocab_size=tokenizer.vocab_size)
-    model = build.build(replace(recipe.model, vae=vae))
-    if recipe.init is not None:
-        load_parts(model, recipe.init, str(source))
-    build.start(model)
-    return Stage(recipe, tokenizer, model.to(build.device()), corpus, valid)
-
-
-def load_parts(model: build.Model, init: Path, tokenizer: str) -> None:
-    """Give a model, which is as large as its tokenizer asks, the parts that a folder holds, of those it starts from."""
-    for name, needed in build.starting_parts(model.config).items():
-        part, module = PARTS[name], model.get_submodule(name)
-        if part.is_in(init):
-            stored = part.load(init)
-            if name == "vae" and model.config.vae.vocab_size != stored.config.vocab_size:
-                raise ValueError(
-                    f"the tokenizer in {tokenizer} has {model.config.vae.vocab_size} ids, but the Text VAE in {init} "
-                    f"knows {stored.config.vocab_size}: leave tokenizer.path out, or name the one it was trained with"
-                )
-            check_same(name, module.config, stored.config, str(init))
-            module.load_state_dict(stored.state_dict())
-        elif needed:
-            raise FileNotFoundError(f"{init} holds no {part.title} ({part.folder}): name another init")
-
-
-@torch.no_grad()
-def validate(model: build.Model, corpus: Corpus) -> dict[str, Any]:
-    """Loss, its terms and metrics, as in metrics.jsonl, over the first batches of a corpus."""
-    means = Means()
-    for batch in itertools.islice(corpus, VALID_BATCHES):
-        batch = batch.to(build.device())
-        loss = model.loss(replace(batch, counts=distributed.counts_of_step([model.counts(batch)])))
-        means.add({"loss": loss.total, **{f"loss/{name}": term for name, term in loss.terms.items()}, **loss.metrics})
-    return {"batches": VALID_BATCHES, **means.take()}
-
-
 def say(text: str) -> None:
     """Print a line, on one of the processes."""
     if distributed.is_main():
@@ -250,16 +124,14 @@ def is_finished(recipe: Recipe[Any]) -> bool:
     """Whether a stage was trained to its end by this very recipe."""
     if not (recipe.out / official.EXTRAS).exists():  # written last
         return False
-    with tempfile.TemporaryDirectory() as folder:
-        recipes.dump(recipe, Path(folder, RECIPE))
-        return settings(Path(folder, RECIPE)) == settings(recipe.out / RECIPE)
+    before = yaml.safe_load((recipe.out / RECIPE).read_text(encoding="utf-8"))
+    return movable(recipes.values(recipe)) == movable(before)
 
 
-def settings(file: Path) -> dict[str, Any]:
-    """A stage's recipe as plain values, those that moving the run to another folder changes made relative."""
-    values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    out = values.pop("out")
-    return values | {"init": values["init"] and os.path.relpath(values["init"], out)}
+def movable(values: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's values without what changes when the run is moved to another folder."""
+    start = values["init"] and os.path.relpath(values["init"], values["out"])
+    return {name: value for name, value in values.items() if name != "out"} | {"init": start}
 
 
 def summary(out: Path) -> str:
@@ -272,21 +144,6 @@ def summary(out: Path) -> str:
     took = f"{record['seconds']:.0f} s" if record["seconds"] < 120 else f"{record['seconds'] / 60:.1f} min"
     named = ", ".join(f"{name} {value:.4g}" for name, value in figures if value is not None)
     return f"{record['step']} steps in {took}, {named}"
-
-
-def export(source: Path, to: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write the model in a folder, with its tokenizer and sampling settings, to another one.
-
-    Raises FileNotFoundError when there is none.
-    """
-    if not any(part.is_in(source) for part in PARTS.values()):
-        raise FileNotFoundError(f"{source} holds no model ({MODEL}/): give the folder of a finished run")
-    tokenizer, sampling = Tokenizer.load(source), official.load_sampling(source)
-    for part in PARTS.values():
-        if part.is_in(source):
-            part.save(part.load(source), to / part.folder, dtype=dtype)
-    tokenizer.save(to)
-    official.save_sampling(sampling, to)
 
 
 def clear(folder: Path, *names: str) -> None:

@@ -14,7 +14,7 @@ valid: words.txt
 tokenizer: {vocab_size: 300, special: ["<|im_start|>", "<|im_end|>"]}
 model:
   vae: {width: 16, ffn_dim: 32, num_heads: 2, latent_dim: 8, encoder_layers: 1, decoder_layers: 1}
-train: {steps: 8, warmup: 2, log_every: 2, ema: 0.9}
+train: {steps: 8, warmup: 2, log_every: 2, sample_every: 4, ema: 0.9}
 sampling: {steps: 4, max_new_tokens: 12, guidance: 2.0, temperature: 1.0, stop: ["zzz"]}
 stages:
   vae: {family: vae}

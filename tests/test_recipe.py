@@ -209,6 +209,45 @@ def test_files_and_shipped_recipes_are_found(tmp_path: Path, monkeypatch: pytest
         read(tmp_path / "large.yaml", [], families)
 
 
+def test_shipped_recipes_may_stand_in_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sizes").mkdir()
+    for name in ("small.yaml", "sizes/small.yaml"):
+        (tmp_path / name).write_text("")
+    monkeypatch.setattr(recipe_module, "FOLDERS", (tmp_path,))
+    assert find("small") == tmp_path / "small.yaml"
+    assert find("sizes/small") == tmp_path / "sizes" / "small.yaml"
+    with pytest.raises(FileNotFoundError, match=r"sizes: no such file, and the shipped .* are: sizes/small, small$"):
+        find("sizes")
+
+
+def test_a_base_lies_below(write: Any, tmp_path: Path) -> None:
+    write(STAGED)
+    (tmp_path / "above").mkdir()
+    above = tmp_path / "above" / "other.yaml"
+    above.write_text("""
+base: ../my.yaml
+out: elsewhere
+train: {warmup: 9}
+stages:
+  second: {train: {steps: 70}}
+""")
+    (first, one), (second, two) = read(above, [], families)
+    assert (first, second) == ("first", "second")
+    assert (one.out, two.out, two.init) == (Path("elsewhere/first"), Path("elsewhere/second"), Path("elsewhere/first"))
+    assert (one.train.steps, two.train.steps, one.train.warmup, two.train.warmup) == (30, 70, 9, 9)
+    assert (one.model, two.data.batch_size, two.train.betas) == (Vae(width=8), 5, (0.5, 0.75))
+
+
+def test_errors_of_a_base(write: Any, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"my\.yaml: base .*nowhere\.yaml: no such file"):
+        read(write("base: nowhere.yaml"), [], families)
+    with pytest.raises(ValueError, match=r"my\.yaml: base .*my\.yaml has a base of its own"):
+        read(write("base: my.yaml"), [], families)
+    (tmp_path / "broken.yaml").write_text("a: [")
+    with pytest.raises(ValueError, match=r"broken\.yaml:1: not valid YAML"):
+        read(write("base: broken.yaml"), [], families)
+
+
 @pytest.mark.parametrize("text", [SINGLE, STAGED])
 def test_what_is_written_reads_back(write: Any, tmp_path: Path, text: str) -> None:
     for name, recipe in read(write(text), ["--train.weight-decay", "1e-05", "--valid", "a: b"], families):

@@ -137,7 +137,7 @@ class _PackedAttention(torch.autograd.Function):
         for asking, rows, n in spans:
             scores = q.new_empty(len(q), asking.stop - asking.start, n + plan.block_size)
             scores[..., :n].unflatten(0, (batch, -1)).copy_(plan.bias[:, :, rows, :n])
-            scores[..., :n].baddbmm_(q[:, asking], k[:, :n].mT, alpha=scale)
+            _add_product(scores[..., :n], q[:, asking], k[:, :n].mT, alpha=scale)
             scores[..., n:] = own[:, asking]
             weights = scores.softmax(-1, dtype=wide).to(q.dtype)
             own[:, asking] = weights[..., n:]
@@ -162,14 +162,19 @@ class _PackedAttention(torch.autograd.Function):
             dw[..., n:] = down[:, asking]
             ds = torch._softmax_backward_data(dw.to(wide), weights.to(wide), -1, wide).to(q.dtype)
             own[:, asking], down[:, asking] = weights[..., n:], ds[..., n:]
-            dq[:, asking].baddbmm_(ds[..., :n], k[:, :n], beta=0, alpha=scale)
-            dk[:, :n].baddbmm_(ds[..., :n].mT, q[:, asking], alpha=scale)
-            dv[:, :n].baddbmm_(weights[..., :n].mT, gradient[:, asking])
+            _add_product(dq[:, asking], ds[..., :n], k[:, :n], beta=0, alpha=scale)
+            _add_product(dk[:, :n], ds[..., :n].mT, q[:, asking], alpha=scale)
+            _add_product(dv[:, :n], weights[..., :n].mT, gradient[:, asking])
         down *= scale
         dq += _weigh_blocks(down, k[:, skipped:], size)
         dk[:, skipped:] += _weigh_blocks(down, q, size, transposed=True)
         dv[:, skipped:] += _weigh_blocks(own, gradient, size, transposed=True)
         return dq, dk, dv, None, None
+
+
+def _add_product(to: Tensor, a: Tensor, b: Tensor, **factors: float) -> None:
+    """to = beta to + alpha a b, in place, and so that torch's counter of operations sees it (it knows no baddbmm_)."""
+    torch.baddbmm(to, a, b, **factors, out=to)
 
 
 def _asking(plan: _Plan, skipped: int) -> list[tuple[slice, slice, int]]:

@@ -3,11 +3,11 @@
 Norms are computed in float32 (or wider) under autocast, too.
 """
 
+import copy
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,37 +22,46 @@ Activation = Literal["swiglu", "gelu", "silu"]
 class Linear(nn.Linear):
     """Linear layer that takes wider inputs than its weights: norms give float32, and weights may be bfloat16."""
 
-    packed: Tensor | None = None
-    """The weight in oneDNN's order, while `prepacked` lasts."""
-
     def forward(self, x: Tensor, activation: Literal["none", "gelu"] = "none") -> Tensor:
         """x (..., in) -> (..., out); gelu is the tanh form."""
         wider = torch.promote_types(x.dtype, self.weight.dtype) != self.weight.dtype
-        x = x.to(self.weight.dtype) if wider else x
-        if self.packed is not None:
-            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, activation, [], "tanh")
-        return super().forward(x) if activation == "none" else gelu_tanh(super().forward(x))
+        x = super().forward(x.to(self.weight.dtype) if wider else x)
+        return x if activation == "none" else gelu_tanh(x)
 
 
-@contextmanager
-def prepacked(module: nn.Module, rows: int) -> Iterator[None]:
-    """While it lasts, linear layers of `module` have a second copy of their weights in oneDNN's order.
+class PackedLinear(nn.Module):
+    """A linear layer with a copy of its weight in oneDNN's order, for use without gradients.
 
-    For use without gradients. Only float32 on a CPU, and less than PACKED_BYTES of weights; elsewhere nothing happens.
     Products of a few rows (about `rows`) are half as fast again: plain ones spend their time on ordering the weights.
     """
-    named = module.named_modules()  # modulations are computed once for all times, and not worth it
-    layers = [layer for name, layer in named if isinstance(layer, Linear) and not name.endswith("modulation")]
-    fit = all(layer.weight.is_cpu and layer.weight.dtype == torch.float32 for layer in layers)
-    small = sum(layer.weight.nbytes for layer in layers) < PACKED_BYTES
-    if fit and small and torch.backends.mkldnn.is_available():
-        for layer in layers:
-            layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight, rows)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.packed = None
+
+    def __init__(self, layer: Linear, rows: int) -> None:
+        super().__init__()
+        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows), layer.bias
+
+    def forward(self, x: Tensor, activation: Literal["none", "gelu"] = "none") -> Tensor:
+        """As `Linear`."""
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, activation, [], "tanh")
+
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def prepacked(model: Model, blocks: str, rows: int) -> Model:
+    """A copy of a model that shares its parameters, with packed linear layers in its module list named `blocks`.
+
+    The model itself where that does not pay or cannot be: other weights than float32 on a CPU, or PACKED_BYTES of them.
+    """
+    named = model.get_submodule(blocks).named_modules()  # modulations are computed once for all times: not worth it
+    chosen = {name: m for name, m in named if isinstance(m, Linear) and not name.endswith("modulation")}
+    weights = [layer.weight for layer in chosen.values()]
+    fit = all(weight.is_cpu and weight.dtype == torch.float32 for weight in weights)
+    if not fit or sum(w.nbytes for w in weights) >= PACKED_BYTES or not torch.backends.mkldnn.is_available():
+        return model
+    copied = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    for name, layer in chosen.items():
+        copied.set_submodule(f"{blocks}.{name}", PackedLinear(layer, rows))
+    return copied
 
 
 class LayerNorm(nn.LayerNorm):

@@ -70,30 +70,30 @@ def generate(
         policy = ReleaseStop(encoded, sampling, eos_ids, size * patch)
     written: list[list[int]] = [[] for _ in prompts]  # all tokens of the generated blocks
     active = list(range(len(prompts)))
-    with prepacked(dit.blocks, 2 * size * len(prompts)):
-        caches = prefill(vae, dit, encoded, sampling, clock)
-        for number in range(1 << 30):
-            rows = torch.tensor(active, device=encoded.tokens.device)
-            seen = [written[i] if release else list(prompts[i]) + written[i] for i in active]
-            first = number == 0
-            fixed = first_block(encoded, rows, size) if first else no_rows(len(active), size, encoded.latents)
-            block = Block(number, [ids[i] for i in active], *fixed, seen)
-            z, tokens, caches = write_block(vae, dit, caches, block, sampling, clock, watch, noise)
-            new = tokens.tolist()
-            if first and not release:
-                new = [encoded.known[i] + block[len(encoded.known[i]) :] for i, block in zip(active, new, strict=True)]
-            for i, tokens_of_block in zip(active, new, strict=True):
-                written[i] += tokens_of_block
-            blocks = policy.cut(active, new, number)
-            yield blocks
-            still = [row for row, out in enumerate(blocks) if not out.finished]
-            if not still:
-                return
-            if len(still) < len(active):
-                keep = torch.tensor(still, device=rows.device)
-                caches, z = caches.select(keep), z[keep]
-                active = [active[row] for row in still]
-            caches = replace(caches, dit=commit(dit, caches.dit, z, size, clock(0.0, 0)))
+    dit = prepacked(dit, "blocks", 2 * size * len(prompts))
+    caches = prefill(vae, dit, encoded, sampling, clock)
+    for number in range(1 << 30):
+        rows = torch.tensor(active, device=encoded.tokens.device)
+        seen = [written[i] if release else list(prompts[i]) + written[i] for i in active]
+        first = number == 0
+        fixed = first_block(encoded, rows, size) if first else no_rows(len(active), size, encoded.latents)
+        block = Block(number, [ids[i] for i in active], *fixed, seen)
+        z, tokens, caches = write_block(vae, dit, caches, block, sampling, clock, watch, noise)
+        new = tokens.tolist()
+        if first and not release:
+            new = [encoded.known[i] + block[len(encoded.known[i]) :] for i, block in zip(active, new, strict=True)]
+        for i, tokens_of_block in zip(active, new, strict=True):
+            written[i] += tokens_of_block
+        blocks = policy.cut(active, new, number)
+        yield blocks
+        still = [row for row, out in enumerate(blocks) if not out.finished]
+        if not still:
+            return
+        if len(still) < len(active):
+            keep = torch.tensor(still, device=rows.device)
+            caches, z = caches.select(keep), z[keep]
+            active = [active[row] for row in still]
+        caches = replace(caches, dit=commit(dit, caches.dit, z, size, clock(0.0, 0)))
 
 
 def prefill(vae: TextVAE, dit: BlockCausalDiT, prompts: Prompts, sampling: Sampling, clock: Clock) -> Caches:

@@ -35,6 +35,20 @@ class Loss:
         return cls(of(loss.total for loss in losses), terms, metrics)
 
 
+@dataclass(frozen=True)
+class Sample:
+    """What a model in training shows of itself."""
+
+    kind: str
+    """`continuation` or `reconstruction`."""
+    prompt: str
+    """The text that it was given."""
+    text: str
+    """What it made of that."""
+    figures: dict[str, float]
+    """How good that is, by name."""
+
+
 class Trainable(Protocol):
     """What the training loop needs of a model beside being a module."""
 

@@ -98,8 +98,11 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Write `folder/manifest.json`; a reader (or a crash) never sees half of it."""
         draft = folder / f".{MANIFEST}.draft"
-        draft.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
-        draft.replace(folder / MANIFEST)
+        try:
+            draft.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
+            draft.replace(folder / MANIFEST)
+        finally:
+            draft.unlink(missing_ok=True)
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":

@@ -12,6 +12,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
 FILE_NAME = "tokenizer.json"
+SMALLEST_VOCABULARY = 258  # of a trained tokenizer: all bytes and the two tokens
 
 # Names that tokenizer files in circulation give to the two tokens we need, commonest first.
 END_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]", "<|im_end|>", "[SEP]")
@@ -58,7 +59,7 @@ class Tokenizer:
         names = [END_OF_TEXT, PADDING, *special]
         if "" in names or len({*names}) < len(names):
             raise ValueError(f"special tokens need different names, but are {', '.join(map(repr, names))}")
-        smallest = len(alphabet) + len(names)
+        smallest = SMALLEST_VOCABULARY + len(special)
         if vocab_size < smallest:
             raise ValueError(
                 f"vocab_size {vocab_size} is too small: 256 bytes and {len(names)} special tokens need {smallest}"

@@ -50,17 +50,12 @@ def is_main() -> bool:
 def mesh(replicate: int, shard: int, device: torch.device) -> DeviceMesh | None:
     """The mesh replicate x shard of all processes (shard 0: as many as are left); None for one process.
 
-    Raises ValueError when it does not have as many places as there are processes.
+    That the two make the number of processes is `opencola.checks`' to say, before anything is loaded.
     """
-    places = num_processes()
-    if places % replicate or (shard or places // replicate) * replicate != places:
-        raise ValueError(
-            f"train.replicate {replicate} x train.shard {shard or 'the rest'} does not make {places} processes: start "
-            f"replicate x shard of them (torchrun --nproc-per-node), or change these two"
-        )
-    if places == 1:
+    if num_processes() == 1:
         return None
-    return init_device_mesh(device.type, (replicate, places // replicate), mesh_dim_names=("replicate", "shard"))
+    shape = (replicate, shard or num_processes() // replicate)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:

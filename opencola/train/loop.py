@@ -3,11 +3,12 @@
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,11 @@ from opencola.models.language_model import Loss, Trainable
 from opencola.text.corpus import Batch
 from opencola.train import checkpoint, distributed
 from opencola.train.checkpoint import Batches, Saver, TrainState
+from opencola.train.divergence import Divergence
 from opencola.train.optimizer import EMA, OptimizerConfig, build, learning_rate_factor, set_learning_rates
+from opencola.train.samples import Show, undisturbed
 from opencola.train.tracker import Report
+from opencola.train.trackers import Name, open_trackers
 
 
 @dataclass(frozen=True)
@@ -43,17 +47,26 @@ class TrainConfig(OptimizerConfig):
     """Compile the model's blocks with torch.compile."""
     log_every: int = 20
     """Steps between records in metrics.jsonl."""
+    trackers: tuple[Name, ...] = ()
+    """Where records and samples go beside the files: `tensorboard`, `wandb`."""
+    sample_every: int = 0
+    """Steps between samples and reconstructions in samples.jsonl; 0: none."""
+    divergence: float = 2.0
+    """Stop when the loss of two records in a row is above this times the lowest so far (in full:
+    opencola/train/divergence.py); 0: never."""
     save_every: int = 500
     """Steps between checkpoints; there is always one at the end."""
-    keep: int = 1
-    """Checkpoints to keep."""
+    keep: int = 2
+    """Checkpoints to keep; with 1, a divergence that begins right before a checkpoint leaves no earlier one."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "log_every", "save_every", "keep", "replicate", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}")
         if self.shard < 0:
-            raise ValueError(f"shard must be 0 or more, but is {self.shard}")
+            raise ValueError(f"shard must be at least 0, but is {self.shard}")
+        if self.sample_every < 0 or (self.divergence and self.divergence <= 1):
+            raise ValueError("sample_every must be at least 0, and divergence above 1 (or 0)")
 
 
 class Interrupted(KeyboardInterrupt):
@@ -61,15 +74,24 @@ class Interrupted(KeyboardInterrupt):
 
 
 def train(
-    model: Trainable, corpus: Batches, config: TrainConfig, folder: Path, display: bool = True, resume: bool = False
+    model: Trainable,
+    corpus: Batches,
+    config: TrainConfig,
+    folder: Path,
+    display: bool = True,
+    resume: bool = False,
+    show: Show | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> TrainState:
     """Train a model on the device it is on; returns the state after the last step, with the moving average if any.
 
     On several processes (`distributed.connected`) the model becomes sharded and `corpus` gives each its own rows.
-    Writes `folder/metrics.jsonl` and `folder/checkpoints/`. With `resume` the run goes on from its last checkpoint
-    (from the start where there is none) and, unless paced by `seconds`, ends exactly as if it had never stopped. Raises
-    FileExistsError when the folder holds a run and `resume` is off, Interrupted after Ctrl-C, FloatingPointError when
-    the loss is not finite, OSError when the disk has no room for a checkpoint.
+    Writes `folder/metrics.jsonl`, `folder/checkpoints/` and, every `sample_every` steps, what `show()` gives into
+    `folder/samples.jsonl`; `settings` is what trackers are told of the run (the config if None). With `resume` the run
+    goes on from its last checkpoint (from the start where there is none) and, unless paced by `seconds`, ends exactly
+    as if it had never stopped. Raises FileExistsError when the folder holds a run and `resume` is off, Interrupted
+    after Ctrl-C, FloatingPointError when the loss is not finite or diverges, OSError when the disk has no room for a
+    checkpoint.
     """
     assert isinstance(model, nn.Module)
     device = next(model.parameters()).device
@@ -86,18 +108,25 @@ def train(
         checkpoint.load(state, last)
     start = time.perf_counter() - state.seconds
     model.train()
+    main = distributed.is_main()
+    trackers = open_trackers(config.trackers, folder, state.step, settings or asdict(config)) if main else []
+    watch = Divergence(config.divergence)
     with (
         postponed_interrupt() as interrupt,
         Saver(folder / "checkpoints", config.keep) as saver,
-        Report(folder, state, config.log_every, display) as report,
+        Report(folder, state, config.log_every, trackers, display, main) as report,
     ):
         saver.check_space(state)
+        for record in report.records:
+            watch.take(record)
         while (progress := progress_of(state, config)) < 1:
             rates = set_learning_rates(optimizers, learning_rate_factor(config, state.step, progress))
             batch = next(corpus).to(device)
             loss = backward(model, batch, config)
             norm = distributed.full(nn.utils.clip_grad_norm_(model.parameters(), config.clip))
-            stop_unless_finite(loss, norm, state.step)
+            if fault := not_finite(loss, norm, state.step):
+                saver.wait()
+                watch.stop(fault, saver.folder)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -108,8 +137,14 @@ def train(
             # the processes must agree on when to stop
             state.seconds, asked = distributed.largest(time.perf_counter() - start, interrupt.is_set())
             progress = progress_of(state, config)
-            report.step(state, progress, loss, norm, rates)
-            if state.step % config.save_every == 0 or progress >= 1 or asked:
+            if (made := report.step(state, progress, loss, norm, rates)) and (fault := watch.take(made)):
+                saver.wait()
+                watch.stop(fault, saver.folder)
+            if show and config.sample_every and (state.step % config.sample_every == 0 or progress >= 1):
+                with undisturbed(state):
+                    report.samples(state.step, show())
+            is_due = state.step % config.save_every == 0 and not watch.suspected
+            if is_due or progress >= 1 or asked:
                 saver.save(state)
             if asked:
                 saver.wait()
@@ -139,13 +174,13 @@ def progress_of(state: TrainState, config: TrainConfig) -> float:
     return max(state.step / config.steps, in_time)
 
 
-def stop_unless_finite(loss: Loss, norm: Tensor, step: int) -> None:
-    """Raise FloatingPointError, naming the term, before a step that would spoil the weights."""
+def not_finite(loss: Loss, norm: Tensor, step: int) -> str | None:
+    """What is not finite, by term: to be asked before a step, which would spoil the weights. None if all is well."""
     if loss.total.isfinite() and norm.isfinite():
-        return
+        return None
     bad = [f"term {name} is {term.item()}" for name, term in loss.terms.items() if not term.isfinite()]
     what = ", ".join(bad) or f"total is {loss.total.item()}, gradient norm is {norm.item()}"
-    raise FloatingPointError(f"the loss is not finite at step {step}: {what}; lower the learning rate and resume")
+    return f"the loss is not finite at step {step}: {what}"
 
 
 @contextmanager

@@ -1,8 +1,10 @@
-"""What a run reports: one JSON object per line of `metrics.jsonl`, and a progress bar."""
+"""What a run reports: one JSON object per line of `metrics.jsonl` and `samples.jsonl`, trackers, and a progress bar."""
 
 import json
 import math
 import os
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,32 +12,45 @@ import torch
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from opencola.models.language_model import Loss
+from opencola.models.language_model import Loss, Sample
 from opencola.train.checkpoint import TrainState
-from opencola.train.distributed import is_main, mean
+from opencola.train.distributed import mean
+from opencola.train.trackers import Tracker, Value
 
-Value = float | list[Any] | None
+Record = dict[str, Value]
 
 
 class Report:
-    """Records of a run, every `log_every` steps, on file and on the screen; a context manager.
+    """Records of a run, every `log_every` steps, on file, to trackers and on the screen; a context manager.
 
     A record holds step, tokens (seen so far), seconds, tokens_per_second, learning_rate/<optimizer>, and, averaged over
     the steps since the last record, loss, loss/<term>, the loss's metrics by name, and gradient_norm.
     """
 
-    def __init__(self, folder: Path, state: TrainState, log_every: int, display: bool) -> None:
-        """Append to `folder/metrics.jsonl`, of which only the records up to the state's step are kept.
+    def __init__(
+        self,
+        folder: Path,
+        state: TrainState,
+        log_every: int,
+        trackers: Sequence[Tracker] = (),
+        display: bool = True,
+        main: bool = True,
+    ) -> None:
+        """Append to the files in `folder`, of which only what was written up to the state's step is kept.
 
-        On several processes only the main one writes; all of them take part in the means.
+        display: show a progress bar; main: off in all processes but one, which then make the same records (`step` gives
+        them out) but write and show nothing. The kept records are in `records`.
         """
-        path = folder / "metrics.jsonl"
-        if is_main():
+        kept = {name: kept_lines(folder / name, state.step) for name in ("metrics.jsonl", "samples.jsonl")}
+        self.records: list[dict[str, Any]] = [json.loads(line) for line in kept["metrics.jsonl"]]
+        if main:
             folder.mkdir(parents=True, exist_ok=True)
-            old = path.read_text().splitlines(keepends=True) if path.exists() else []
-            kept = (line for line in old if line.endswith("\n") and json.loads(line)["step"] <= state.step)
-            path.write_text("".join(kept))
-        self._file = (path if is_main() else Path(os.devnull)).open("a")
+            for name, lines in kept.items():
+                if lines or (folder / name).exists():
+                    rewrite(folder / name, lines)
+        self._file = (folder / "metrics.jsonl" if main else Path(os.devnull)).open("a", encoding="utf-8")
+        self._samples = folder / "samples.jsonl" if main else Path(os.devnull)
+        self._trackers = trackers if main else ()
         self._log_every = log_every
         self._means = Means()
         self._last = (state.num_tokens, state.seconds)
@@ -45,7 +60,7 @@ class Report:
             TaskProgressColumn(),
             TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(),
-            disable=not display,
+            disable=not (display and main),
         )
         self._task = self._bar.add_task("train", total=1.0, step=state.step, figures="")
 
@@ -56,17 +71,24 @@ class Report:
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
         self._file.close()
+        for tracker in self._trackers:
+            tracker.close()
 
-    def step(self, state: TrainState, progress: float, loss: Loss, norm: Tensor, rates: dict[str, float]) -> None:
-        """Take in a step that has just been made, and write a record if one is due (always at the run's end)."""
+    def step(
+        self, state: TrainState, progress: float, loss: Loss, norm: Tensor, rates: dict[str, float]
+    ) -> Record | None:
+        """Take in a step that has just been made, and write a record if one is due (always at the run's end).
+
+        Returns the record, or None.
+        """
         terms = {f"loss/{name}": term for name, term in loss.terms.items()}
         self._means.add({"loss": loss.total, **terms, **loss.metrics, "gradient_norm": norm})
         self._bar.update(self._task, completed=min(1.0, progress), step=state.step)
         if state.step % self._log_every and progress < 1:
-            return
+            return None
         num_tokens, seconds = state.num_tokens - self._last[0], state.seconds - self._last[1]
         self._last = (state.num_tokens, state.seconds)
-        record: dict[str, Value] = {
+        record: Record = {
             "step": state.step,
             "tokens": state.num_tokens,
             "seconds": state.seconds,
@@ -76,7 +98,31 @@ class Report:
         }
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
+        for tracker in self._trackers:
+            tracker.scalars(state.step, record)
         self._bar.update(self._task, figures=f"loss {record['loss']:.4g}, {num_tokens / seconds:,.0f} tokens/s")
+        return record
+
+    def samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """Write what the model shows of itself after a step."""
+        with self._samples.open("a", encoding="utf-8") as file:
+            for number, sample in enumerate(samples):
+                file.write(json.dumps({"step": step, **asdict(sample)}, ensure_ascii=False) + "\n")
+                for tracker in self._trackers:
+                    tracker.text(step, f"{sample.kind}/{number}", f"{sample.prompt} ▸ {sample.text}")
+
+
+def kept_lines(file: Path, step: int) -> list[str]:
+    """The whole lines of a file, if there is one, that tell of steps up to this one."""
+    lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
+    return [f"{line}\n" for line in lines if json.loads(line)["step"] <= step]
+
+
+def rewrite(file: Path, lines: Sequence[str]) -> None:
+    """Put lines in place of a file's, at once: other processes may be reading it."""
+    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    draft.write_text("".join(lines), encoding="utf-8")
+    draft.replace(file)
 
 
 class Means:

@@ -74,7 +74,8 @@ def test_mistakes_in_training(main: Main, place: Path, old: str, new: str, flags
         ("generate --model runs/tiny --prompts-file good.jsonl --jsonl ./good.jsonl", "good.jsonl holds the prompts"),
         ("generate --model runs/tiny --prompt a --jsonl runs", "runs"),
         ("chat --model nowhere", "no such folder: nowhere"),
-        ("export --model nowhere --to x", "nowhere holds no model"),
+        ("export --model nowhere --to x", "no such folder: nowhere"),
+        ("export --model runs --to x", "runs holds no model"),
         ("export --model runs/tiny --to runs", "runs is not empty"),
         ("export --model runs/tiny", "missing: --to"),
         ("export --model runs/tiny --to x --dtype int4", "int4"),
@@ -92,6 +93,19 @@ def test_mistakes(main: Main, place: Path, argv: str, message: str) -> None:
     code, _, error = main(*argv.split(" "))
     assert code == 2
     assert re.fullmatch(rf"error: .*{message}.*\n", error), error
+
+
+def test_a_missing_tracker_costs_nothing(main: Main, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opencola.train.trackers.importlib.util.find_spec", lambda name: None)
+    before = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
+    code, _, error = main("train", "tiny.yaml", "--overwrite", "--train.trackers", "tensorboard")
+    assert code == 2
+    assert error == (
+        "error: train.trackers names tensorboard, whose package is not installed: pip install 'opencola[tensorboard]'\n"
+    )
+    assert before == {path: path.stat().st_mtime_ns for path in place.rglob("*")}
+    code, _, error = main("train", "tiny.yaml", "--out", "new", "--train.trackers", "paper")
+    assert code == 2 and "paper" in error and not (place / "new").exists()
 
 
 def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:

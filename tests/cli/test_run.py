@@ -12,7 +12,7 @@ import pytest
 import torch
 from command_line import TINY, WEIGHTS, Main, command, environment
 
-from opencola import demo
+from opencola import demo, export
 from opencola import recipe as recipes
 from opencola.interop import official
 from opencola.models import build
@@ -27,6 +27,12 @@ def test_a_run_leaves_everything_that_it_promises(place: Path) -> None:
         valid = json.loads((out / stage / "valid.json").read_text())
         terms = sum(value for name, value in valid.items() if name.startswith("loss/"))
         assert valid["loss"] == pytest.approx(terms, rel=1e-4)
+        samples = [json.loads(line) for line in (out / stage / "samples.jsonl").open()]
+        kinds = ["continuation", "reconstruction"] if stage == "prior" else ["reconstruction"]
+        assert [(sample["step"], sample["kind"]) for sample in samples] == [
+            (step, kind) for step in (4, 8) for kind in kinds for _ in range(4)
+        ]
+        assert len({sample["prompt"] for sample in samples}) == 4 * len(kinds)
     ((family, recipe),) = recipes.read(out / "prior" / "recipe.yaml", [], build.config_class)
     assert family == "cola" and recipe == dict(recipes.read("tiny.yaml", [], build.config_class))["prior"]
     sampling = official.load_sampling(out)
@@ -34,6 +40,64 @@ def test_a_run_leaves_everything_that_it_promises(place: Path) -> None:
     model = official.load(out)
     assert model.vae.config.vocab_size == 300
     assert (out / WEIGHTS).read_bytes() == (out / "prior" / WEIGHTS).read_bytes()
+
+
+def test_what_is_known_of_the_training_goes_with_the_model(main: Main, place: Path) -> None:
+    (place / "runs" / "tiny" / "metrics.json").write_text('{"x": 0.5, "counts": {"x": 7}, "intervals": {}}')
+    assert main("export", "--model", "runs/tiny", "--to", "mine", "--license", "cc-by-4.0")[0] == 0
+    facts = json.loads((place / "mine" / "training.json").read_text())
+    assert facts["evaluation"] == {"x": {"value": 0.5, "cases": 7, "interval": None}}
+    for stage, found in zip(("vae", "prior"), facts["stages"], strict=True):
+        folder = place / "runs" / "tiny" / stage
+        assert found["name"] == stage and found["command"] == "opencola train tiny.yaml"
+        assert found["final"] == json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+        assert found["validation"] == json.loads((folder / "valid.json").read_text())
+        assert found["recipe"]["data"]["source"] == "words.txt" and found["made_with"]["torch"] == torch.__version__
+        weights = {part: sum(p.numel() for p in PARTS[part].load(folder).parameters())
+                   for part in ("vae", "dit") if PARTS[part].is_in(folder)}  # fmt: skip
+        assert found["num_parameters"] == sum(weights.values())
+    for folder in ("mine", "runs/tiny", "runs/tiny/prior"):
+        text = (place / folder / "README.md").read_text()
+        assert "opencola train tiny.yaml" in text and "| prior | `words.txt` | 8 | 512 |" in text
+        assert ("license: cc-by-4.0" in text) == (folder == "mine")
+        assert ("## Evaluation" in text) == (folder == "mine")  # metrics.json came after the others
+    # training anew leaves nothing of what was known of the old model
+    again = ("train", "tiny.yaml", "--stage", "prior", "--train.steps", "2", "--overwrite")
+    assert main(*again)[0] == 0
+    facts = json.loads((place / "runs" / "tiny" / "training.json").read_text())
+    assert [stage["final"]["step"] for stage in facts["stages"]] == [8, 2] and "evaluation" not in facts
+    assert facts["stages"][1]["command"] == f"opencola {' '.join(again)}"
+
+
+def test_the_code_is_named_by_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*argv: str) -> str:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        return subprocess.run(["git", *who, *argv], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "export.py").write_text("one")
+    monkeypatch.setattr(export, "__file__", str(tmp_path / "package" / "export.py"))
+    assert export.made_with()["git"] is None
+    git("init")
+    assert export.made_with()["git"] is None  # no commit yet
+    git("add", ".")
+    git("commit", "-m", "x")
+    git("tag", "v1", "-m", "v1")
+    commit = git("rev-parse", "HEAD").strip()
+    assert export.made_with()["git"] == commit
+    (tmp_path / "package" / "export.py").write_text("two")
+    assert export.made_with()["git"] == f"{commit}-dirty"
+    monkeypatch.setenv("PATH", "")
+    assert export.made_with()["git"] is None
+
+
+def test_samples_leave_training_as_it_is(main: Main, place: Path) -> None:
+    assert main("train", "tiny.yaml", "--out", "silent", "--train.sample_every", "0")[0] == 0
+    assert not (place / "silent" / "prior" / "samples.jsonl").exists()
+    assert (place / "silent" / WEIGHTS).read_bytes() == (place / "runs" / "tiny" / WEIGHTS).read_bytes()
+    for stage in ("vae", "prior"):
+        both = [json.loads((place / out / stage / "valid.json").read_text()) for out in ("silent", "runs/tiny")]
+        assert both[0] == both[1]
 
 
 def test_the_exported_weights_are_the_average(trained: Path, place: Path, main: Main) -> None:

@@ -8,7 +8,16 @@ from tiny import dit_config, randomise, vae_config
 from torch import Tensor, nn
 
 from opencola.layers.attention import masked, rotary, rotate_halves, rotate_pairs, turns
-from opencola.layers.transformer import AdaptiveBlock, Block, LayerNorm, Linear, TimeEmbedding, modulate, prepacked
+from opencola.layers.transformer import (
+    AdaptiveBlock,
+    Block,
+    LayerNorm,
+    Linear,
+    PackedLinear,
+    TimeEmbedding,
+    modulate,
+    prepacked,
+)
 
 
 def norm(x: Tensor, eps: float, module: nn.Module | None = None) -> Tensor:
@@ -53,10 +62,8 @@ def test_a_single_modulation_is_for_all_rows() -> None:
 def test_prepacked_products_are_the_plain_ones(rows: int, bias: bool) -> None:
     layer, x = Linear(24, 40, bias=bias), torch.randn(2, rows, 24)
     plain = layer(x), layer(x, "gelu")
-    with prepacked(layer, 32):
-        assert layer.packed is not None
-        packed = layer(x), layer(x, "gelu")
-    assert layer.packed is None
+    layer_packed = PackedLinear(layer, 32)
+    packed = layer_packed(x), layer_packed(x, "gelu")
     for one, other in zip(packed, plain, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
     exact = x.double() @ layer.weight.double().T + (layer.bias.double() if bias else 0)
@@ -64,16 +71,21 @@ def test_prepacked_products_are_the_plain_ones(rows: int, bias: bool) -> None:
     torch.testing.assert_close(packed[1].double(), exact, rtol=0, atol=1e-5)
 
 
-def test_prepacking_leaves_wide_and_large_weights_and_ends_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    wide, layer = Linear(8, 8).double(), Linear(8, 8)
-    with prepacked(wide, 4):
-        assert wide.packed is None
-    with pytest.raises(KeyError), prepacked(layer, 4):
-        raise KeyError
-    assert layer.packed is None
-    monkeypatch.setattr("opencola.layers.transformer.PACKED_BYTES", layer.weight.nbytes)
-    with prepacked(layer, 4):
-        assert layer.packed is None
+def test_prepacking_makes_a_copy_that_shares_parameters_and_leaves_wide_and_large_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = nn.ModuleDict({"blocks": nn.ModuleList([nn.ModuleDict({"a": Linear(8, 8), "modulation": Linear(8, 8)})])})
+    model["outside"] = Linear(8, 8)
+    copied = prepacked(model, "blocks", 4)
+    kinds = {name: type(module) for name, module in copied.named_modules() if "Linear" in type(module).__name__}
+    assert kinds == {"blocks.0.a": PackedLinear, "blocks.0.modulation": Linear, "outside": Linear}
+    assert type(model.get_submodule("blocks.0.a")) is Linear
+    ours = dict(model.named_parameters())
+    assert all(parameter is ours[name] for name, parameter in copied.named_parameters())
+    monkeypatch.setattr("opencola.layers.transformer.PACKED_BYTES", 8 * 8 * 4)
+    assert prepacked(model, "blocks", 4) is model
+    monkeypatch.undo()
+    assert prepacked(model.double(), "blocks", 4) is model
 
 
 @pytest.mark.parametrize("skip", [0, 2])

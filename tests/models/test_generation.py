@@ -10,6 +10,7 @@ from tiny import VOCABULARY, one_block, tiny_cola
 from torch import Tensor
 
 from opencola.layers import randomness
+from opencola.layers.transformer import Linear, PackedLinear
 from opencola.models.cola import Cola
 from opencola.models.sampling import Sampling
 
@@ -222,19 +223,22 @@ def test_a_known_token_of_a_partial_patch_is_forced_and_not_given_out(generate: 
     assert run.ids[0, 0][2] != text[10]  # what the latent says, and what is overruled
 
 
-def test_generation_in_float32_packs_the_weights_while_it_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, layer = tiny_cola().float(), "blocks.0.mlp_in"
-    packed: list[bool] = []
-    hook = model.dit.get_submodule(layer).register_forward_hook(lambda m, x, y: packed.append(m.packed is not None))
+def test_generation_in_float32_has_packed_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_cola().float()
+    made: list[int] = []
+    init = PackedLinear.__init__
+
+    def count(self: PackedLinear, layer: Linear, rows: int) -> None:
+        made.append(rows)
+        init(self, layer, rows)
+
+    monkeypatch.setattr(PackedLinear, "__init__", count)
     texts, settings = [prompt(7), prompt(4)], Sampling(max_new_tokens=12, steps=2)
     fast = [[out.tokens for out in blocks] for blocks in model.generate(texts, settings)]
-    unfinished = model.generate(texts, settings)
-    next(unfinished)
-    unfinished.close()
-    assert all(packed) and model.dit.get_submodule(layer).packed is None
-    hook.remove()
+    assert made == [2 * 4 * 2] * 4 * len(model.dit.blocks)  # qkv, attention_out, mlp_in, mlp_out
     monkeypatch.setattr("opencola.layers.transformer.PACKED_BYTES", 0)
     assert [[out.tokens for out in blocks] for blocks in model.generate(texts, settings)] == fast
+    assert len(made) == 4 * len(model.dit.blocks)
 
 
 @pytest.mark.parametrize("patch", [1, 2])

@@ -17,19 +17,20 @@ from opencola.text.corpus import Batch
 from opencola.train import checkpoint
 from opencola.train.checkpoint import TrainState
 from opencola.train.loop import TrainConfig, train
+from opencola.train.samples import Show
 
 
 class Toy(nn.Module):
     """Predicts the next token; draws from the global generator, and has a part that is frozen for seven steps."""
 
-    def __init__(self, broken_at: int | None = None) -> None:
+    def __init__(self, broken_at: int | None = None, worse_from: int | None = None, worse_by: float = 100.0) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.embedding = nn.Embedding(11, 8)
         self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
         self.late = nn.Linear(8, 8)
         self.head = nn.Linear(8, 11)
-        self.broken_at = broken_at
+        self.broken_at, self.worse_from, self.worse_by = broken_at, worse_from, worse_by
 
     def loss(self, batch: Batch) -> Loss:
         """Cross-entropy and a penalty."""
@@ -44,6 +45,8 @@ class Toy(nn.Module):
         penalty = 1e-3 * logits.square().mean()
         if batch.step == self.broken_at:
             penalty = penalty * float("inf")
+        if self.worse_from is not None and batch.step >= self.worse_from:
+            penalty = penalty + self.worse_by
         bins = torch.tensor([float(batch.step), float("nan") if batch.step % 2 else 1.0, float("nan")])
         return Loss(ce + penalty, {"ce": ce, "penalty": penalty}, {"bins": bins})
 
@@ -81,13 +84,18 @@ class Counts:
 def run(
     folder: Path,
     resume: bool = False,
-    broken_at: int | None = None,
     hook: Callable[[int], None] = lambda step: None,
+    show: Show | None = None,
+    settings: dict[str, Any] | None = None,
+    broken_at: int | None = None,
+    worse_from: int | None = None,
+    worse_by: float = 100.0,
     **fields: Any,
 ) -> TrainState:
-    """Train the toy with these fields of TrainConfig."""
+    """Train the toy, whose penalty is spoilt at or from a step, with these fields of TrainConfig."""
     fields = {"steps": 20, "warmup": 3, "log_every": 1, "save_every": 5, "keep": 9, "ema": 0.9} | fields
-    return train(Toy(broken_at), Counts(hook), TrainConfig(**fields), folder, display=False, resume=resume)
+    model = Toy(broken_at, worse_from, worse_by)
+    return train(model, Counts(hook), TrainConfig(**fields), folder, False, resume, show, settings)
 
 
 def everything(state: TrainState) -> list[Tensor]:

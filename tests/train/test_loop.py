@@ -2,18 +2,39 @@
 
 import json
 import math
+import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from opencola.models.language_model import Loss, Sample
 from opencola.train.checkpoint import TrainState, latest
 from opencola.train.loop import TrainConfig
+from opencola.train.tracker import Report
+from opencola.train.trackers import Value
 
 Run = Callable[..., TrainState]
+
+
+class Notes:
+    """A tracker that notes what it hears."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def scalars(self, step: int, record: Mapping[str, Value]) -> None:
+        assert step == record["step"]
+        self.heard.append("loss" if "loss" in record else "")
+
+    def text(self, step: int, name: str, text: str) -> None:
+        self.heard.append("text")
+
+    def close(self) -> None:
+        self.heard.append("close")
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -46,6 +67,30 @@ def test_means_are_over_the_steps_since_the_last_record(run: Run, tmp_path: Path
     losses = [record["loss"] for record in records(tmp_path / "all")]
     means = [record["loss"] for record in records(tmp_path / "few")]
     assert means == pytest.approx([sum(losses[:3]) / 3, sum(losses[3:]) / 3])
+
+
+def test_other_processes_make_the_same_records_and_write_nothing(run: Run, tmp_path: Path) -> None:
+    state = run(tmp_path, steps=4)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.jsonl")}
+    lines = (tmp_path / "metrics.jsonl").read_text()
+    (tmp_path / "metrics.jsonl").write_text(lines + '{"step": 5, "loss": 1}\n{"st')  # of an earlier session
+    made = []
+    for main, folder in ((False, tmp_path), (True, shutil.copytree(tmp_path, tmp_path / "copy"))):
+        told = Notes()
+        state.step, state.num_tokens, state.seconds = 4, 192, 1.0
+        with Report(folder, state, 2, [told], display=True, main=main) as report:
+            assert report.records == [json.loads(line) for line in lines.splitlines()]
+            for value in (1.0, 3.0):
+                state.step, state.num_tokens, state.seconds = state.step + 1, state.num_tokens + 48, state.seconds + 0.5
+                loss = Loss(torch.tensor(value), {"ce": torch.tensor(value)}, {})
+                made.append(report.step(state, 0.5, loss, torch.tensor(2.0), {"adamw": 0.1}))
+            report.samples(6, [Sample("continuation", "a", "b", {})])
+        assert told.heard == (["loss", "text", "close"] if main else [])
+    assert made[0] is made[2] is None and made[1] == made[3] and made[1]["loss"] == 2.0
+    assert (tmp_path / "metrics.jsonl").read_text() == lines + '{"step": 5, "loss": 1}\n{"st'
+    assert set(tmp_path.glob("*.jsonl")) == {*before}
+    assert (tmp_path / "copy" / "metrics.jsonl").read_text() == lines + json.dumps(made[1]) + "\n"
+    assert json.loads((tmp_path / "copy" / "samples.jsonl").read_text())["text"] == "b"
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_step(run: Run, tmp_path: Path) -> None:
@@ -93,6 +138,12 @@ def test_runs_outside_the_main_thread(run: Run, tmp_path: Path) -> None:
 def test_impossible_counts_are_refused(field: str) -> None:
     with pytest.raises(ValueError, match=f"{field} must be at least 1, but is 0"):
         TrainConfig(**{field: 0})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("fields", [{"sample_every": -1}, {"divergence": 1.0}, {"divergence": -2.0}])
+def test_impossible_watches_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="sample_every must be at least 0, and divergence above 1"):
+        TrainConfig(**fields)
 
 
 def test_defaults_decay_to_the_final_fraction(run: Run, tmp_path: Path) -> None:

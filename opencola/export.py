@@ -1,0 +1,103 @@
+"""What a run gives away: the parts of its model, and what is to be told of its training."""
+
+import json
+import platform
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from opencola import __version__
+from opencola.flow.dit import DiTConfig
+from opencola.interop import card, official
+from opencola.text.tokenizer import Tokenizer
+from opencola.vae.text_vae import TextVAEConfig
+
+RECIPE, METRICS, VALID = "recipe.yaml", "metrics.jsonl", "valid.json"
+MODEL = official.VAE_FOLDER.parts[0]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a model that is stored in a folder of its own."""
+
+    title: str
+    folder: Path
+    load: Callable[..., Any]
+    save: Callable[..., None]
+    essence: Callable[[Any], Any]
+    """A configuration without what may change while the weights stay the same."""
+
+    def is_in(self, root: Path) -> bool:
+        """Whether a model's folder has this part."""
+        return any((root / place).is_dir() for place in (self.folder, self.folder.name))
+
+
+def vae_essence(config: TextVAEConfig) -> TextVAEConfig:
+    """Without the treatment of latents, and without a block size that has no effect."""
+    return replace(config, block_size=config.visible_block, latent_shift=0.0, latent_scale=1.0, fixed_logsnr=None)
+
+
+def dit_essence(config: DiTConfig) -> DiTConfig:
+    """Without the block size, which may grow from stage to stage."""
+    return replace(config, block_size=1)
+
+
+PARTS = {
+    "vae": Part("Text VAE", official.VAE_FOLDER, official.load_vae, official.save_vae, vae_essence),
+    "dit": Part("prior", official.DIT_FOLDER, official.load_dit, official.save_dit, dit_essence),
+}
+
+
+def export(source: Path, to: Path, dtype: torch.dtype = torch.float32, license_id: str = card.LICENSE) -> None:
+    """Write the model in a folder, with its tokenizer, sampling settings, facts and card, to another one.
+
+    Raises FileNotFoundError when there is none.
+    """
+    if not any(part.is_in(source) for part in PARTS.values()):
+        raise FileNotFoundError(f"{source} holds no model ({MODEL}/): give the folder of a finished run")
+    tokenizer, sampling, facts = Tokenizer.load(source), official.load_sampling(source), card.read_facts(source)
+    for part in PARTS.values():
+        if part.is_in(source):
+            part.save(part.load(source), to / part.folder, dtype=dtype)
+    tokenizer.save(to)
+    card.write_facts(to, facts)
+    official.save_sampling(sampling, to)
+    card.write(to, license_id)
+
+
+def facts_of(stage: Path, init: Path | None, command: str, num_parameters: int) -> card.Facts:
+    """What is to be told of the training of the model in a stage's folder, and before, of that in `init`."""
+    valid = stage / VALID
+    last = {
+        "name": stage.name,
+        "command": command,
+        "recipe": yaml.safe_load((stage / RECIPE).read_text(encoding="utf-8")),
+        "final": json.loads((stage / METRICS).read_text(encoding="utf-8").splitlines()[-1]),
+        "validation": json.loads(valid.read_text(encoding="utf-8")) if valid.exists() else None,
+        "num_parameters": num_parameters,
+        "made_with": made_with(),
+    }
+    return {"stages": [*(card.read_facts(init)["stages"] if init else []), last]}
+
+
+def made_with() -> dict[str, str | None]:
+    """Versions, and the commit of this code (marked where files differ from it) if it lies in a checkout."""
+    root = Path(__file__).parent.parent
+    commit = None
+    if (root / ".git").exists():
+        ask = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+        try:
+            commit = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):  # no git here, or a checkout that it does not trust
+            commit = None
+    return {
+        "opencola": __version__,
+        "git": commit,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+    }

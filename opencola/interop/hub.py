@@ -1,0 +1,95 @@
+"""Models by name: a folder, or a repository of the Hugging Face Hub (`OWNER/NAME`), to load from and to upload to."""
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from huggingface_hub import HfApi, snapshot_download
+
+from opencola.interop import card, official
+from opencola.models.cola import Cola
+from opencola.models.sampling import Sampling
+from opencola.text.tokenizer import FILE_NAME, Tokenizer
+
+# What a model is made of, in a folder that may hold a whole run with its checkpoints.
+FILES = [
+    *(f"{place}/*{ending}" for place in ("cola_dlm", "cola_dit", "cola_vae") for ending in (".json", ".safetensors")),
+    FILE_NAME,
+    official.EXTRAS,
+    card.FACTS,
+    card.CARD,
+]
+
+
+class Pretrained(NamedTuple):
+    """A model in evaluation mode, its tokenizer, and the sampling settings that it brings along."""
+
+    model: Cola
+    tokenizer: Tokenizer
+    sampling: Sampling
+
+
+def from_pretrained(
+    name: str | Path, revision: str | None = None, dtype: torch.dtype = torch.float32, token: str | None = None
+) -> Pretrained:
+    """Load a model from a folder, or from a repository of the Hub, on the CPU with its parameters as `dtype`.
+
+    revision: branch, tag or commit of the repository; token: of the Hub, where the one that `hf auth login` keeps is
+    not wanted. Raises FileNotFoundError where there is none, OSError where the Hub does not answer, and ValueError for
+    damaged files and for models that our classes cannot be.
+    """
+    folder = locate(name, revision, token)
+    return Pretrained(official.load(folder, dtype).eval(), Tokenizer.load(folder), official.load_sampling(folder))
+
+
+def locate(name: str | Path, revision: str | None = None, token: str | None = None) -> Path:
+    """The folder of a model: `name` itself, or where its repository has been downloaded to. Errors as above."""
+    folder, repo_id = Path(name), Path(name).as_posix()
+    if folder.is_dir():
+        if revision is not None:
+            raise ValueError(f"{name} is a folder: it has no revision {revision}")
+        return folder
+    if not is_repo_id(repo_id):
+        raise FileNotFoundError(f"no such folder: {name}")
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=FILES))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{name} is no folder, and cannot be had from the Hugging Face Hub: {reason(error)}"
+        ) from error
+
+
+def push_to_hub(folder: str | Path, repo_id: str, private: bool = False, token: str | None = None) -> str:
+    """Upload the model in a folder, and nothing else of it, to a repository, made if it is not there; returns its URL.
+
+    Raises FileNotFoundError where there is no model, ValueError for an impossible name, and OSError where the Hub
+    refuses (`hf auth login` makes you known to it) or does not answer.
+    """
+    root = Path(folder)
+    if not any((root / part).is_dir() for part in (official.VAE_FOLDER, official.DIT_FOLDER)):
+        raise FileNotFoundError(f"{root} holds no model ({official.VAE_FOLDER.parts[0]}/)")
+    check_repo_id(repo_id)
+    api = HfApi(token=token)
+    try:
+        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo_id, folder_path=root, allow_patterns=FILES, commit_message="Upload by OpenCola")
+    except (OSError, ValueError) as error:
+        raise OSError(f"cannot upload to {repo_id}: {reason(error)}") from error
+    return str(url)
+
+
+def check_repo_id(name: str) -> None:
+    """Raise ValueError for what cannot be the name of a repository."""
+    if not is_repo_id(name):
+        raise ValueError(f"{name!r} is no name of a repository: write OWNER/NAME")
+
+
+def is_repo_id(name: str) -> bool:
+    """Whether a name may be that of a repository: OWNER/NAME."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
+
+
+def reason(error: Exception) -> str:
+    """What the library says, on one line, without the advice below it."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
