@@ -88,7 +88,7 @@ def test_a_model_learns_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     write_world(tmp_path)
     (tmp_path / "base.yaml").write_text(BASE)
     for recipe, flags in (("base.yaml", ""), ("sft", SFT)):
-        run.run(recipes.read(recipe, flags.split(), build.config_class))
+        run.run(recipes.read(recipe, flags.split(), build.config_class), "a test")
     first = [[number] for number in range(1, 7)] * 4
     second = [[number, then] for number in range(1, 7) for then in range(1, 7)]
     figures = {folder: [stopped_and_right(folder, asked) for asked in (first, second)] for folder in ("base", "chat")}

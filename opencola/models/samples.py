@@ -12,6 +12,7 @@ from opencola.models.cola import Cola
 from opencola.models.language_model import Sample
 from opencola.models.sampling import Sampling
 from opencola.models.text_stream import generate_text
+from opencola.text.conversations import ChatML
 from opencola.text.tokenizer import Tokenizer
 from opencola.vae.text_vae import TextVAE
 
@@ -21,8 +22,15 @@ MAX_NEW_TOKENS = 64
 
 
 def continuations(model: Cola, tokenizer: Tokenizer, tokens: Tensor, sampling: Sampling) -> list[Sample]:
-    """The first words of sequences (B, L), each of its longest document, and how the model goes on (not for long)."""
-    prompts = [first_words(longest_document(tokenizer, row)) for row in tokens[:NUM_SAMPLES].tolist()]
+    """The first words of sequences (B, L), each of its longest document, and how the model goes on (not for long).
+
+    With sampling.chat, of conversations: what the first user says, and the model's answer.
+    """
+    rows = tokens[:NUM_SAMPLES].tolist()
+    if sampling.chat:
+        prompts = list(map(ChatML(tokenizer).question, rows))
+    else:
+        prompts = [first_words(longest_document(tokenizer, row)) for row in rows]
     texts = [""] * len(prompts)
     settings = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, MAX_NEW_TOKENS))
     for pieces in generate_text(model, tokenizer, prompts, settings):

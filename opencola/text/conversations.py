@@ -9,6 +9,7 @@ The two marks are special tokens, put there by their ids: what a message says is
 <|im_end|> behind it are scored, for that is what a model is to write; all else is given to it.
 """
 
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -90,6 +91,12 @@ class ChatML:
         """Token ids of the messages so far and the beginning of the assistant's next."""
         ids, _ = self._turns((message.role, self._tokenizer.encode(message.content)) for message in messages)
         return ids + self._head("assistant")
+
+    def question(self, ids: Sequence[int]) -> str:
+        """What the first user says in the ids of conversations."""
+        head, rest = self._head("user"), list(ids)
+        start = next((i for i in range(len(rest)) if rest[i : i + len(head)] == head), len(rest)) + len(head)
+        return self._tokenizer.decode(list(itertools.takewhile(lambda id_: id_ != self.end_id, rest[start:])))
 
     def _turns(self, messages: Iterable[tuple[str, list[int]]]) -> tuple[list[int], list[bool]]:
         ids: list[int] = []

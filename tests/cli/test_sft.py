@@ -45,11 +45,16 @@ def sft(main: Main, *argv: str) -> tuple[int, str, str]:
     return main("train", "sft", "--out", "chat", *FLAGS, *argv)
 
 
-def test_train_generate_and_chat(main: Main, chats: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    code, said, error = sft(main, "--init", "runs/tiny", "--data.source", chats, "--valid", chats)
+def test_train_generate_and_chat(main: Main, place: Path, chats: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, said, error = sft(
+        main, "--init", "runs/tiny", "--data.source", chats, "--valid", chats, "--train.sample_every=3"
+    )
     assert code == 0, error
     assert "cola: 1 of 3 documents are longer than data.length 64, and lose their ends" in said
     assert official.load_sampling("chat").chat
+    samples = [json.loads(line) for line in (place / "chat" / "samples.jsonl").open()]
+    asked = {sample["prompt"] for sample in samples if sample["kind"] == "continuation"}
+    assert asked and asked <= {"Number 1?", "Number 2?", "Number 40?"}
     assert main("export", "--model", "chat", "--to", "given")[0] == 0
     answers = [main("generate", "--model", folder, "--prompt", "The fox")[1] for folder in ("chat", "given")]
     assert answers[0] == answers[1] and answers[0].startswith("The fox\n")

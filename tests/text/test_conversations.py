@@ -95,6 +95,7 @@ def test_ids_and_scored_of_an_example() -> None:
     ]
     assert [TOKENIZER.decode([id_ for id_, _ in answer]) for answer in answers] == ["Yo!", "ö"]
     assert [answer[-1][0] for answer in answers] == [END, END]
+    assert ChatML(TOKENIZER).question(ids) == "Hi" and ChatML(TOKENIZER).question(ids[:5]) == ""
     assert ids.count(END) == 5  # not the one that a user wrote
 
 
