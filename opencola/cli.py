@@ -226,8 +226,23 @@ def tokenize(argv: Sequence[str]) -> None:
     command.tokenize(argv, help_of(tokenize))
 
 
+def latents(argv: Sequence[str]) -> None:
+    """Measure how a model's latents hold text: how much noise they survive, what they cost, how they are spread.
+
+    Prints the figures, and writes them with their intervals to latents.jsonl, and as a drawing to latents.svg.
+
+    examples:
+      opencola latents
+      opencola latents --model runs/mine --data valid.txt --length 128 --out runs/mine/latents
+      opencola latents --model runs/demo/vae --sequences 50 --seed 1
+    """
+    from opencola import latents as command
+
+    command.latents(argv, help_of(latents))
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
-    function.__name__: function for function in (generate, chat, demo, train, tokenize, export)
+    function.__name__: function for function in (generate, chat, demo, train, tokenize, latents, export)
 }
 
 

@@ -36,6 +36,7 @@ ALLOWED["run"] = {*ALLOWED} - {"serve", "evaluation"}
 ALLOWED["dry_run"] = {*ALLOWED} - {"serve", "evaluation"}
 ALLOWED["console"] = {*ALLOWED} - {"serve", "evaluation"}
 ALLOWED["tokenize"] = {"flags", "text"}
+ALLOWED["latents"] = {"flags", "console", "layers", "text", "vae", "models", "evaluation", "interop"}
 ALLOWED["report"] = {*ALLOWED} - {"serve"}
 ALLOWED["demo"] = {"text", "models", "evaluation", "interop"}
 ALLOWED["cli"] = {*ALLOWED}
