@@ -99,7 +99,7 @@ def read_documents(options: LatentsFlags, tokenizer: Tokenizer, vae: TextVAE) ->
     corpus = Corpus(config, tokenizer, options.seed)
     tokens = next(corpus).tokens
     (position,) = corpus.state_dict()["streams"].values()
-    if position["epoch"] > 0:
+    if tuple(position.values()) > (1, 0, 0):  # (epoch, index, offset) of what comes next: a sequence went round
         raise ValueError(
             f"{options.data} holds fewer than {options.sequences} sequences of {options.length} tokens: lower "
             "--sequences or --length"

@@ -21,7 +21,7 @@ def overview(found: Sequence[Entry]) -> str:
         noise, rates, spectrum = figure.subplots(1, 3, width_ratios=(1.4, 1, 1))
         _accuracies(noise, found)
         _bars(rates, found, "channel_rate", "rate of each channel", "channel", "nats per latent")
-        _bars(spectrum, found, "eigenvalue", "spectrum of the means' covariance", "axis", "variance")
+        _bars(spectrum, found, "eigenvalue", "spectrum of the means", "axis", "variance")
         return as_svg(figure, "Accuracy of decoded tokens against noise time; rate of each latent channel; spectrum")
 
 
