@@ -24,10 +24,11 @@ def check(stage: str, recipe: Recipe[Any], processes: int) -> None:
             product = " x ".join(f"{name} {divisor}" for name, divisor in divisors.items())
             advice = f"set it to {near(value, step)}"
             raise ValueError(f"stage {stage}: {field} {value} is not a multiple of {product}: {advice}")
-    if own.path is None and recipe.init is None and own.vocab_size < SMALLEST_VOCABULARY:
+    smallest = SMALLEST_VOCABULARY + len(own.special)
+    if own.path is None and recipe.init is None and own.vocab_size < smallest:
         raise ValueError(
             f"stage {stage}: tokenizer.vocab_size {own.vocab_size} is too small for bytes and special tokens: "
-            f"set it to {SMALLEST_VOCABULARY} or more"
+            f"set it to {smallest} or more"
         )
 
 

@@ -50,7 +50,7 @@ class TrainFlags(RunFlags):
     """What to train."""
 
     recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE")]
-    """Recipe file, or the name of a recipe that comes with the package: demo, text, tinystories, fairytales,
+    """Recipe file, or the name of a recipe that comes with the package: demo, text, tinystories, fairytales, sft,
     paper, ladder/1m to ladder/1800m."""
     stage: str | None = None
     """Train only this stage of the recipe."""
@@ -88,11 +88,7 @@ def train(argv: Sequence[str]) -> None:
 
         stages = read(options.recipe, settings)
         return dry_run.dry_run(stages, options.stage, options.devices, options.gpu, options.utilisation)
-    out = train_recipe(options.recipe, settings, options, shlex.join(["opencola", "train", *argv]), options.stage)
-    from opencola.export import PARTS
-
-    if PARTS["dit"].is_in(out):
-        print(f"The model is in {out}. Let it write: opencola generate --model {shlex.quote(str(out))} --prompt TEXT")
+    train_recipe(options.recipe, settings, options, shlex.join(["opencola", "train", *argv]), options.stage)
 
 
 def train_recipe(
@@ -154,10 +150,11 @@ def generate(argv: Sequence[str]) -> None:
 
 
 def chat(argv: Sequence[str]) -> None:
-    """Type beginnings of texts, and read how the model goes on.
+    """Type beginnings of texts, and read how the model goes on; or talk with a model of conversations.
 
     examples:
       opencola chat
+      opencola chat --model runs/sft
       opencola chat --model runs/demo --max-new-tokens 100
     """
     from opencola import console

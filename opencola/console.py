@@ -18,6 +18,7 @@ from opencola.models.build import device
 from opencola.models.cola import Cola
 from opencola.models.sampling import Sampling
 from opencola.models.text_stream import TextPiece, generate_text
+from opencola.text.conversations import Message
 from opencola.text.tokenizer import Tokenizer
 
 SHIPPED = Path(__file__).parent / "shipped"
@@ -41,7 +42,7 @@ class GenerateFlags(ModelFlags):
     """What to continue, and where to keep it."""
 
     prompt: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
-    """Texts to continue."""
+    """Texts to continue (to answer, with --chat)."""
     prompts_file: Path | None = None
     """More of them: a .txt file with one in each line, or a .jsonl file of objects with a field `prompt`."""
     jsonl: Path | None = None
@@ -77,6 +78,11 @@ def locate(model: Path) -> Path:
             "no model comes with this installation: train one (opencola demo) and name it (--model)"
         )
     return hub.locate(model)
+
+
+def title(model: Path) -> str:
+    """The model's name in a report."""
+    return "the shipped model" if model == SHIPPED else str(model)
 
 
 def generate(argv: Sequence[str], description: str) -> None:
@@ -115,8 +121,9 @@ def write_batch(
     """Continue the prompts of these ids: a single one as it is written, several when they are done."""
     alone = len(prompts) == 1
     found: dict[int, list[TextPiece]] = {i: [] for i in ids}
+    between = "\n" if options.sampling.chat else ""
     if alone:
-        show(prompts[0], bold=True)
+        show(prompts[0] + between, bold=True)
     for pieces in generate_text(model, tokenizer, [prompts[i] for i in ids], options.sampling, ids):
         for piece in pieces:
             found[ids[piece.sample]].append(piece)
@@ -128,7 +135,7 @@ def write_batch(
         text = "".join(piece.text for piece in pieces)
         if not alone:
             print(f"[{i}] ", end="")
-            show(prompts[i], bold=True)
+            show(prompts[i] + between, bold=True)
             show(f"{text}\n\n")
         if file is not None:
             record = {
@@ -189,7 +196,11 @@ def check_text(text: str, place: str) -> None:
 
 
 HELP = """Type the beginning of a text, and the model goes on from there. Every try has its own noise.
-  /set KEY VALUE   change a setting, such as /set steps 32
+"""
+HELP_CHAT = """Say something, and the model answers; it is given all that was said before.
+  /new             forget it, and begin a new conversation
+"""
+HELP_ALWAYS = """  /set KEY VALUE   change a setting, such as /set steps 32
   /set             show the settings
   /help            show this
   /quit            leave (so do Ctrl-D and Ctrl-C)"""
@@ -201,8 +212,9 @@ def chat(argv: Sequence[str], description: str) -> None:
     model, tokenizer = load(options.model)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 input() then has a history and arrow keys; Windows has no such module
-    print(HELP)
     sampling = options.sampling
+    said: list[Message] = []
+    print(help_of(sampling))
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         for turn in itertools.count():
             line = input("\n> ")
@@ -213,20 +225,39 @@ def chat(argv: Sequence[str], description: str) -> None:
                     case ["/quit"]:
                         return
                     case ["/help"]:
-                        print(HELP)
+                        print(help_of(sampling))
+                    case ["/new"] if sampling.chat:
+                        said = []
                     case ["/set", *change]:
                         sampling = change_setting(sampling, *change)
                     case [command, *_] if command.startswith("/"):
                         print(f"there is no command {command}; /help shows what there is")
                     case _:
                         check_text(line, "this text")
-                        show(line, bold=True)
-                        for pieces in generate_text(model, tokenizer, [line], sampling, [turn]):
-                            show(pieces[0].text)
-                        print()
+                        said = write(model, tokenizer, said, line, sampling, turn)
             except ValueError as error:
                 print(f"error: {error}")
     print()
+
+
+def help_of(sampling: Sampling) -> str:
+    """What can be typed."""
+    return (HELP_CHAT if sampling.chat else HELP) + HELP_ALWAYS
+
+
+def write(
+    model: Cola, tokenizer: Tokenizer, said: list[Message], line: str, sampling: Sampling, turn: int
+) -> list[Message]:
+    """Continue a line or, with sampling.chat, answer it; returns the conversation so far, with what was said now."""
+    asked = [*said, Message("user", line)]
+    if not sampling.chat:
+        show(line, bold=True)
+    text = ""
+    for pieces in generate_text(model, tokenizer, [asked if sampling.chat else line], sampling, [turn]):
+        show(pieces[0].text)
+        text += pieces[0].text
+    print()
+    return [*asked, Message("assistant", text)] if sampling.chat else said
 
 
 def change_setting(sampling: Sampling, change: str = "") -> Sampling:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from opencola.console import ModelFlags, check_text, load, read_flags
+from opencola.console import ModelFlags, check_text, load, read_flags, title
 from opencola.evaluation.figures import standalone
 from opencola.evaluation.latent_slice import Slice, cut, slices
 from opencola.evaluation.stories import Share, share
@@ -90,7 +90,7 @@ def inspect(argv: Sequence[str], description: str) -> None:
         drawing = slices([slice_of(model, tokenizer, seen[number], found) for number in sorted(drawn)])
     facts: dict[str, Any] = {
         "samples": options.samples, "probe": options.probe, "seed": options.sampling.seed,
-        "model": str(options.model), "settings": asdict(options.sampling),
+        "model": title(options.model), "settings": asdict(options.sampling),
     }  # fmt: skip
     with (options.out / FIGURES).open("w", encoding="utf-8") as file:
         for one in seen:

@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from opencola import flags
-from opencola.console import SHIPPED, check_vocabulary, locate
+from opencola.console import SHIPPED, check_vocabulary, locate, title
 from opencola.evaluation import latent_report
 from opencola.evaluation.figures import standalone
 from opencola.evaluation.latent_figures import overview
@@ -72,7 +72,7 @@ def latents(argv: Sequence[str], description: str) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     found = examine(vae, documents, options)
     facts = {
-        "model": "the shipped model" if options.model == SHIPPED else str(options.model),
+        "model": title(options.model),
         "data": options.data or STORIES,
         "sequences": len(documents.tokens),
         "patch_size": vae.config.patch_size,
@@ -141,8 +141,8 @@ def show(found: Sequence[Entry], facts: Mapping[str, object]) -> None:
     """The figures as tables; those of single channels are left to the file."""
     console = Console(highlight=False)
     named = {(entry.name, entry.at): entry for entry in found}
-    title = f"{facts['model']}: {facts['sequences']} sequences of {facts['data']}, seed {facts['seed']}"
-    console.print(f"[bold]{escape(title)}[/]\n")
+    heading = f"{facts['model']}: {facts['sequences']} sequences of {facts['data']}, seed {facts['seed']}"
+    console.print(f"[bold]{escape(heading)}[/]\n")
     summary = table("", "value", "95 % interval", "unit", "what it says")
     for entry in (named[name, None] for name in SUMMARY):
         value = f"[bold]{entry.value:.4g}[/]"

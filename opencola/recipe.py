@@ -44,6 +44,8 @@ class TokenizerConfig:
     corpus, or a new one is trained."""
     vocab_size: int = 4096
     """Size of a newly trained vocabulary, special tokens included."""
+    special: tuple[str, ...] = ()
+    """Further special tokens of a new tokenizer, such as the marks <|im_start|> and <|im_end|> of conversations."""
     train_documents: int = 10_000
     """Documents of the corpus that a new tokenizer is trained on."""
 

@@ -11,7 +11,7 @@ TINY = """
 out: runs/tiny
 data: {source: words.txt, length: 16, batch_size: 4}
 valid: words.txt
-tokenizer: {vocab_size: 300}
+tokenizer: {vocab_size: 300, special: ["<|im_start|>", "<|im_end|>"]}
 model:
   vae: {width: 16, ffn_dim: 32, num_heads: 2, latent_dim: 8, encoder_layers: 1, decoder_layers: 1}
 train: {steps: 8, warmup: 2, log_every: 2, sample_every: 4, ema: 0.9}

@@ -32,6 +32,7 @@ ALLOWED["flags"] = set()
 ALLOWED["recipe"] = {*ALLOWED} - {"serve"}
 ALLOWED["export"] = {"flags", "text", "vae", "flow", "interop"}
 ALLOWED["checks"] = {"text", "models", "recipe"}
+ALLOWED["stage"] = {*ALLOWED} - {"serve", "evaluation"}
 ALLOWED["run"] = {*ALLOWED} - {"serve", "evaluation"}
 ALLOWED["dry_run"] = {*ALLOWED} - {"serve", "evaluation"}
 ALLOWED["console"] = {*ALLOWED} - {"serve", "evaluation"}

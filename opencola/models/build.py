@@ -65,6 +65,17 @@ def length_factors(config: ModelConfig) -> dict[str, int]:
             assert_never(config)
 
 
+def tokens_per_block(config: ModelConfig) -> int:
+    """Tokens that are written at once: of the prior's blocks or, for a Text VAE alone, of what its latents see."""
+    match config:
+        case StageOneConfig(vae=vae):
+            return vae.patch_size * vae.visible_block
+        case ColaConfig(vae=vae, dit=dit):
+            return vae.patch_size * dit.block_size
+        case _:
+            assert_never(config)
+
+
 def recomputing(config: ModelConfig, recompute: bool) -> ModelConfig:
     """The same model with or without activation checkpointing, where its family has it."""
     match config:

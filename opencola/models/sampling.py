@@ -54,6 +54,8 @@ class Sampling:
     """Strings that end the text; they are cut off."""
     ignore_eos: bool = False
     """Go on after the end-of-text token."""
+    chat: bool = False
+    """A prompt is what a user says, and the text an assistant's answer, up to its end (for models of conversations)."""
     seed: int = 0
     """All noise depends on this, the sample's id and the block alone."""
     compatibility: Literal["none", "release"] = "none"

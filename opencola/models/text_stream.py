@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from opencola.models.cola import Cola
 from opencola.models.sampling import Sampling
 from opencola.models.stopping import Finished, TokenBlock
+from opencola.text.conversations import ChatML, Message
 from opencola.text.tokenizer import UNFINISHED, Tokenizer
 
 
@@ -25,13 +26,19 @@ class TextPiece:
 
 
 def generate_text(
-    model: Cola, tokenizer: Tokenizer, prompts: Sequence[str], sampling: Sampling, ids: Sequence[int] | None = None
+    model: Cola,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str | Sequence[Message]],
+    sampling: Sampling,
+    ids: Sequence[int] | None = None,
 ) -> Iterator[list[TextPiece]]:
     """Continue prompts (any text, also ""), and yield a piece for every unfinished sample, block by block.
 
-    A sample's pieces join to its exact continuation. ids: the samples' ids, which with the seed decide their noise
-    (their places in the list when not given). Raises ValueError for a model and a tokenizer that do not belong
-    together, an empty stop string, or a token that the sampling needs and the tokenizer lacks.
+    With sampling.chat a prompt is what a user says, or all messages of a conversation so far, and the text is the
+    assistant's answer. A sample's pieces join to its exact continuation. ids: the samples' ids, which with the seed
+    decide their noise (their places in the list when not given). Raises ValueError for a model and a tokenizer that do
+    not belong together, an empty stop string, messages without chat, or a token that the sampling needs and the
+    tokenizer lacks.
     """
     release = sampling.compatibility == "release"
     if tokenizer.vocab_size > model.vae.config.vocab_size:
@@ -42,12 +49,12 @@ def generate_text(
         raise ValueError("an empty stop string would end every text at once: leave it out")
     if release and sampling.stop:
         raise ValueError("the public release knows no stop strings: leave out either stop or compatibility release")
-    encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    encoded, end_ids = encode(tokenizer, prompts, sampling.chat)
     texts = [_Continuation(tokenizer, prompt, sampling.stop) for prompt in encoded]
     blocks = model.generate(
         encoded,
         sampling,
-        eos_ids=() if sampling.ignore_eos else (tokenizer.eos_id,),
+        eos_ids=() if sampling.ignore_eos else end_ids,
         # elsewhere padding is never seen, so that a tokenizer without such a token will do
         pad_id=tokenizer.pad_id if release or sampling.first_block in ("left_pad", "right_pad") else 0,
         ids=ids,
@@ -55,6 +62,20 @@ def generate_text(
     )
     for pieces in blocks:
         yield [texts[block.sample].take(block) for block in pieces]
+
+
+def encode(
+    tokenizer: Tokenizer, prompts: Sequence[str | Sequence[Message]], chat: bool
+) -> tuple[list[list[int]], tuple[int, ...]]:
+    """Token ids of prompts, as `generate_text` takes them, and of the tokens that end a text."""
+    if not chat:
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        if len(texts) < len(prompts):
+            raise ValueError("messages are answered with chat only: set it, or give texts")
+        return [tokenizer.encode(text) for text in texts], (tokenizer.eos_id,)
+    chatml = ChatML(tokenizer)
+    turns = [[Message("user", prompt)] if isinstance(prompt, str) else prompt for prompt in prompts]
+    return [chatml.prompt(messages) for messages in turns], (tokenizer.eos_id, chatml.end_id)
 
 
 class _Continuation:

@@ -4,22 +4,27 @@ Sequence n of the endless order comes from stream n mod `streams`; a stream pack
 (processes), each serves its rows of every batch, and reads the streams that these come from.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 
 from opencola.text import shards
-from opencola.text.packing import Packer, Tokenised, TokenSource
-from opencola.text.sources import documents
+from opencola.text.conversations import ChatML, conversation_of
+from opencola.text.files import text_of
+from opencola.text.packing import Packer, Packing, Tokenised, TokenSource, plain
+from opencola.text.sources import documents, one_pass
 from opencola.text.tokenizer import Tokenizer
 
 READ_AHEAD = 1 << 17  # characters tokenised at a time: enough for the tokenizer to use its cores
 # What may change while a run is stopped: it does not decide the order of tokens.
 FREE = ("batch_size", "mask_documents", "verify")
+
+Format = Literal["text", "messages"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class Batch:
     """Sequences of tokens, and what is needed to draw randomness that does not depend on how they are batched."""
 
     tokens: torch.Tensor
-    """(B, L) int64 token ids; no padding."""
+    """(B, L) int64 token ids; padding (never scored) only where documents are packed whole."""
     ids: torch.Tensor
     """(B,) int64: each sequence's number in the endless stream, counted from 0."""
     seed: int
@@ -81,10 +86,15 @@ class CorpusConfig:
     """Tokens per sequence."""
     batch_size: int
     """Sequences per batch, over all processes together."""
-    packing: Literal["contiguous", "aligned"] = "contiguous"
+    format: Format = "text"
+    """What a document is: a text, or a conversation, a list of messages {"role": ..., "content": ...} in `text_field`,
+    of which the assistant's are learned (with `packing` whole)."""
+    packing: Packing = "contiguous"
     """`contiguous`: documents, each followed by the end-of-text token, form one endless stream that is cut at
     `length`. `aligned`: every sequence starts with the start of a document; what does not fit is dropped, so choose it
-    for documents shorter than `length`."""
+    for documents shorter than `length`. `whole`: every sequence holds as many documents as there is room for, each from
+    the start of a block on, with attention to itself only, and padding between and behind them; a longer one than
+    `length` loses its end."""
     text_field: str = "text"
     """Field (.jsonl, Hugging Face) or column (.parquet) that holds the text."""
     mask_documents: bool = False
@@ -102,24 +112,40 @@ class CorpusConfig:
             raise ValueError(f"length and batch_size must be at least 1, but are {self.length} and {self.batch_size}")
         if self.streams < 1:
             raise ValueError(f"streams must be at least 1, but is {self.streams}")
-        if self.packing not in ("contiguous", "aligned"):
-            raise ValueError(f"packing must be contiguous or aligned, but is {self.packing!r}")
+        for name, value, known in (("packing", self.packing, Packing), ("format", self.format, Format)):
+            if value not in get_args(known):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(known))}, but is {value!r}")
+        if self.format == "messages" and self.packing != "whole":
+            raise ValueError(f"packing {self.packing} would cut conversations: set packing to whole")
+
+    def texts(self, seed: int) -> Iterator[str]:
+        """The source's documents once, in order, to train a tokenizer on. Raises ValueError for conversations."""
+        if self.format == "messages":
+            raise ValueError("conversations need the tokenizer of a trained model: set init, or tokenizer.path")
+        return one_pass(self.source, seed, self.text_field)
 
 
 class Corpus:
     """An endless iterator of batches; with several ranks, of one rank's rows of them, as `Batch.shard` cuts them.
 
-    The sequences depend on source, seed, length, packing and streams alone: not on the batch size or the number of
-    ranks, nor on stopping and resuming.
+    The sequences depend on source, seed, length, packing, `multiple` and streams alone: not on the batch size or the
+    number of ranks, nor on stopping and resuming.
     """
 
     def __init__(
-        self, config: CorpusConfig, tokenizer: Tokenizer, seed: int, rank: int = 0, num_ranks: int = 1
+        self,
+        config: CorpusConfig,
+        tokenizer: Tokenizer,
+        seed: int,
+        rank: int = 0,
+        num_ranks: int = 1,
+        multiple: int = 1,
     ) -> None:
-        """Open the source. Raises FileNotFoundError or ValueError when it cannot be read, naming the place.
+        """Open the source. multiple: tokens of a block, at whose multiples documents start that are packed whole.
 
-        ValueError, too, for a batch size that is not a multiple of `num_ranks`, for fewer documents than streams, and
-        for tokenised shards that are damaged or of another tokenizer.
+        Raises FileNotFoundError or ValueError when the source cannot be read, naming the place. ValueError, too, for a
+        batch size that is not a multiple of `num_ranks`, for fewer documents than streams, for tokenised shards that
+        are damaged or of another tokenizer, and for a tokenizer that lacks a special token that is needed.
         """
         if config.batch_size % num_ranks:
             raise ValueError(f"data.batch_size {config.batch_size} cannot be divided among {num_ranks} processes")
@@ -127,13 +153,20 @@ class Corpus:
         self._tokenizer = tokenizer
         self._seed = seed
         self._rank, self._num_ranks = rank, num_ranks
+        self._multiple = multiple
+        self._pad_id = tokenizer.pad_id if config.packing == "whole" else 0
+        messages = config.format == "messages"
         self._documents: TokenSource
         if (folder := shards.folder_of(config.source)) is not None:
+            if messages:
+                raise ValueError(f"{config.source} holds tokenised text: conversations are read from their files")
             verify = slice(rank, None, num_ranks) if config.verify else slice(0)
             self._documents = shards.ShardDocuments(folder, seed, tokenizer, verify)
         else:
             read_ahead = READ_AHEAD // max(1, config.streams // num_ranks)
-            self._documents = Tokenised(documents(config.source, seed, config.text_field), tokenizer, read_ahead)
+            encode = ChatML(tokenizer).encode_batch if messages else plain(tokenizer)
+            found = documents(config.source, seed, config.text_field, conversation_of if messages else text_of)
+            self._documents = Tokenised(found, encode, read_ahead)
         count = self._documents.num_documents
         if count is not None and count < config.streams:
             raise ValueError(f"{config.source}: data.streams is {config.streams}, but there are {count} documents")
@@ -148,25 +181,28 @@ class Corpus:
     def __next__(self) -> Batch:
         config, ranks = self._config, self._num_ranks
         shape = config.batch_size // ranks, config.length
-        tokens = np.empty(shape, dtype=np.int64)
-        numbers = np.empty(shape, dtype=np.int64) if config.mask_documents else None
-        dropped = np.empty(config.length, dtype=np.int64)  # a row of another rank, from a stream that is ours as well
+        tokens, numbers, scored = np.empty(shape, np.int64), np.empty(shape, np.int64), np.empty(shape, np.bool_)
+        dropped = np.empty((3, config.length), np.int64)  # a row of another rank, from a stream that is ours as well
         for row in range(config.batch_size):
             packer = self._packers.get((self._num_sequences + row) % config.streams)
             if packer is None:
                 continue
             if row % ranks == self._rank:
-                packer.fill(tokens[row // ranks], None if numbers is None else numbers[row // ranks])
+                packer.fill(tokens[row // ranks], numbers[row // ranks], scored[row // ranks])
             else:
-                packer.fill(dropped)
+                packer.fill(*dropped)
         if tokens.max() >= self._tokenizer.vocab_size:
             raise ValueError(
                 f"{config.source} holds token {tokens.max()}, but the tokenizer has {self._tokenizer.vocab_size}: "
                 "check its shards with data.verify"
             )
         ids = torch.arange(self._rank, config.batch_size, ranks) + self._num_sequences
-        documents = None if numbers is None else torch.from_numpy(numbers)
-        batch = Batch(torch.from_numpy(tokens), ids, self._seed, self._num_batches, documents)
+        batch = Batch(torch.from_numpy(tokens), ids, self._seed, self._num_batches)
+        whole = config.packing == "whole"
+        if whole or config.mask_documents:
+            batch = replace(batch, documents=torch.from_numpy(numbers))
+        if whole:
+            batch = replace(batch, scored=torch.from_numpy(scored))
         self._num_sequences += config.batch_size
         self._num_batches += 1
         return batch
@@ -213,6 +249,7 @@ class Corpus:
             "seed": self._seed,
             "num_documents": self._documents.num_documents,
             "vocab_size": self._tokenizer.vocab_size,
+            "multiple": self._multiple,
         }
 
     def _own_streams(self) -> range:
@@ -222,7 +259,19 @@ class Corpus:
 
     def _open(self, stream: int, epoch: int, index: int, offset: int) -> Packer:
         found = self._documents.stream(epoch, index, stream, self._config.streams)
-        return Packer(found, self._config.packing == "aligned", offset)
+        return Packer(found, self._config.packing, offset, self._multiple, self._pad_id)
+
+    def warning(self) -> str:
+        """How many documents that should be packed whole are too long, in a line; empty where none is.
+
+        Tokenises them all; of a source without an end none.
+        """
+        number, length = self._documents.num_documents, self._config.length
+        if self._config.packing != "whole" or number is None:
+            return ""
+        epoch = itertools.takewhile(lambda document: document.epoch == 0, self._documents.stream())
+        count = sum(len(document.ids) > length for document in epoch)
+        return f"{count} of {number} documents are longer than data.length {length}, and lose their ends" * (count > 0)
 
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -44,6 +44,8 @@ class Order:
     """An existing tokenizer.json, or the folder that holds one."""
     vocab_size: int | None = None
     """Train a new tokenizer of this size instead, on the first 10,000 documents."""
+    special: tuple[str, ...] = ()
+    """Further special tokens of a new tokenizer, such as the marks <|im_start|> and <|im_end|> of conversations."""
     text_field: str = "text"
     """Field (.jsonl, Hugging Face) or column (.parquet) that holds the text."""
     seed: int = 0
@@ -56,6 +58,8 @@ class Order:
     def __post_init__(self) -> None:
         if (self.tokenizer is None) == (self.vocab_size is None):
             raise ValueError("give either a tokenizer (--tokenizer PATH) or the size of a new one (--vocab-size N)")
+        if self.special and self.vocab_size is None:
+            raise ValueError("an existing tokenizer has its special tokens: leave out --special, or train a new one")
         if self.source == "stories" and self.limit is None:
             raise ValueError("stories never end: say how many (--limit N)")
         if folder_of(self.source) is not None:
@@ -140,6 +144,8 @@ def _begin(order: Order, folder: Path) -> Manifest:
         for name, value in asked.items():
             if (there := getattr(manifest, name)) != value:
                 raise ValueError(f"{folder} holds shards of {name} {there}, not {value}: choose another folder")
+        for name in order.special:
+            tokenizer.special_id(name)
         if order.tokenizer is not None and Tokenizer.load(order.tokenizer).fingerprint != tokenizer.fingerprint:
             raise ValueError(
                 f"{folder} holds shards of another tokenizer than {order.tokenizer}: choose another folder"
@@ -152,7 +158,7 @@ def _begin(order: Order, folder: Path) -> Manifest:
         next(order.texts(), None)  # raises where there is nothing to read, before anything is written
     else:
         assert order.vocab_size is not None
-        tokenizer = Tokenizer.train(itertools.islice(order.texts(), TRAIN_DOCUMENTS), order.vocab_size)
+        tokenizer = Tokenizer.train(itertools.islice(order.texts(), TRAIN_DOCUMENTS), order.vocab_size, order.special)
     eos_id, vocab_size = tokenizer.eos_id, tokenizer.vocab_size
     with _naming(folder / FILE_NAME):
         file = tokenizer.save(folder / FILE_NAME)

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from opencola.text.files import iter_documents, read_documents, text_of
+from opencola.text.files import Reader, iter_documents, read_documents, text_of
 
 HUB_WINDOW = 10_000
 
@@ -43,7 +43,7 @@ class Documents(Protocol):
         """Endless documents of a part, from a position on, each epoch in its own order."""
 
 
-def documents(source: str, seed: int, text_field: str = "text") -> Documents:
+def documents(source: str, seed: int, text_field: str = "text", read: Reader = text_of) -> Documents:
     """Open a source of documents.
 
     `source` is one of
@@ -54,16 +54,19 @@ def documents(source: str, seed: int, text_field: str = "text") -> Documents:
     - the path of a file or folder (`./stories` for a folder of that name): see `opencola.text.files`. These are read
       into memory; `text_field` is the field or column of `.jsonl` and `.parquet` that holds the text.
 
-    Documents of white space alone are skipped. Raises FileNotFoundError and ValueError, naming the place.
+    Documents of white space alone are skipped. read: what to take of a row. Raises FileNotFoundError and ValueError,
+    naming the place.
     """
     check_seed(seed)
+    if source in ("stories", "bible") and read is not text_of:
+        raise ValueError(f"{source} are no conversations: name a .jsonl or .parquet file, a folder of these or hf:NAME")
     if source == "stories":
         return StoryDocuments(seed)
     if source == "bible":
         return ListDocuments(_bible_chapters(), seed)
     if source.startswith("hf:"):
-        return HubDocuments(source, seed, text_field)
-    return ListDocuments(read_documents(source, text_field), seed)
+        return HubDocuments(source, seed, text_field, read)
+    return ListDocuments(read_documents(source, text_field, read), seed)
 
 
 def one_pass(source: str, seed: int, text_field: str = "text", first: int = 0) -> Iterator[str]:
@@ -149,10 +152,11 @@ class HubDocuments:
 
     num_documents: int | None = None
 
-    def __init__(self, source: str, seed: int, text_field: str) -> None:
+    def __init__(self, source: str, seed: int, text_field: str, read: Reader) -> None:
         self._source = source
         self._seed = seed
         self._text_field = text_field
+        self._read = read
         place, _, split = source.removeprefix("hf:").partition("@")
         name, _, config = place.partition(":")
         if not name:
@@ -199,7 +203,7 @@ class HubDocuments:
             epoch, index = epoch + 1, 0
 
     def _text(self, row: dict[str, Any], number: int) -> str:
-        return text_of(row, self._text_field, f"{self._source}, row {number}")
+        return self._read(row, self._text_field, f"{self._source}, row {number}")
 
 
 def _bible_chapters() -> list[str]:

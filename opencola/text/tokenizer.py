@@ -48,16 +48,21 @@ class Tokenizer:
         self._num_bytes: dict[int, int] = {}
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+    def train(cls, texts: Iterable[str], vocab_size: int, special: Sequence[str] = ()) -> "Tokenizer":
         """Learn byte-level BPE merges from `texts`; the same texts give the same tokenizer.
 
-        Ids 0 and 1 are `<|endoftext|>` and `<|pad|>`, then come the 256 bytes, then the merges. Little text may hold
-        fewer merges than asked for: read `vocab_size` afterwards. Raises ValueError for a size below 258.
+        Ids 0 and 1 are `<|endoftext|>` and `<|pad|>`, then come further `special` tokens, the 256 bytes, and the
+        merges. Little text may hold fewer merges than asked for: read `vocab_size` afterwards. Raises ValueError for a
+        size below 258 (more with `special`), and for an empty or repeated name.
         """
         alphabet = pre_tokenizers.ByteLevel.alphabet()
-        if vocab_size < SMALLEST_VOCABULARY:
+        names = [END_OF_TEXT, PADDING, *special]
+        if "" in names or len({*names}) < len(names):
+            raise ValueError(f"special tokens need different names, but are {', '.join(map(repr, names))}")
+        smallest = SMALLEST_VOCABULARY + len(special)
+        if vocab_size < smallest:
             raise ValueError(
-                f"vocab_size {vocab_size} is too small: 256 bytes and 2 special tokens need {SMALLEST_VOCABULARY}"
+                f"vocab_size {vocab_size} is too small: 256 bytes and {len(names)} special tokens need {smallest}"
             )
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -66,7 +71,7 @@ class Tokenizer:
             vocab_size=vocab_size,
             # Sorted, because the library's alphabet comes in no fixed order and would otherwise settle ties.
             initial_alphabet=sorted(alphabet),
-            special_tokens=[AddedToken(name, special=True, normalized=False) for name in (END_OF_TEXT, PADDING)],
+            special_tokens=[AddedToken(name, special=True, normalized=False) for name in names],
             show_progress=False,
         )
         backend.train_from_iterator(texts, trainer)

@@ -65,13 +65,15 @@ def reconstruct(vae: TextVAE, batch: Batch, objective: VAEObjective) -> Reconstr
     logits = vae.decode(z, documents=documents)
     losses = F.cross_entropy(logits.flatten(0, 1), tokens.repeat(views, 1).flatten(), reduction="none")
     losses = losses.view(views, *tokens.shape)
+    right = (logits[: len(tokens)].argmax(-1) == tokens).to(losses.dtype)
+    accuracy = right.mean()
     if batch.scored is not None:
         losses = losses * batch.scored
+        accuracy = (right * batch.scored).sum() / batch.scored.sum().clamp(min=1)
     masked_loss = losses.new_zeros(())
     if objective.lambda_mask:
         masked_loss = (losses[1] * masked).sum() / counts["mask"].clamp(min=1)
     posterior = DiagonalGaussian(both.mean[: len(tokens)], both.logvar[: len(tokens)])
-    accuracy = (logits[: len(tokens)].argmax(-1) == tokens).to(losses.dtype).mean()
     cross_entropy = losses[0].sum() / counts["tokens"].clamp(min=1)
     return Reconstruction(posterior, z[: len(tokens)], cross_entropy, masked_loss, accuracy)
 

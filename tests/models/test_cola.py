@@ -373,3 +373,29 @@ def test_whether_flow_matching_moves_the_encoder_is_a_choice(encoder_gradient: b
     found = torch.autograd.grad(model.loss(tiny_batch()).terms["flow_matching"], parameters, allow_unused=True)
     moves = [gradient is not None and gradient.abs().max().item() > 0 for gradient in found]
     assert moves == [encoder_gradient] * (len(moves) // 2) + [False] * (len(moves) // 2)  # never the decoder
+
+
+def test_conversations_in_a_row_do_not_leak_and_only_answers_pull() -> None:
+    """Of two packed documents of 8 tokens, each padded: the loss of one knows nothing of the other's tokens."""
+    model = tiny_cola(objective={"lambda_mask": 0.5}, **{**WEIGHTS, "prompt_in_block": 0.0})
+    model.freeze_parts()
+    scored = torch.zeros(3, 16, dtype=torch.bool)
+    scored[:, 3:6] = scored[:, 12:14] = True
+    batch = replace(tiny_batch(3, 16), documents=torch.arange(16).div(8, rounding_mode="floor").repeat(3, 1))
+    changed = batch.tokens.clone()
+    changed[:, :8] = (changed[:, :8] + 1) % 30
+    first, second = (scored & (torch.arange(16) // 8 == number) for number in range(2))
+
+    def losses(tokens: Tensor, rows: Tensor) -> Tensor:
+        terms = model.loss(replace(batch, tokens=tokens, scored=rows)).terms
+        return torch.stack([terms[name] for name in ("cross_entropy", "mask", "flow_matching")])
+
+    torch.testing.assert_close(losses(changed, second), losses(batch.tokens, second), rtol=1e-12, atol=0)
+    assert (losses(changed, first) - losses(batch.tokens, first)).abs().min() > 1e-4
+
+    logits: list[Tensor] = []
+    decode = model.vae.decode
+    model.vae.decode = lambda *args, **options: logits.append(decode(*args, **options)) or logits[-1]  # type: ignore[func-returns-value,method-assign]
+    terms = model.loss(replace(batch, scored=scored)).terms
+    pulls = torch.autograd.grad(terms["cross_entropy"], logits)[0]
+    assert torch.equal(pulls[:3].abs().sum(-1) > 0, scored) and not pulls[3:].any()  # the second view is the mask's

@@ -15,6 +15,7 @@ from opencola.models.prompts import Prompts
 from opencola.models.sampling import Sampling
 from opencola.models.stopping import OwnStop, TokenBlock
 from opencola.models.text_stream import TextPiece, generate_text
+from opencola.text.conversations import ChatML, Message
 from opencola.text.tokenizer import Tokenizer
 from opencola.vae.text_vae import TextVAEConfig
 
@@ -202,3 +203,27 @@ def test_a_tokenizer_of_another_model(cola: Cola, free: Sampling) -> None:
     other = Tokenizer.train(["many other words, and still more of them, go in here"] * 9, WORDS.vocab_size + 5)
     with pytest.raises(ValueError, match="tokens, but the model knows only"):
         next(generate_text(cola, other, ["the"], free))
+
+
+def test_chat_answers_up_to_the_end_of_the_turn() -> None:
+    tokenizer = Tokenizer.train(["a"], 260, ["<|im_start|>", "<|im_end|>"])
+    chatml = ChatML(tokenizer)
+    said = [Message("user", "a"), Message("assistant", "b"), Message("user", "c")]
+    asked: list[list[int]] = []
+    script = [[*tokenizer.encode(text), end, *tokenizer.encode("!!!!")] for text, end in
+              (("one", chatml.end_id), ("zwölf", chatml.end_id), ("three", tokenizer.eos_id))]  # fmt: skip
+    model: Any = Scripted(script, 4)
+    generate = model.generate
+    model.generate = lambda prompts, *rest, **options: asked.extend(prompts) or generate(prompts, *rest, **options)
+    found = ["", "", ""]
+    for pieces in generate_text(model, tokenizer, ["Hi", said, [*said]], Sampling(max_new_tokens=99, chat=True)):
+        for piece in pieces:
+            found[piece.sample] += piece.text + f"[{piece.finished}]" * bool(piece.finished)
+    assert found == ["one[eos]", "zwölf[eos]", "three[eos]"]
+    assert asked == [chatml.prompt([Message("user", "Hi")]), chatml.prompt(said), chatml.prompt(said)]
+    plain = [pieces[0] for pieces in generate_text(model, tokenizer, ["Hi"], Sampling(max_new_tokens=6))]
+    assert asked[3] == tokenizer.encode("Hi") and plain[-1].finished == "length"  # the mark is not its end
+    with pytest.raises(ValueError, match="messages are answered with chat only"):
+        next(generate_text(model, tokenizer, [said], Sampling()))
+    with pytest.raises(ValueError, match="conversations need a base model whose tokenizer was trained with"):
+        next(generate_text(model, BYTES, ["Hi"], Sampling(chat=True)))

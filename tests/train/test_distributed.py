@@ -45,6 +45,7 @@ STRATEGIES = {
         "0.002",
     ),
     "interval": ("--model.prior.strategy", "interval"),
+    "recompute": ("--model.prior.recompute", "True", "--train.accumulate", "2"),
     "adamw": ("--train.optimizer", "adamw", "--model.prior.vae_learning_rate_ratio", "0.1"),
 }
 
@@ -82,6 +83,7 @@ def test_two_processes_with_two_passes_each_train_as_one(tmp_path: Path) -> None
         done = train(processes, tmp_path, out, *short, *more)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("[2/2] prior: 8 steps,") == 1  # one of them speaks
+        assert done.stdout.count("The model is in") == 1
     assert_same_run(tmp_path / "one", tmp_path / "two", 8)
     samples = [(tmp_path / out / "prior" / "samples.jsonl").read_text() for out in ("one", "two")]
     assert samples[0].count("\n") > 4 and samples[0] == samples[1]
