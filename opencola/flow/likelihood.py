@@ -1,8 +1,8 @@
 """log p(z_0) under a flow: the instantaneous change of variables (model.md §6).
 
-d[z, l]/dt = [v, div v] from data (t = 0, l = 0) to noise (t = 1); log p(z_0) = log N(z_1; 0, I) + l(1). Samples B; groups G of
-numbers that move together (blocks), on other groups of which a velocity does not depend: its Jacobian is block diagonal,
-so that one vector-Jacobian product serves all groups at once.
+d[z, l]/dt = [v, div v] from data (t = 0, l = 0) to noise (t = 1); log p(z_0) = log N(z_1; 0, I) + l(1). B samples;
+G groups of numbers that move together (blocks). The velocity of a group does not depend on others: the Jacobian is
+block diagonal, so that one vector-Jacobian product serves all groups at once.
 """
 
 import math
@@ -32,8 +32,8 @@ class Likelihood:
     tolerance: float = 1e-4
     """Relative and absolute tolerance of dopri5, in every block of every sample; its steps are common to all."""
     divergence: Literal["exact", "hutchinson"] = "hutchinson"
-    """Exact: a backward pass for each number of a block. Hutchinson: one for each probe; unbiased for log p, so the ELBO
-    stays a bound on average, but the IWAE does not."""
+    """Exact: a backward pass for each number of a block. Hutchinson: one for each probe, unbiased for log p:
+    the ELBO stays a bound on average, the IWAE does not."""
     probes: int = 1
     """Probes of Hutchinson's estimator, fixed during a solve."""
     probe_law: Literal["rademacher", "gaussian"] = "rademacher"
@@ -70,9 +70,9 @@ def log_density(
 ) -> Density:
     """Log-density of every group of z_0 (B, G, ...), in its dtype.
 
-    probes (M, B, G, ...): for Hutchinson's estimator; free (B, G, ...) bool, all when not given: the numbers that have a
-    density; others stay where they are, and are conditions. Raises ValueError for probes that the settings do not need,
-    and where needed ones are missing.
+    probes (M, B, G, ...): for Hutchinson's estimator; free (B, G, ...) bool, all when not given: the numbers that have
+    a density; others stay where they are, and are conditions. Raises ValueError for probes that the settings do not
+    need, and where needed ones are missing.
     """
     import torchdiffeq  # brings scipy, a second of start-up
 

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 Estimator = Literal["elbo", "iwae"]
@@ -22,7 +23,8 @@ class Estimate:
     @property
     def standard_error(self) -> Tensor:
         """(); nan with a single sample."""
-        return self.influence.std() / len(self.influence) ** 0.5
+        count = len(self.influence)
+        return self.influence.std() / count**0.5 if count > 1 else torch.full_like(self.value, torch.nan)
 
     def __sub__(self, other: "Estimate") -> "Estimate":
         """Of a difference, whose samples were drawn alike."""
@@ -53,7 +55,7 @@ class Terms:
         return self.decoder.sum(1) + self.prior.sum(1) - self.posterior.sum(1)
 
     def by_block(self) -> dict[str, Tensor]:
-        """Means over the samples of what each block adds to the ELBO: (G,) for the decoder, the prior, the posterior."""
+        """What each block adds to the ELBO, means over the samples: (G,) by decoder, prior, posterior."""
         groups = self.prior.shape[1]
         decoder, posterior = (x.unflatten(1, (groups, -1)).sum(-1).mean(0) for x in (self.decoder, self.posterior))
         return {"decoder": decoder, "prior": self.prior.mean(0), "posterior": -posterior}

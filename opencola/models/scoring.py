@@ -1,7 +1,8 @@
 """Log-probabilities of texts under a Cola: ELBO and IWAE with K posterior samples (model.md §6).
 
-L tokens, N latents of d channels, P tokens a latent, G blocks of S latents. A text that ends inside a block is filled up: q of the filling latents is the encoder's posterior of filling
-tokens, which are not scored themselves. That is a bound on the text alone, though a looser one.
+L tokens, N latents of d channels, P tokens a latent, G blocks of S latents. A text that ends inside a block is filled
+up: q of the filling latents is the encoder's posterior of filling tokens, which are not scored themselves. That is a
+bound on the text alone, though a looser one.
 """
 
 import math
@@ -62,7 +63,7 @@ def log_prior(
     keys: of every row, such as (text, sample), for its probes; free (B, N) bool: latents that are scored; others are
     clean, at time 0, and do not move. Raises ValueError where N is not a number of whole blocks.
     """
-    batch, num_latents, dim = z_0.shape
+    batch, num_latents, _ = z_0.shape
     size = model.dit.config.block_size
     if num_latents % size:
         raise ValueError(f"{num_latents} latents are not a multiple of block_size {size}")
@@ -115,8 +116,8 @@ def evaluate(
 ) -> list[Evaluation]:
     """Terms of every continuation. ids: decide the draws (places in the list when not given); pad_id: fills blocks up.
 
-    A text's figures do not depend on the others, but for rounding. Raises ValueError for empty continuations, ids beyond
-    the vocabulary, and an encoder without a variance.
+    A text's figures do not depend on the others, but for rounding. Raises ValueError for empty continuations, ids
+    beyond the vocabulary, and an encoder without a variance.
     """
     ids = list(range(len(prompts))) if ids is None else list(ids)
     chunk = model.vae.config.patch_size * model.dit.config.block_size
@@ -180,7 +181,7 @@ def to_score(found: Sequence[Evaluation], settings: Scoring, conditional: bool) 
 
 
 def kind(settings: Scoring, conditional: bool) -> Literal["bound", "estimate"]:
-    """What a score is: a difference of bounds is none, nor is the IWAE where a random divergence enters an exponential."""
+    """What a score is: a difference of bounds is none, nor is an IWAE of weights with a random divergence."""
     noisy = settings.divergence == "hutchinson" and settings.estimator == "iwae" and settings.samples > 1
     return "estimate" if noisy or (conditional and settings.conditional == "joint") else "bound"
 

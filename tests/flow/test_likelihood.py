@@ -1,4 +1,4 @@
-"""Log-densities of flows that are known: Gaussian and mixture targets, whose velocity E[z_1 - z_0 | z_t = z] is exact."""
+"""Log-densities of known flows: Gaussian and mixture targets, whose velocity E[z_1 - z_0 | z_t = z] is exact."""
 
 import math
 from typing import Any
@@ -23,7 +23,7 @@ def component(z: Tensor, t: float, weights: Tensor) -> Tensor:
 
 
 def target(weights: Tensor) -> Velocity:
-    """Velocity of the linear path from the mixture to N(0, I): per component linear in z, mixed by posterior weights."""
+    """Velocity of the linear path from the mixture to N(0, I): linear in z per component, mixed by their posterior."""
 
     def velocity(z: Tensor, t: float) -> Tensor:
         variance = ((1 - t) * SCALES).square() + t * t

@@ -79,12 +79,14 @@ def test_standard_errors_are_those_of_repetitions(estimator: Any) -> None:
 
 def toy(size: int, patch: int = 1) -> Cola:
     """Three tokens, two channels, and a wide posterior, so that weights have few outliers."""
-    vae = {"vocab_size": 3, "latent_dim": 2, "latent_scale": 1.7, "latent_shift": 0.3, "patch_size": patch}
+    vae = {"vocab_size": 3, "latent_dim": 2, "latent_scale": 0.8, "latent_shift": 0.2, "patch_size": patch}
+    vae |= {"normalise_mean": False}
     if size > 1:
         vae |= {"attention": "block_causal", "block_size": size}
-    cola = tiny_cola(vae, {"latent_dim": 2, "block_size": size})
-    torch.nn.init.zeros_(cola.vae.posterior.weight[2:].data)
-    torch.nn.init.zeros_(cola.vae.posterior.bias[2:].data)
+    cola = tiny_cola(vae, {"latent_dim": 2, "block_size": size, "num_layers": 1})
+    cola.vae.posterior.weight.data *= 0.2
+    cola.vae.posterior.bias.data = torch.tensor([0.2, 0.2, 0.8, 0.8]).double()  # the prior's mean, wider than the prior
+    cola.dit.velocity_out.weight.data *= 0.3
     return cola
 
 
@@ -95,19 +97,33 @@ def toy(size: int, patch: int = 1) -> Cola:
 def test_a_language_small_enough_to_enumerate_has_probability_one(
     size: int, patch: int, prompt: list[int], length: int
 ) -> None:
-    """All strings of a length, given a prompt or not, filled up to a block or not; each by 1 000 weights.
+    """All strings of a length, given a prompt or not, filled up to a block or not; each by 600 weights.
 
-    The tolerance is 4 standard errors, at most 0.1 in all; RK4 with 6 steps adds less than a tenth of that.
+    The tolerance is 4 standard errors of 0.02 to 0.08; what RK4 adds with 6 steps is far below that.
     """
-    settings = Scoring(solver="rk4", steps=6, samples=1000, divergence="exact")
+    settings = Scoring(solver="rk4", steps=6, samples=600, divergence="exact")
     strings = [list(string) for string in product(range(3), repeat=length)]
     found = evaluate(toy(size, patch), [prompt] * len(strings), strings, settings)
     weights = torch.stack([evaluation.terms.log_weights for evaluation in found]).exp()
-    error = (weights.var(1) / 1000).sum().sqrt().item()
-    assert error < 0.025
+    error = (weights.var(1) / 600).sum().sqrt().item()
+    assert error < 0.08
     assert weights.mean(1).sum().item() == pytest.approx(1, abs=4 * error)
     iwae = torch.stack([evaluation.estimate("iwae").value for evaluation in found])
     torch.testing.assert_close(iwae.exp(), weights.mean(1))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_density_of_a_latent_given_the_one_before_has_mass_one(size: int) -> None:
+    """On a grid, the one before being a block of its own, or pinned in the same."""
+    axis = torch.linspace(-7, 7, 41).double()
+    grid = torch.cartesian_prod(axis, axis)
+    z_0 = torch.stack((torch.tensor([0.5, -1.0]).double().expand_as(grid), grid), dim=1)
+    free = torch.tensor([False, True]).expand(len(grid), 2)
+    settings = Likelihood(solver="rk4", steps=16, divergence="exact")
+    log_prob = log_prior(toy(size), z_0, [(i,) for i in range(len(grid))], settings, free).log_prob[:, -1]
+    assert log_prob.exp().sum().item() * 0.35**2 == pytest.approx(1, abs=1e-4)
+    alone = -0.5 * grid.square().sum(-1) - math.log(2 * math.pi)
+    assert (log_prob - alone).abs().max() > 0.1  # the flow does something
 
 
 def test_packed_equals_every_block_alone_with_its_history() -> None:
@@ -125,7 +141,7 @@ def test_packed_equals_every_block_alone_with_its_history() -> None:
             def velocity(
                 z: Tensor, t: float, sample: int = sample, block: int = block, moving: Tensor = moving
             ) -> Tensor:
-                return one_block(dit, z_0[sample, : 4 * block], z[0, 0], t * moving)[None, None]
+                return one_block(dit, z_0[sample, : 4 * block], z[0, 0], t * moving.double())[None, None]
 
             mask = moving[None, None, :, None].expand(1, 1, 4, 4)
             alone = log_density(velocity, z_0[sample, rows][None, None], settings, free=mask).log_prob
@@ -144,9 +160,10 @@ def test_hutchinson_agrees_with_the_exact_divergence_of_the_model() -> None:
 
 
 @pytest.mark.parametrize("conditional", ["joint", "blockwise", "first_block"])
-@pytest.mark.parametrize("fields", [{}, {"divergence": "hutchinson"}, {"solver": "dopri5", "tolerance": 0.1}])
+@pytest.mark.parametrize("fields", [{}, {"divergence": "hutchinson"}, {"solver": "dopri5", "tolerance": 1.0}])
 def test_alone_as_in_a_batch(conditional: Any, fields: dict[str, Any]) -> None:
     cola = tiny_cola(vae={"patch_size": 2})
+    cola.dit.velocity_out.weight.data *= 0.1  # random velocities are rough, and dopri5 takes care
     settings = replace(FAST, conditional=conditional, rows=100, **fields)
     together = cola.score(PROMPTS, TEXTS, settings, ids=[4, 7, 5])
     by_two = cola.score(PROMPTS, TEXTS, replace(settings, rows=6), ids=[4, 7, 5])
