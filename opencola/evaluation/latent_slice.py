@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -12,6 +13,7 @@ from matplotlib.figure import Figure
 from opencola.evaluation.figures import COLOURS, INK, STYLE, as_svg
 
 RESOLUTION = 40
+COARSE = 3  # the density, which costs most, is known at every third place
 NAMED = 6
 """Regions that get a colour and a name: the largest, and the token's own."""
 
@@ -20,7 +22,7 @@ NAMED = 6
 class Slice:
     """Through a latent at (0, 0): `x`, `y` (R) the places of a grid; `regions` (R, R), rows along y, what the decoder
     says there; `truth`: the token itself; `posterior`, `prior` (K, 2): samples, projected onto the plane; `density`
-    (R, R): log-density of the prior in nats, where it is known."""
+    (R / 3, R / 3): log-density of the prior in nats at every third place, where it is known."""
 
     title: str
     x: np.ndarray
@@ -43,7 +45,7 @@ def cut(
 ) -> Slice:
     """The plane through `centre` (d) along which the prior's samples (K, d) spread most.
 
-    decode: points (R², d) -> what each is read as; density: the same points -> log-densities (R²) of the prior.
+    decode: points (M, d) -> what each is read as; density: points -> log-densities (M,) of the prior.
     """
     _, _, axes = np.linalg.svd(prior - centre, full_matrices=False)
     # an axis has no sign of its own: the largest weight shall be positive
@@ -55,10 +57,14 @@ def cut(
     low, high = both.min(0), both.max(0)
     margin = 0.15 * (high - low).max() + 1e-6
     x, y = (np.linspace(low[i] - margin, high[i] + margin, RESOLUTION) for i in (0, 1))
-    points = centre + np.stack(np.meshgrid(x, y), -1).reshape(-1, 2) @ axes
-    shape = (RESOLUTION, RESOLUTION)
-    regions = np.array(decode(points), dtype=object).reshape(shape)
-    return Slice(title, x, y, regions, truth, near, far, None if density is None else density(points).reshape(shape))
+
+    def over(function: Callable[[np.ndarray], Any], every: int) -> np.ndarray:
+        grid = np.stack(np.meshgrid(x[::every], y[::every]), -1)
+        values = function(centre + grid.reshape(-1, 2) @ axes)
+        return np.array(values).reshape(grid.shape[:2])
+
+    known = None if density is None else over(density, COARSE)
+    return Slice(title, x, y, over(decode, 1), truth, near, far, known)
 
 
 def slices(found: Sequence[Slice]) -> str:
@@ -71,7 +77,7 @@ def slices(found: Sequence[Slice]) -> str:
 
 
 def _draw(axes: Axes, one: Slice) -> None:
-    names, sizes = np.unique(one.regions.astype(str), return_counts=True)
+    names, sizes = np.unique(one.regions, return_counts=True)
     largest = [str(name) for name in names[np.argsort(-sizes, kind="stable")]]
     shown = [one.truth, *(name for name in largest if name != one.truth)][:NAMED]
     number = {name: place for place, name in enumerate(shown)}
@@ -81,7 +87,8 @@ def _draw(axes: Axes, one: Slice) -> None:
         one.x, one.y, index, cmap=colours, vmin=0, vmax=NAMED, alpha=0.35, rasterized=True, shading="nearest"
     )
     if one.density is not None:
-        axes.contour(one.x, one.y, one.density, levels=8, colors=INK, linewidths=0.6, linestyles="solid")
+        x, y = one.x[::COARSE], one.y[::COARSE]
+        axes.contour(x, y, one.density, levels=10, colors=INK, linewidths=0.6, linestyles="solid")
     axes.plot(*one.posterior.T, ".", color=INK, markersize=3, alpha=0.6, label="posterior samples")
     axes.plot(*one.prior.T, "x", color=INK, markersize=3.5, label="prior samples")
     for name in shown:

@@ -10,19 +10,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from opencola.flow.likelihood import Likelihood
 from opencola.flow.ode import guide, solve, time_grid
 from opencola.layers import randomness
 from opencola.models.cola import Cola
 from opencola.models.sampling import Sampling
+from opencola.models.scoring import log_prior
 from opencola.vae.gaussian import DiagonalGaussian
 
 POINTS = 256  # decoded at a time
+ROWS = 16  # whose density is found at a time
 
 
 @dataclass(frozen=True)
 class Inspection:
     """Of one text. `posterior`: q(z | x), (1, N, d); samples of it, of the prior, and the probes: (K, N, d); the tokens
-    that each decodes to: (K, N * P); `log_decoder` (K, N * P): log p(x_i | posterior sample), in nats."""
+    that each decodes to: (K, N * P); of posterior samples, in nats: `log_decoder` (K, N * P), log p(x_i | z), and
+    `log_prior` (K, G), log p of a block given the sample's own blocks before."""
 
     posterior: DiagonalGaussian
     posterior_samples: Tensor
@@ -32,14 +36,23 @@ class Inspection:
     prior_tokens: Tensor
     probe_tokens: Tensor
     log_decoder: Tensor
+    log_prior: Tensor
+
+    def elbo(self, num_tokens: int) -> Tensor:
+        """The ELBO of the first tokens, by each posterior sample, in nats: (K,). What fills the last block has latents,
+        too, which loosens the bound."""
+        return self.log_decoder[:, :num_tokens].sum(1) + self.log_prior.sum(1) + self.posterior.entropy().sum()
 
 
-@torch.inference_mode()
-def inspect(model: Cola, tokens: Tensor, num_samples: int, sampling: Sampling, deviation: float) -> Inspection:
+@torch.no_grad()
+def inspect(
+    model: Cola, tokens: Tensor, num_samples: int, sampling: Sampling, deviation: float, density: Likelihood
+) -> Inspection:
     """Draw latents of every block of tokens (1, N * P) and decode them.
 
-    deviation: of the noise that makes probes of posterior means. All draws come from (sampling.seed, purpose, number
-    of the sample). Raises ValueError where the tokens are not a number of whole blocks.
+    deviation: of the noise that makes probes of posterior means; density: how densities of the prior are computed. All
+    other draws come from (sampling.seed, purpose, number of the sample). Raises ValueError where the tokens are not a
+    number of whole blocks.
     """
     chunk = model.dit.config.block_size * model.vae.config.patch_size
     if tokens.shape[1] % chunk:
@@ -58,12 +71,14 @@ def inspect(model: Cola, tokens: Tensor, num_samples: int, sampling: Sampling, d
     probes = mean + deviation * draw("probe")
     noise = {step: draw("step", step) for step in range(sampling.steps) if sampling.solver == "stochastic"}
     prior = prior_samples(model, mean, draw("noise"), noise, sampling)
-    logits = torch.cat([*decode_blocks(model, mean, samples)], 1)
+    logits = vae.decode(vae.denormalise(samples))
     log_decoder = logits.log_softmax(-1).gather(-1, tokens.expand(num_samples, -1)[..., None]).squeeze(-1)
     from_prior, from_probes = (
         torch.cat([part.argmax(-1) for part in decode_blocks(model, mean, z)], 1) for z in (prior, probes)
     )
-    return Inspection(posterior, samples, prior, probes, logits.argmax(-1), from_prior, from_probes, log_decoder)
+    log_p = [log_prior(model, samples[part], [(int(i),) for i in part], density).log_prob for part in ids.split(ROWS)]
+    decoded = logits.argmax(-1), from_prior, from_probes
+    return Inspection(posterior, samples, prior, probes, *decoded, log_decoder, torch.cat(log_p))
 
 
 def prior_samples(model: Cola, mean: Tensor, z_1: Tensor, noise: dict[int, Tensor], sampling: Sampling) -> Tensor:
@@ -97,7 +112,7 @@ def decode_blocks(model: Cola, mean: Tensor, z: Tensor) -> Iterator[Tensor]:
         yield model.vae.decode(model.vae.denormalise(rows))[:, -size * model.vae.config.patch_size :]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def decode_instead(model: Cola, mean: Tensor, latent: int, points: Tensor) -> Tensor:
     """Tokens (R, P) of latent number `latent` of the means (1, N, d), with points (R, d) in its place."""
     size, patch = model.dit.config.block_size, model.vae.config.patch_size
@@ -109,3 +124,13 @@ def decode_instead(model: Cola, mean: Tensor, latent: int, points: Tensor) -> Te
         logits = model.vae.decode(model.vae.denormalise(rows))
         tokens.append(logits[:, latent * patch : (latent + 1) * patch].argmax(-1))
     return torch.cat(tokens)
+
+
+def density_instead(model: Cola, mean: Tensor, latent: int, points: Tensor, settings: Likelihood) -> Tensor:
+    """Log-density (R,) under the prior of the block of latent number `latent` of the means (1, N, d), with points
+    (R, d) in its place; all points have the same probes, so that they can be compared."""
+    size = model.dit.config.block_size
+    rows = mean[:, : latent - latent % size + size].repeat(len(points), 1, 1)
+    rows[:, latent] = points
+    found = [log_prior(model, part, [(0,)] * len(part), settings).log_prob[:, -1] for part in rows.split(POINTS)]
+    return torch.cat(found)

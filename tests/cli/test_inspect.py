@@ -1,6 +1,7 @@
 """`opencola inspect` on the shipped model."""
 
 import json
+import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -11,7 +12,7 @@ TEXT = "Once a little girl named Emma lived near the park."
 
 
 def test_the_shipped_model(main: Main, place: Path) -> None:
-    flags = ["inspect", TEXT, "--samples", "8", "--tokens", "5", "3", "--seed", "2"]
+    flags = ["inspect", TEXT, "--samples", "8", "--tokens", "5", "3", "--seed", "2", "--density.solver", "euler"]
     code, said, error = main(*flags, "--out", "new/a")
     assert code == 0, error
     rows = [json.loads(line) for line in (place / "new" / "a" / "inspect.jsonl").read_text().splitlines()]
@@ -22,6 +23,8 @@ def test_the_shipped_model(main: Main, place: Path) -> None:
         assert row["probe_success"]["value"] >= 0.5 and row["log_decoder"] > -0.1
         assert row["seed"] == row["settings"]["seed"] == 2 and row["samples"] == 8
         assert f"{row['prior_hit']['value']:.2f}" in said and repr(row["token"]) in said
+    bound = float(re.search(r"ELBO (\S+) nats", said)[1])  # type: ignore[index]
+    assert -60 < bound < 0 and "8 samples, euler, 16 steps, 1 rademacher probe." in said
     hits = {row["token"]: row["prior_hit"]["value"] for row in rows}
     # the world leaves no choice after " near the" but of the place, and after "named" but of the name
     assert hits[" lived"] == hits[" near"] == hits[" the"] == hits["."] == 1
@@ -35,7 +38,9 @@ def test_the_shipped_model(main: Main, place: Path) -> None:
 
 
 def test_a_model_of_blocks(main: Main, place: Path) -> None:
-    code, _, error = main("inspect", "The fox", "--model", "runs/tiny", "--samples", "2", "--out", "a")
+    code, _, error = main(
+        "inspect", "The fox", "--model", "runs/tiny", "--samples", "2", "--out", "a", "--contours", "--tokens", "1"
+    )
     assert code == 0, error
     rows = [json.loads(line) for line in (place / "a" / "inspect.jsonl").read_text().splitlines()]
     assert "".join(row["token"] for row in rows) == "The fox", "what fills the block is not looked at"

@@ -24,7 +24,7 @@ def test_the_plane_is_the_priors() -> None:
     for samples in (one.prior, one.posterior):
         assert ((samples > (one.x[0], one.y[0])) & (samples < (one.x[-1], one.y[-1]))).all()
     assert one.density is not None
-    assert one.density == pytest.approx(-(one.x[None] ** 2 + one.y[:, None] ** 2)), "rows along y"
+    assert one.density == pytest.approx(-(one.x[None, ::3] ** 2 + one.y[::3, None] ** 2)), "rows along y"
     shares = [(one.regions == side).mean() for side in ("$left", "right")]
     assert sum(shares) == 1 and min(shares) > 0.2 and one.regions.shape == (RESOLUTION, RESOLUTION)
 
