@@ -37,6 +37,7 @@ ALLOWED["run"] = {*ALLOWED} - {"serve", "evaluation"}
 ALLOWED["dry_run"] = {*ALLOWED} - {"serve", "evaluation"}
 ALLOWED["console"] = {*ALLOWED} - {"serve", "evaluation"}
 ALLOWED["tokenize"] = {"flags", "text"}
+ALLOWED["score"] = {"flags", "console", "text", "models"}
 ALLOWED["report"] = {*ALLOWED} - {"serve"}
 ALLOWED["demo"] = {"text", "models", "evaluation", "interop"}
 ALLOWED["cli"] = {*ALLOWED}
