@@ -2,9 +2,10 @@
 
     .venv/bin/python -m benchmarks.likelihood [--threads N] [--repeats N]
 
-A DiT of width 128, 4 layers, blocks of one latent (the demo's); 128 latents of 16 channels, 4 samples, RK4 with 4 steps, one
-probe; then one of these changed at a time. One JSON line a point. Tokens are latents of one text (patch size 1), however
-many samples K are drawn for it. Memory is what the solve adds to the process's peak, each point in a process of its own.
+A DiT of width 128, 4 layers, blocks of one latent (the demo's); 128 latents of 16 channels, 4 samples, RK4 with 4
+steps, one probe; then one of these changed at a time. One JSON line a point. Tokens are latents of one text (patch size
+1), however many samples K are drawn for it. Memory is what the solve adds to the process's peak, each point in a
+process of its own.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import torch
 
 from benchmarks.common import best_seconds
 from opencola.flow.dit import DiTConfig
+from opencola.flow.likelihood import Likelihood
 from opencola.models.cola import Cola, ColaConfig
 from opencola.models.scoring import Scoring, log_prior
 from opencola.vae.text_vae import TextVAEConfig
@@ -59,7 +61,7 @@ def point(axis: str, sizes: dict[str, int], fields: dict[str, Any], threads: int
     peak = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     seconds = best_seconds(lambda: log_prior(cola, z_0, keys, settings), repeats)
     tokens = sizes["num_latents"]
-    line: dict[str, Any] = {"axis": axis, **sizes, "samples": settings.samples, "settings": settings.label()}
+    line: dict[str, Any] = {"axis": axis, **sizes, "samples": settings.samples, "settings": Likelihood.label(settings)}
     line |= {"evaluations": evaluations, "evaluations_per_token": round(evaluations / tokens, 3)}
     line |= {"ms_per_token": round(1e3 * seconds / tokens, 3), "bytes_per_token": round(peak / tokens)}
     return line | {"us_per_token_sample_evaluation": round(1e6 * seconds / tokens / settings.samples / evaluations, 1)}
