@@ -223,8 +223,24 @@ def inspect(argv: Sequence[str]) -> None:
     command.inspect(argv, help_of(inspect))
 
 
+def score(argv: Sequence[str]) -> None:
+    """Score texts: log-probabilities, as bounds or estimates, labelled by how they were computed.
+
+    Prints the chosen estimate with its standard error, the terms of the ELBO, perplexity and bits per byte; --jsonl
+    keeps them all, by block too. Ctrl-C keeps what is done.
+
+    examples:
+      opencola score texts.txt
+      opencola score texts.jsonl --model runs/demo --jsonl scores.jsonl --divergence exact --samples 32
+      opencola score answers.jsonl --conditional joint --estimator elbo --solver dopri5 --tolerance 1e-3
+    """
+    from opencola import score as command
+
+    command.score(argv, help_of(score))
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
-    function.__name__: function for function in (generate, chat, demo, train, tokenize, latents, inspect, export)
+    function.__name__: function for function in (generate, chat, demo, train, tokenize, score, latents, inspect, export)
 }
 
 

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from opencola.flow.ode import time_grid
 from opencola.layers import randomness
 
 Velocity = Callable[[Tensor, float], Tensor]
@@ -29,6 +30,9 @@ class Likelihood:
     """Solver from data to noise: with a fixed number of steps (rk4 is the 3/8 rule), or adaptive (dopri5)."""
     steps: int = 16
     """Steps of the fixed grid."""
+    shift: float = 1.0
+    """Time grid: t becomes shift t / (1 + (shift - 1) t), so that below 1 more steps are near the data, where a sharp
+    density needs them."""
     tolerance: float = 1e-4
     """Relative and absolute tolerance of dopri5, in every block of every sample; its steps are common to all."""
     divergence: Literal["exact", "hutchinson"] = "hutchinson"
@@ -45,12 +49,15 @@ class Likelihood:
         for name in ("steps", "probes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.tolerance <= 0:
-            raise ValueError(f"tolerance must be above 0, not {self.tolerance}")
+        for name in ("tolerance", "shift"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
 
     def label(self) -> str:
         """All that the figures depend on, in words."""
-        exactness = f"tolerance {self.tolerance:g}" if self.solver == "dopri5" else f"{self.steps} steps"
+        exactness = f"{self.steps} steps" + (f" (shift {self.shift:g})" if self.shift != 1 else "")
+        if self.solver == "dopri5":
+            exactness = f"tolerance {self.tolerance:g}"
         probes = f"{self.probes} {self.probe_law} probe" + "s" * (self.probes > 1)
         return f"{self.solver}, {exactness}, {'exact divergence' if self.divergence == 'exact' else probes}"
 
@@ -98,8 +105,8 @@ def log_density(
     if settings.solver == "dopri5":
         options = {"norm": _largest, "step_t": times[1:]}  # end there: a longer step would ask for times above 1
     else:
-        grid = torch.linspace(0, 1, settings.steps + 1, dtype=z_0.dtype, device=z_0.device)
-        options = {"grid_constructor": lambda f, state, t: grid}
+        grid = torch.tensor(time_grid(settings.steps, settings.shift)[::-1], dtype=z_0.dtype, device=z_0.device)
+        times, options = grid[[0, -1]], {"grid_constructor": lambda f, state, t: grid}
     with torch.no_grad():
         tolerance, method = settings.tolerance, METHODS[settings.solver]
         z, change = torchdiffeq.odeint(

@@ -68,6 +68,22 @@ def test_order_of_convergence(solver: Any, order: int) -> None:
     assert math.log2(coarse / fine) == pytest.approx(order, abs=0.3)
 
 
+def test_a_shifted_grid_suits_a_sharp_density() -> None:
+    """Four times as sharp, steps near the data pay."""
+    z_0 = points() / 4
+
+    def velocity(z: Tensor, t: float) -> Tensor:
+        variance = ((1 - t) * SCALES[0] / 4).square() + t * t
+        return -MEANS[0] / 4 + (t - (1 - t) * (SCALES[0] / 4).square()) / variance * (z - (1 - t) * MEANS[0] / 4)
+
+    exact = component(4 * z_0, 0, GAUSSIAN).logsumexp(-1) + 3 * math.log(4)
+    even, shifted = (
+        (log_density(velocity, z_0, Likelihood(steps=20, shift=s, **EXACT)).log_prob - exact).abs().max().item()
+        for s in (1.0, 0.3)
+    )
+    assert shifted < even / 5 and shifted < 0.01
+
+
 def test_float32_is_close() -> None:
     z_0 = points()
     settings = Likelihood(steps=32, **EXACT)
@@ -125,7 +141,12 @@ def test_probes_depend_on_sample_and_group_alone() -> None:
 
 
 def test_settings_are_checked() -> None:
-    for fields, message in [({"steps": 0}, "steps"), ({"probes": 0}, "probes"), ({"tolerance": 0.0}, "tolerance")]:
+    for fields, message in [
+        ({"steps": 0}, "steps"),
+        ({"probes": 0}, "probes"),
+        ({"tolerance": 0.0}, "tolerance"),
+        ({"shift": 0.0}, "shift"),
+    ]:
         with pytest.raises(ValueError, match=message):
             Likelihood(**fields)
     with pytest.raises(ValueError, match="needs probes"):
