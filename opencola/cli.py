@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
@@ -62,24 +62,6 @@ class TrainFlags(RunFlags):
     """Kind of GPU to plan for, such as H100; all that are known without it (--dry-run)."""
     utilisation: float = 0.4
     """Share of the GPU's peak rate that training is taken to reach (--dry-run)."""
-
-
-@dataclass(frozen=True)
-class ExportFlags:
-    """Which model to write, and how."""
-
-    model: Path
-    """Folder of a finished run or of a model, or a repository of the Hugging Face Hub (OWNER/NAME)."""
-    to: Path
-    """Folder to write to."""
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """Type of the stored weights; bf16 halves their size."""
-    license: str = "apache-2.0"
-    """Licence of the weights, by the name that the Hub has for it, for the model card."""
-    push: str | None = None
-    """Repository of the Hugging Face Hub (OWNER/NAME) to upload to, too; it is made if it is not there."""
-    private: bool = False
-    """Make that a private one."""
 
 
 def train(argv: Sequence[str]) -> None:
@@ -189,21 +171,9 @@ def export(argv: Sequence[str]) -> None:
       opencola export --model runs/demo --to models/stories --dtype bf16
       opencola export --model runs/demo --to models/stories --push OWNER/stories --private
     """
-    options = flags.parse(ExportFlags, argv, prog="opencola export", description=help_of(export))
-    import torch
+    from opencola.export import command
 
-    from opencola.export import export as write
-    from opencola.interop import hub
-
-    if options.to.exists() and any(options.to.iterdir()):
-        raise FileExistsError(f"{options.to} is not empty: choose another folder")
-    if options.push is not None:
-        hub.check_repo_id(options.push)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
-    write(hub.locate(options.model), options.to, dtype, options.license)
-    print(f"The model is in {options.to}.")
-    if options.push is not None:
-        print(f"It is at {hub.push_to_hub(options.to, options.push, options.private)}, too.")
+    command(argv, help_of(export))
 
 
 def tokenize(argv: Sequence[str]) -> None:
@@ -223,8 +193,54 @@ def tokenize(argv: Sequence[str]) -> None:
     command.tokenize(argv, help_of(tokenize))
 
 
+def latents(argv: Sequence[str]) -> None:
+    """Measure how a model's latents hold text: how much noise they survive, what they cost, how they are spread.
+
+    Prints the figures, and writes them with their intervals to latents.jsonl, and as a drawing to latents.svg.
+
+    examples:
+      opencola latents
+      opencola latents --model runs/mine --data valid.txt --length 128 --out runs/mine/latents
+      opencola latents --model runs/demo/vae --sequences 50 --seed 1
+    """
+    from opencola import latents as command
+
+    command.latents(argv, help_of(latents))
+
+
+def inspect(argv: Sequence[str]) -> None:
+    """Show what posterior, prior and decoder make of every token of a text, each given the true text before it.
+
+    Prints a line for each token, and writes them to inspect.jsonl; slice.svg shows the latents around a few of them:
+    samples of posterior and prior, and what the decoder reads where.
+
+    examples:
+      opencola inspect "Once a little girl named Mia lived near the lake."
+      opencola inspect "The fox ran to the hill." --model runs/demo --tokens 1 4 --guidance 1 --out runs/demo/fox
+    """
+    from opencola import inspect_text as command
+
+    command.inspect(argv, help_of(inspect))
+
+
+def score(argv: Sequence[str]) -> None:
+    """Score texts: log-probabilities, as bounds or estimates, labelled by how they were computed.
+
+    Prints the chosen estimate with its standard error, the terms of the ELBO, perplexity and bits per byte; --jsonl
+    keeps them all, by block too. Ctrl-C keeps what is done.
+
+    examples:
+      opencola score texts.txt
+      opencola score texts.jsonl --model runs/demo --jsonl scores.jsonl --divergence exact --samples 32
+      opencola score answers.jsonl --conditional joint --estimator elbo --solver dopri5 --tolerance 1e-3
+    """
+    from opencola import score as command
+
+    command.score(argv, help_of(score))
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
-    function.__name__: function for function in (generate, chat, demo, train, tokenize, export)
+    function.__name__: function for function in (generate, chat, demo, train, tokenize, score, latents, inspect, export)
 }
 
 

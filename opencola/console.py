@@ -61,12 +61,14 @@ def read_flags(target: type, argv: Sequence[str], **options: Any) -> Any:
 def load(model: Path) -> tuple[Cola, Tokenizer]:
     """A model and its tokenizer. Raises FileNotFoundError, with what to do, where there is none."""
     loaded = hub.from_pretrained(locate(model))
-    known = loaded.model.vae.config.vocab_size
-    if loaded.tokenizer.vocab_size > known:
-        raise ValueError(
-            f"the tokenizer in {model} has {loaded.tokenizer.vocab_size} ids, but its Text VAE knows {known}"
-        )
+    check_vocabulary(loaded.tokenizer, loaded.model.vae.config.vocab_size, model)
     return loaded.model.to(device()), loaded.tokenizer
+
+
+def check_vocabulary(tokenizer: Tokenizer, known: int, model: Path) -> None:
+    """Raise ValueError where a tokenizer has ids that the Text VAE beside it does not know."""
+    if tokenizer.vocab_size > known:
+        raise ValueError(f"the tokenizer in {model} has {tokenizer.vocab_size} ids, but its Text VAE knows {known}")
 
 
 def locate(model: Path) -> Path:
@@ -76,6 +78,11 @@ def locate(model: Path) -> Path:
             "no model comes with this installation: train one (opencola demo) and name it (--model)"
         )
     return hub.locate(model)
+
+
+def title(model: Path) -> str:
+    """The model's name in a report."""
+    return "the shipped model" if model == SHIPPED else str(model)
 
 
 def generate(argv: Sequence[str], description: str) -> None:

@@ -3,17 +3,17 @@
 import json
 import platform
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
 
-from opencola import __version__
+from opencola import __version__, flags
 from opencola.flow.dit import DiTConfig
-from opencola.interop import card, official
+from opencola.interop import card, hub, official
 from opencola.text.tokenizer import Tokenizer
 from opencola.vae.text_vae import TextVAEConfig
 
@@ -51,6 +51,38 @@ PARTS = {
     "vae": Part("Text VAE", official.VAE_FOLDER, official.load_vae, official.save_vae, vae_essence),
     "dit": Part("prior", official.DIT_FOLDER, official.load_dit, official.save_dit, dit_essence),
 }
+
+
+@dataclass(frozen=True)
+class ExportFlags:
+    """Which model to write, and how."""
+
+    model: Path
+    """Folder of a finished run or of a model, or a repository of the Hugging Face Hub (OWNER/NAME)."""
+    to: Path
+    """Folder to write to."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Type of the stored weights; bf16 halves their size."""
+    license: str = "apache-2.0"
+    """Licence of the weights, by the name that the Hub has for it, for the model card."""
+    push: str | None = None
+    """Repository of the Hugging Face Hub (OWNER/NAME) to upload to, too; it is made if it is not there."""
+    private: bool = False
+    """Make that a private one."""
+
+
+def command(argv: Sequence[str], description: str) -> None:
+    """`opencola export`."""
+    options: ExportFlags = flags.parse(ExportFlags, argv, prog="opencola export", description=description)
+    if options.to.exists() and any(options.to.iterdir()):
+        raise FileExistsError(f"{options.to} is not empty: choose another folder")
+    if options.push is not None:
+        hub.check_repo_id(options.push)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
+    export(hub.locate(options.model), options.to, dtype, options.license)
+    print(f"The model is in {options.to}.")
+    if options.push is not None:
+        print(f"It is at {hub.push_to_hub(options.to, options.push, options.private)}, too.")
 
 
 def export(source: Path, to: Path, dtype: torch.dtype = torch.float32, license_id: str = card.LICENSE) -> None:

@@ -17,20 +17,20 @@ Record = Mapping[str, Any]
 
 COLOURS = ("#2f7ed8", "#e8710a", "#16a05d", "#b052d1", "#d9415d", "#0e9aa7", "#a08214")
 """Readable on white and on black."""
-_INK = "#010203"  # stands for the page's colour of text while matplotlib draws
-_STYLE: Any = {  # matplotlib types the keys, one by one
+INK = "#010203"  # stands for the page's colour of text while matplotlib draws
+STYLE: Any = {  # matplotlib types the keys, one by one
     "svg.fonttype": "none",
     "font.size": 9,
-    "text.color": _INK,
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
     "axes.titlesize": 10,
     "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.linewidth": 0.6,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
     "xtick.labelsize": 8,
@@ -45,12 +45,12 @@ def loss_curves(stages: Mapping[str, Sequence[Record]]) -> str:
 
     The axis is logarithmic, so terms that are ever zero or negative (an entropy can be) are left out.
     """
-    with mpl.rc_context({**_STYLE, "svg.hashsalt": "losses"}):
+    with mpl.rc_context({**STYLE, "svg.hashsalt": "losses"}):
         figure = Figure(figsize=(9, 2.8), layout="constrained")
         panels = figure.subplots(1, max(1, len(stages)), squeeze=False)[0]
         for axes, (name, records) in zip(panels, stages.items(), strict=False):
             _losses(axes, name, records)
-        return _svg(figure, "Loss terms of every training stage over its steps")
+        return as_svg(figure, "Loss terms of every training stage over its steps")
 
 
 def _losses(axes: Axes, name: str, records: Sequence[Record]) -> None:
@@ -62,7 +62,7 @@ def _losses(axes: Axes, name: str, records: Sequence[Record]) -> None:
             axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.4, label=label)
     axes.set_title(name)
     axes.set_xlabel("step")
-    axes.grid(axis="y", linewidth=0.4, alpha=0.25, color=_INK)
+    axes.grid(axis="y", linewidth=0.4, alpha=0.25, color=INK)
     if axes.lines:
         axes.set_yscale("log")
         low, high = axes.get_ylim()
@@ -75,11 +75,11 @@ def _losses(axes: Axes, name: str, records: Sequence[Record]) -> None:
 
 def latent_maps(maps: Sequence[LatentMap]) -> str:
     """A panel per map: its points, coloured by value, each value's name at the middle of its points, and a legend."""
-    with mpl.rc_context({**_STYLE, "svg.hashsalt": "latents"}):
+    with mpl.rc_context({**STYLE, "svg.hashsalt": "latents"}):
         figure = Figure(figsize=(9, 4.6), layout="constrained")
         for axes, one in zip(figure.subplots(1, max(1, len(maps)), squeeze=False)[0], maps, strict=False):
             _points(axes, one)
-        return _svg(figure, "Latents of words on their principal plane, coloured by what the word is")
+        return as_svg(figure, "Latents of words on their principal plane, coloured by what the word is")
 
 
 def _points(axes: Axes, one: LatentMap) -> None:
@@ -101,7 +101,12 @@ def _points(axes: Axes, one: LatentMap) -> None:
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=5, handletextpad=0, markerscale=1.8)
 
 
-def _svg(figure: Figure, description: str) -> str:
+def standalone(svg: str) -> str:
+    """The text of a file for an `<svg>` element as below: black on white, whatever the page around it."""
+    return svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" style="background: white" ', 1) + "\n"
+
+
+def as_svg(figure: Figure, description: str) -> str:
     """The figure as an `<svg>` element that can stand in a page as often as it likes."""
     out = io.StringIO()
     # a date would make the same run give another file
@@ -109,7 +114,7 @@ def _svg(figure: Figure, description: str) -> str:
     svg = out.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href").replace(_INK, "currentColor")
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href").replace(INK, "currentColor")
     # coordinates to a hundredth of a point; only inside tags, for between them are the numbers on the axes
     svg = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d\.\d{2})\d+", r"\1", tag[0]), svg)
     return svg.replace("<svg ", f'<svg role="img" aria-label="{description}" ', 1)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from opencola.flow.dit import BlockCausalDiT, DiTConfig
 from opencola.flow.path import TimestepLaw, interpolate, target_velocity
 from opencola.layers import randomness
-from opencola.models import generation
+from opencola.models import generation, scoring
 from opencola.models.language_model import Loss
 from opencola.text.corpus import Batch
 from opencola.vae.gaussian import DiagonalGaussian
@@ -94,6 +94,7 @@ class Cola(nn.Module):
         return {"vae.": self.config.prior.vae_learning_rate_ratio}
 
     generate = generation.generate
+    score = scoring.score
 
     def vae_learns(self, step: int) -> bool:
         """Whether the VAE trains along at this step."""

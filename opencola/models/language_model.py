@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -67,3 +67,25 @@ class Trainable(Protocol):
     def learning_rate_ratios(self) -> dict[str, float]:
         """Factors on the learning rate by parameter-name prefix; others have 1."""
         ...
+
+
+@dataclass(frozen=True)
+class Score:
+    """Log-probabilities of B continuations, in nats."""
+
+    total: Tensor
+    """(B,) float64."""
+    standard_error: Tensor
+    """(B,) of the total, from what was drawn; nan where there is one sample, 0 where nothing is drawn."""
+    num_tokens: Tensor
+    """(B,) int64: tokens scored."""
+    kind: Literal["exact", "bound", "estimate"]
+    """`bound`: on average at most the truth, as far as the solver is exact. `estimate`: neither."""
+    estimator: str
+    """Which estimator, samples, solver and so on: what the figures must be labelled with."""
+    parts: dict[str, Tensor]
+    """(B,) each: terms, by name."""
+
+    def perplexity(self) -> Tensor:
+        """exp(-total / tokens), of every text: (B,)."""
+        return torch.exp(-self.total / self.num_tokens)

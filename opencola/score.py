@@ -1,0 +1,194 @@
+"""`opencola score`: log-probabilities of the texts in a file."""
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from opencola import console, flags
+from opencola.models.cola import Cola
+from opencola.models.scoring import Evaluation, Scoring, evaluate, to_score
+from opencola.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreFlags:
+    """What to score, and how."""
+
+    file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
+    """A .txt file with a text in each line, or a .jsonl file of objects with a field `text`, or with `prompt` and
+    `continuation`."""
+    model: Path = console.SHIPPED
+    """Folder of a run or of an exported model, or a repository of the Hugging Face Hub (OWNER/NAME); without it the
+    model that comes with the package."""
+    jsonl: Path | None = None
+    """Write all figures into this file, one JSON object in a line."""
+    end_of_text: bool = True
+    """Score the end-of-text token behind every text, too."""
+    scoring: tyro.conf.OmitArgPrefixes[Scoring] = field(default_factory=Scoring)
+    """How."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A continuation and what comes before it, maybe nothing."""
+
+    prompt: str
+    continuation: str
+
+
+def score(argv: Sequence[str], description: str) -> None:
+    """`opencola score`."""
+    options: ScoreFlags = flags.parse(ScoreFlags, argv, prog="opencola score", description=description)
+    pairs = list(read_pairs(options.file))
+    if not pairs:
+        raise ValueError(f"{options.file} holds no texts")
+    if options.jsonl is not None and options.jsonl.exists() and options.jsonl.samefile(options.file):
+        raise ValueError(f"{options.jsonl} holds the texts: choose another file for --jsonl")
+    model, tokenizer = console.load(options.model)
+    model.requires_grad_(False)  # a graph of the latents only
+    columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    records: list[dict[str, Any]] = []
+    with contextlib.ExitStack() as stack:
+        stack.callback(show, records, len(pairs))  # what is done, after Ctrl-C too
+        file = None
+        if options.jsonl is not None:
+            options.jsonl.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(options.jsonl.open("w", encoding="utf-8"))
+        bar = stack.enter_context(Progress(*columns, console=Console(stderr=True)))
+        step = max(1, options.scoring.rows // options.scoring.samples)
+        for first in bar.track(range(0, len(pairs), step)):
+            ids = list(range(first, min(first + step, len(pairs))))
+            for record in score_pairs(model, tokenizer, [pairs[i] for i in ids], ids, options):
+                records.append(record)
+                if file is not None:
+                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                    file.flush()
+
+
+def score_pairs(
+    model: Cola, tokenizer: Tokenizer, pairs: Sequence[Pair], ids: Sequence[int], options: ScoreFlags
+) -> Iterator[dict[str, Any]]:
+    """A record of every pair."""
+    end = [tokenizer.eos_id] if options.end_of_text else []
+    prompts = [tokenizer.encode(pair.prompt) for pair in pairs]
+    continuations = [[*tokenizer.encode(pair.continuation), *end] for pair in pairs]
+    # only an end of text tells the model that nothing follows, so blocks are filled up with more of them
+    found = evaluate(model, prompts, continuations, options.scoring, pad_id=tokenizer.eos_id, ids=ids)
+    for i, pair, prompt, continuation, evaluation in zip(ids, pairs, prompts, continuations, found, strict=True):
+        record = {"id": i, **asdict(pair), "num_prompt_tokens": len(prompt)}
+        if not pair.prompt:
+            record = {"id": i, "text": pair.continuation}
+        num_bytes = tokenizer.num_bytes(continuation[: evaluation.num_tokens])
+        record |= figures(evaluation, options.scoring, bool(prompt), num_bytes)
+        yield record | {
+            "settings": asdict(options.scoring),
+            "end_of_text": options.end_of_text,
+            "model": str(options.model),
+        }
+
+
+def figures(evaluation: Evaluation, settings: Scoring, conditional: bool, num_bytes: int) -> dict[str, Any]:
+    """The labelled figures of one text, in nats but for the bits per byte; null where there are none."""
+    score = to_score([evaluation], settings, conditional)
+    total, tokens = score.total.item(), evaluation.num_tokens
+    estimates = {name: evaluation.estimate(name) for name in ("elbo", "iwae")}
+    parts = {name: value.item() for name, value in score.parts.items()}
+    found = {
+        "log_probability": total,
+        "standard_error": score.standard_error.item(),
+        "kind": score.kind,
+        "estimator": score.estimator,
+        "num_tokens": tokens,
+        "num_bytes": num_bytes,
+        "perplexity": math.exp(min(-total / tokens, 700)),
+        "bits_per_byte": -total / math.log(2) / num_bytes if num_bytes else None,
+        "elbo": estimates["elbo"].value.item(),
+        "elbo_standard_error": estimates["elbo"].standard_error.item(),
+        "iwae": estimates["iwae"].value.item(),
+        "iwae_standard_error": estimates["iwae"].standard_error.item(),
+        "parts": parts,
+        "parts_per_token": {name: value / tokens for name, value in parts.items()},
+        "parts_per_block": {name: value.tolist() for name, value in evaluation.terms.by_block().items()},
+        "evaluations": evaluation.evaluations,
+    }
+    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in found.items()}
+
+
+def read_pairs(file: Path) -> Iterator[Pair]:
+    """Texts from a .txt or .jsonl file; blank lines are none.
+
+    Raises FileNotFoundError, and ValueError naming the line that holds none.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"no such file: {file}")
+    if file.suffix not in (".txt", ".jsonl"):
+        raise ValueError(f"{file}: texts are in a .txt file, one in each line, or in a .jsonl file")
+    for number, line in enumerate(file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        place = f"{file}, line {number}"
+        try:
+            text = line.decode().removesuffix("\r")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{place}: not UTF-8 at byte {error.start} of the line") from None
+        if text.strip():
+            yield Pair("", text) if file.suffix == ".txt" else pair_of(text, place)
+
+
+def pair_of(line: str, place: str) -> Pair:
+    """The text in a line of a .jsonl file; raises ValueError, naming the place, where it holds none."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place}: not JSON: {error}") from None
+    match row:
+        case {"text": str(text)} if text:
+            pair = Pair("", text)
+        case {"prompt": str(prompt), "continuation": str(text)} if text:
+            pair = Pair(prompt, text)
+        case _:
+            raise ValueError(f"{place}: expected strings in a field 'text', or in 'prompt' and 'continuation'")
+    for text in (pair.prompt, pair.continuation):
+        console.check_text(text, place)
+    return pair
+
+
+def show(records: Sequence[dict[str, Any]], asked: int) -> None:
+    """Print the figures as a table, and their sums."""
+    if not records:
+        return
+    labels = {(record["kind"], record["estimator"]) for record in records}
+    for kind, label in sorted(labels):
+        print(f"log p in nats, {kind}: {label}; ELBO = decoder + prior + posterior")
+    table = Table(box=None, padding=(0, 1), pad_edge=False)
+    for name in ("id", "tokens", "log p", "±", "ELBO", "decoder", "prior", "posterior", "ppl", "bits/byte"):
+        table.add_column(name, justify="right")
+    for record in [*records, *([total(records)] if len(records) > 1 else [])]:
+        values = [record["log_probability"], record["standard_error"], record["elbo"], *record["parts"].values()]
+        values += [record["perplexity"], record["bits_per_byte"]]
+        shown = ["-" if value is None else f"{value:,.2f}" for value in values]
+        table.add_row(str(record["id"]), str(record["num_tokens"]), *shown)
+    Console().print(table)
+    if len(records) < asked:
+        print(f"{len(records)} of {asked} texts")
+
+
+def total(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The sums of all records, and what follows from them."""
+    whole: dict[str, Any] = {"id": "all"}
+    for name in ("num_tokens", "num_bytes", "log_probability", "elbo"):
+        whole[name] = sum(record[name] for record in records)
+    errors = [record["standard_error"] for record in records]
+    whole["standard_error"] = None if None in errors else math.hypot(*errors)
+    whole["parts"] = {name: sum(record["parts"][name] for record in records) for name in records[0]["parts"]}
+    nats = -whole["log_probability"]
+    whole["perplexity"] = math.exp(min(nats / whole["num_tokens"], 700))
+    whole["bits_per_byte"] = nats / math.log(2) / whole["num_bytes"] if whole["num_bytes"] else None
+    return whole
