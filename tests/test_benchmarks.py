@@ -8,7 +8,7 @@ import torch
 from tiny import tiny_cola
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import data, generation, growth, quality
+from benchmarks import data, generation, growth, likelihood, quality
 from benchmarks.common import COMPARED, SIZES, generation_flops, training_flops
 from opencola.models.cola import Cola
 from opencola.models.sampling import Sampling
@@ -50,6 +50,12 @@ def test_a_line_has_its_keys_and_ratios_to_an_earlier_one(
     second = json.loads(capsys.readouterr().out)
     for key in COMPARED:
         assert second[f"{key}_over_earlier"] == pytest.approx(second[key] / line[key], abs=1e-3)
+
+
+def test_the_cost_of_a_log_density_is_counted() -> None:
+    line = likelihood.point("N", {"num_latents": 8}, {"samples": 2, "solver": "heun"}, threads=1, repeats=1)
+    assert line["evaluations"] == 8 and line["evaluations_per_token"] == 1
+    assert line["ms_per_token"] > 0 and line["settings"] == "heun, 4 steps (shift 0.2), 1 rademacher probe"
 
 
 def test_a_file_of_something_else_cannot_be_compared_with(

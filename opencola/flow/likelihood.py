@@ -30,7 +30,7 @@ class Likelihood:
     """Solver from data to noise: with a fixed number of steps (rk4 is the 3/8 rule), or adaptive (dopri5)."""
     steps: int = 16
     """Steps of the fixed grid."""
-    shift: float = 1.0
+    shift: float = 0.2
     """Time grid: t becomes shift t / (1 + (shift - 1) t), so that below 1 more steps are near the data, where a sharp
     density needs them."""
     tolerance: float = 1e-4

@@ -46,7 +46,9 @@ def test_figures_are_those_of_the_model(main: Main, place: Path) -> None:
         for name, value in record["parts"].items():
             assert sum(record["parts_per_block"][name]) == pytest.approx(value, abs=1e-9)
         assert f"{record['log_probability']:,.2f}" in said
-    assert "IWAE, K = 3, euler, 2 steps, 1 rademacher probe" in said and re.search(r"^all ", said.strip(), re.MULTILINE)
+    assert "IWAE, K = 3, euler, 2 steps (shift 0.2), 1 rademacher probe" in said and re.search(
+        r"^all ", said.strip(), re.MULTILINE
+    )
 
 
 def test_one_sample_without_end_of_text(main: Main, place: Path) -> None:

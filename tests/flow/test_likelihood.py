@@ -12,7 +12,7 @@ from opencola.flow.likelihood import Likelihood, Velocity, draw_probes, log_dens
 MEANS = torch.tensor([[1.0, -0.5, 0.3], [-1.2, 0.4, 0.8]]).double()
 SCALES = torch.tensor([[0.6, 1.3, 0.9], [0.8, 0.5, 1.1]]).double()
 WEIGHTS = torch.tensor([0.3, 0.7]).double()
-EXACT: dict[str, Any] = {"divergence": "exact"}
+EXACT: dict[str, Any] = {"divergence": "exact", "shift": 1.0}
 
 
 def component(z: Tensor, t: float, weights: Tensor) -> Tensor:
@@ -78,7 +78,10 @@ def test_a_shifted_grid_suits_a_sharp_density() -> None:
 
     exact = component(4 * z_0, 0, GAUSSIAN).logsumexp(-1) + 3 * math.log(4)
     even, shifted = (
-        (log_density(velocity, z_0, Likelihood(steps=20, shift=s, **EXACT)).log_prob - exact).abs().max().item()
+        (log_density(velocity, z_0, Likelihood(**EXACT | {"steps": 20, "shift": s})).log_prob - exact)
+        .abs()
+        .max()
+        .item()
         for s in (1.0, 0.3)
     )
     assert shifted < even / 5 and shifted < 0.01
@@ -112,7 +115,7 @@ def test_what_is_not_free_is_a_condition() -> None:
 @pytest.mark.parametrize("law", ["rademacher", "gaussian"])
 def test_hutchinson_agrees_within_its_standard_error(law: Any) -> None:
     z_0, exact = points(), Likelihood(steps=8, **EXACT)
-    settings = Likelihood(steps=8, probes=400, probe_law=law)
+    settings = Likelihood(steps=8, shift=1.0, probes=400, probe_law=law)
     probes = draw_probes(z_0, [(i,) for i in range(4)], settings)
     found = log_density(target(MIXTURE), z_0, settings, probes)
     error = found.by_probe.std(0) / 400**0.5
@@ -124,7 +127,7 @@ def test_hutchinson_agrees_within_its_standard_error(law: Any) -> None:
 
 def test_rademacher_probes_are_exact_for_a_diagonal_jacobian() -> None:
     """The Gaussian's velocity has one; so any single probe gives the divergence."""
-    z_0, settings = points(), Likelihood(steps=8)
+    z_0, settings = points(), Likelihood(steps=8, shift=1.0)
     found = log_density(target(GAUSSIAN), z_0, settings, draw_probes(z_0, [(i,) for i in range(4)], settings))
     torch.testing.assert_close(
         found.log_prob, log_density(target(GAUSSIAN), z_0, Likelihood(steps=8, **EXACT)).log_prob

@@ -37,7 +37,7 @@ def linear_gaussian(samples: int, spread: float) -> tuple[Tensor, float, float]:
     posterior = DiagonalGaussian(*(torch.full((1, 1, 1), value).double() for value in (mean, math.log(variance))))
     q = DiagonalGaussian(posterior.mean + 0.5 * math.log(spread), posterior.logvar + 2 * math.log(spread))
     z = q.sample(normal(samples, 1, 1))
-    flow = Likelihood(solver="rk4", steps=20, divergence="exact")
+    flow = Likelihood(solver="rk4", steps=20, shift=1.0, divergence="exact")
     prior = log_density(lambda z, t: (2 * t - 1) / ((1 - t) ** 2 + t * t) * z, z, flow).log_prob[:, 0]
     given = DiagonalGaussian(a * z, torch.full_like(z, 2 * math.log(s))).log_prob(torch.full_like(z, x))[:, 0]
     total = -0.5 * (x * x / (a * a + s * s) + math.log(2 * math.pi * (a * a + s * s)))
@@ -225,7 +225,7 @@ def test_kinds_and_labels() -> None:
     assert of([]).kind == of([2]).kind == of([], estimator="elbo", **noisy).kind == "bound"
     assert of([], samples=1, **noisy).kind == "bound"
     assert of([], **noisy).kind == of([2], conditional="joint").kind == "estimate"
-    assert of([2]).estimator == "IWAE, K = 3, euler, 2 steps, exact divergence, blockwise"
+    assert of([2]).estimator == "IWAE, K = 3, euler, 2 steps (shift 0.2), exact divergence, blockwise"
     label = of([], estimator="elbo", solver="dopri5", tolerance=0.1, probes=2, **noisy).estimator
     assert label == "ELBO, K = 3, dopri5, tolerance 0.1, 2 rademacher probes"
     score = cola.score([[]], [[1, 2]], FAST)
