@@ -12,7 +12,7 @@ TEXT = "Once a little girl named Emma lived near the park."
 
 
 def test_the_shipped_model(main: Main, place: Path) -> None:
-    flags = ["inspect", TEXT, "--samples", "8", "--tokens", "5", "3", "--seed", "2", "--density.solver", "euler"]
+    flags = ["inspect", TEXT, "--samples", "8", "--tokens", "5", "3", "--seed", "2", "--density.steps", "8"]
     code, said, error = main(*flags, "--out", "new/a")
     assert code == 0, error
     rows = [json.loads(line) for line in (place / "new" / "a" / "inspect.jsonl").read_text().splitlines()]
@@ -24,7 +24,7 @@ def test_the_shipped_model(main: Main, place: Path) -> None:
         assert row["seed"] == row["settings"]["seed"] == 2 and row["samples"] == 8
         assert f"{row['prior_hit']['value']:.2f}" in said and repr(row["token"]) in said
     bound = float(re.search(r"ELBO (\S+) nats", said)[1])  # type: ignore[index]
-    assert -60 < bound < 0 and "8 samples, euler, 16 steps, 1 rademacher probe." in said
+    assert -60 < bound < 0 and "8 samples, rk4, 8 steps (shift 0.2), 1 rademacher probe." in said
     hits = {row["token"]: row["prior_hit"]["value"] for row in rows}
     # the world leaves no choice after " near the" but of the place, and after "named" but of the name
     assert hits[" lived"] == hits[" near"] == hits[" the"] == hits["."] == 1

@@ -14,7 +14,7 @@ from opencola.models.scoring import Scoring, log_prior, score
 from opencola.vae.text_vae import TextVAEConfig
 
 COUNT, VOCABULARY = 3, 40
-DENSITY = Likelihood(solver="euler", steps=3, divergence="exact")
+DENSITY = Likelihood(solver="euler", steps=3, shift=1.0, divergence="exact")
 
 
 def model(patch_size: int, attention: str = "block_causal", fixed_logsnr: float | None = None) -> Cola:
