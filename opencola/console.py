@@ -5,7 +5,7 @@ import itertools
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -157,30 +157,43 @@ def read_prompts(file: Path) -> list[str]:
 
     Raises FileNotFoundError, and ValueError naming the line that is no prompt.
     """
-    if not file.is_file():
-        raise FileNotFoundError(f"no such file: {file}")
-    if file.suffix not in (".txt", ".jsonl"):
-        raise ValueError(f"{file}: prompts are in a .txt file, one in each line, or in a .jsonl file")
-    prompts = []
-    for number, line in enumerate(file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        try:
-            text = line.decode().removesuffix("\r")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file}, line {number}: not UTF-8 at byte {error.start} of the line") from None
-        if not text.strip():
-            continue
-        prompts.append(text if file.suffix == ".txt" else prompt_of(text, f"{file}, line {number}"))
+    lines = read_lines(file, "prompts")
+    prompts = [line if file.suffix == ".txt" else prompt_of(line, place) for place, line in lines]
     if not prompts:
         raise ValueError(f"{file} holds no prompts")
     return prompts
 
 
-def prompt_of(line: str, place: str) -> str:
-    """The prompt in a line of a .jsonl file; raises ValueError, naming the place, where it holds none."""
+def read_lines(file: Path, what: str) -> Iterator[tuple[str, str]]:
+    """The lines of a .txt or .jsonl file of `what`, but blank ones, each after the words for its place.
+
+    Raises FileNotFoundError, and ValueError for other files and for a line, which it names, that is not UTF-8.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"no such file: {file}")
+    if file.suffix not in (".txt", ".jsonl"):
+        raise ValueError(f"{file}: {what} are in a .txt file, one in each line, or in a .jsonl file")
+    for number, line in enumerate(file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        place = f"{file}, line {number}"
+        try:
+            text = line.decode().removesuffix("\r")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{place}: not UTF-8 at byte {error.start} of the line") from None
+        if text.strip():
+            yield place, text
+
+
+def parse_json(line: str, place: str) -> Any:
+    """What a line of a .jsonl file holds; raises ValueError, naming the place, where that is not JSON."""
     try:
-        row = json.loads(line)
+        return json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{place}: not JSON: {error}") from None
+
+
+def prompt_of(line: str, place: str) -> str:
+    """The prompt in a line of a .jsonl file; raises ValueError, naming the place, where it holds none."""
+    row = parse_json(line, place)
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         raise ValueError(f"{place}: expected an object with a string in its field 'prompt'")
     check_text(row["prompt"], place)

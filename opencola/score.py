@@ -128,27 +128,13 @@ def read_pairs(file: Path) -> Iterator[Pair]:
 
     Raises FileNotFoundError, and ValueError naming the line that holds none.
     """
-    if not file.is_file():
-        raise FileNotFoundError(f"no such file: {file}")
-    if file.suffix not in (".txt", ".jsonl"):
-        raise ValueError(f"{file}: texts are in a .txt file, one in each line, or in a .jsonl file")
-    for number, line in enumerate(file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        place = f"{file}, line {number}"
-        try:
-            text = line.decode().removesuffix("\r")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{place}: not UTF-8 at byte {error.start} of the line") from None
-        if text.strip():
-            yield Pair("", text) if file.suffix == ".txt" else pair_of(text, place)
+    for place, line in console.read_lines(file, "texts"):
+        yield Pair("", line) if file.suffix == ".txt" else pair_of(line, place)
 
 
 def pair_of(line: str, place: str) -> Pair:
     """The text in a line of a .jsonl file; raises ValueError, naming the place, where it holds none."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place}: not JSON: {error}") from None
-    match row:
+    match console.parse_json(line, place):
         case {"text": str(text)} if text:
             pair = Pair("", text)
         case {"prompt": str(prompt), "continuation": str(text)} if text:

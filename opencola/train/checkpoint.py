@@ -5,7 +5,6 @@
 folder of that name is always whole. A checkpoint of any number of processes can be read by any other.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -24,6 +23,7 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from opencola.text.corpus import Batch, merge_states
+from opencola.text.shards import checksum
 from opencola.train import distributed
 from opencola.train.optimizer import EMA
 
@@ -144,7 +144,7 @@ class Saver:
             (draft / RUN).write_text(json.dumps(run, indent=2))
             files = sorted(file for file in draft.iterdir() if file.name != SUMS)
             with (draft / SUMS).open("w") as sums:
-                sums.writelines(f"{_sha256(file)}  {file.name}\n" for file in files)
+                sums.writelines(f"{checksum(file)}  {file.name}\n" for file in files)
                 sums.flush()
                 os.fsync(sums.fileno())
             draft.rename(path)
@@ -163,17 +163,18 @@ def latest(folder: Path) -> Path | None:
     return found[-1] if (found := checkpoints(folder)) else None
 
 
-def verify(path: Path) -> None:
-    """Raise ValueError, naming the file, where a checkpoint is not what was written."""
+def damage(path: Path) -> str | None:
+    """How a checkpoint is not what was written, with the file's name and what to do; None where it is."""
     advice = f"delete {path} to go on from the checkpoint before it"
     if not (path / SUMS).is_file():
-        raise ValueError(f"{path / SUMS} is missing: {advice}")
+        return f"{path / SUMS} is missing: {advice}"
     for line in (path / SUMS).read_text(errors="replace").splitlines():
         digest, _, name = line.partition("  ")
         if not (path / name).is_file():
-            raise ValueError(f"{path / name} is missing: {advice}")
-        if _sha256(path / name) != digest:
-            raise ValueError(f"{path / name} is damaged (its checksum is another one): {advice}")
+            return f"{path / name} is missing: {advice}"
+        if checksum(path / name) != digest:
+            return f"{path / name} is damaged (its checksum is another one): {advice}"
+    return None
 
 
 def load(state: TrainState, path: Path) -> None:
@@ -182,9 +183,9 @@ def load(state: TrainState, path: Path) -> None:
     Raises ValueError, naming file or folder, when the checkpoint is damaged or of a model with other parameters.
     """
     options = [[_options(group) for group in optimizer.param_groups] for optimizer in state.optimizers]
-    (damage, *_) = distributed.gather(_damage(path) if distributed.is_main() else None)
-    if damage:
-        raise ValueError(damage)
+    (found, *_) = distributed.gather(damage(path) if distributed.is_main() else None)
+    if found:
+        raise ValueError(found)
     try:
         run = json.loads((path / RUN).read_text())
         tensors = _tensors(state, distributed.rank() % run["processes"])
@@ -224,19 +225,6 @@ def _num_bytes(value: Any) -> int:
 
 def _options(group: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in group.items() if name != "params"}
-
-
-def _damage(path: Path) -> str | None:
-    try:
-        verify(path)
-    except ValueError as error:
-        return str(error)
-    return None
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _cause(error: BaseException) -> str:

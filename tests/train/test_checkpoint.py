@@ -202,10 +202,10 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         return sha256(path)
 
-    sha256 = checkpoint._sha256
+    sha256 = checkpoint.checksum
     message = {"sums": "No space left on device", "tensors": "MB are free, and it takes"}
     if full_at == "sums":
-        monkeypatch.setattr(checkpoint, "_sha256", full)
+        monkeypatch.setattr(checkpoint, "checksum", full)
     else:
         if os.geteuid() != 0 or shutil.which("mount") is None:
             pytest.fail("this test mounts a small file system, and needs root")
