@@ -60,7 +60,7 @@ def inspect(
     vae = model.vae
     encoded = vae.encode(tokens)
     mean = vae.normalise(encoded.mean)
-    shift = 2 * torch.log(torch.tensor(vae.config.latent_scale)).to(encoded.logvar)
+    shift = 2 * torch.tensor(vae.config.latent_scale).abs().log().to(encoded.logvar)
     posterior = DiagonalGaussian(mean, encoded.logvar + shift)
     ids = torch.arange(num_samples)
 
