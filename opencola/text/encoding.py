@@ -1,5 +1,6 @@
 """Texts to token ids by several processes, in order, whatever their number."""
 
+import contextlib
 import functools
 import itertools
 import multiprocessing
@@ -35,7 +36,8 @@ def encode_all(texts: Iterator[str], tokenizer: Path, dtype: str, workers: int) 
     ahead: deque[Future[Encoded]] = deque()
     try:
         for chunk in chunks:
-            ahead.append(pool.submit(_encode_in_worker, chunk, tokenizer, dtype))
+            with _interrupts_held_back():
+                ahead.append(pool.submit(_encode_in_worker, chunk, tokenizer, dtype))
             if len(ahead) > 2 * workers:  # all have work, and what is read ahead stays little
                 yield ahead.popleft().result()
         while ahead:
@@ -72,6 +74,16 @@ def _encode_in_worker(texts: list[str], tokenizer: Path, dtype: str) -> Encoded:
 
 
 _load = functools.cache(Tokenizer.load)  # once in the life of a worker
+
+
+@contextlib.contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Processes begun here do not see Ctrl-C before they can ignore it; this one sees it at the end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start_worker() -> None:

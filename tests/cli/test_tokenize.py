@@ -6,6 +6,7 @@ import re
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -44,6 +45,24 @@ def test_ctrl_c_and_going_on_equal_not_stopping(main: Main, place: Path) -> None
     assert code == 0 and re.search(r"tokens of 8,000 documents, in \d+ shards, are in a b", said)
     assert main(*flags, "--to", "whole", "--workers", "1")[0] == 0
     assert contents(place / "a b") == contents(place / "whole")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds its processes in /proc")
+def test_ctrl_c_while_the_workers_start_says_no_more_than_that_it_is_interrupted(place: Path) -> None:
+    process = subprocess.Popen(
+        command("tokenize", "stories", "--limit", "8000", "--vocab-size", "300", "--to", "new", "--workers", "2"),
+        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    workers: list[bytes] = []
+    while not workers and process.poll() is None:
+        commands = [Path(f"/proc/{child}/cmdline").read_bytes() for child in children.read_text().split()]
+        workers = [line for line in commands if b"spawn_main" in line]
+    assert workers
+    time.sleep(0.1)  # in the middle of their imports
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in error, error
 
 
 def test_training_takes_the_tokenizer_of_the_shards(main: Main, place: Path) -> None:
