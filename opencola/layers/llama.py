@@ -1,0 +1,112 @@
+"""The plain transformer of the baselines, as in LLaMA: RMSNorm first, rotary positions, SwiGLU, no biases.
+
+What a row sees is the caller's `attend`: causal for AR, everything for LLaDA and Plaid.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from opencola.layers.attention import Attend, Rotary, rotary, rotate_halves
+from opencola.layers.cache import KVCache
+from opencola.layers.transformer import Linear, initialise
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes of a LLaMA transformer without its vocabulary."""
+
+    width: int = 128
+    """Width of the trunk, D."""
+    num_layers: int = 4
+    """Blocks."""
+    num_heads: int = 4
+    """Attention heads; each has width / num_heads channels."""
+    num_kv_heads: int | None = None
+    """Heads of keys and values, each for several queries; as many as attention heads when not given."""
+    ffn_dim: int = 384
+    """Inner width of the SwiGLU."""
+    rope_base: float = 10000.0
+    """Base of the rotary frequencies."""
+    norm_eps: float = 1e-5
+    """Epsilon of every norm."""
+
+    def __post_init__(self) -> None:
+        if self.width % (2 * self.num_heads):
+            raise ValueError(f"width {self.width} must be a multiple of twice num_heads {self.num_heads}")
+        if self.num_heads % self.kv_heads:
+            raise ValueError(f"num_kv_heads {self.num_kv_heads} must divide num_heads {self.num_heads}")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+        return self.width // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm computed in at least float32, also with parameters of less."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last axis of x."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(wide), self.normalized_shape, self.weight.to(wide), self.eps)
+
+
+class LlamaBlock(nn.Module):
+    """x + attention(norm(x)), then x + SwiGLU(norm(x))."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.head_dim = config.head_dim
+        self.groups = config.num_heads // config.kv_heads
+        self.splits = [width, config.kv_heads * config.head_dim, config.kv_heads * config.head_dim]
+        self.norm_attention = RMSNorm(width, config.norm_eps)
+        self.qkv = Linear(width, sum(self.splits), bias=False)
+        self.attention_out = Linear(width, width, bias=False)
+        self.norm_mlp = RMSNorm(width, config.norm_eps)
+        self.mlp_in = Linear(width, 2 * config.ffn_dim, bias=False)  # gate half first, value half second
+        self.mlp_out = Linear(config.ffn_dim, width, bias=False)
+
+    def forward(self, h: Tensor, layer: int, table: Rotary, attend: Attend) -> Tensor:
+        """h (B, R, D) -> (B, R, D); `layer` is this block's number for `attend`."""
+        parts = self.qkv(self.norm_attention(h)).split(self.splits, dim=-1)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
+        q, k = rotate_halves(q, table).to(v.dtype), rotate_halves(k, table).to(v.dtype)
+        if self.groups > 1:
+            k, v = (x.repeat_interleave(self.groups, dim=2) for x in (k, v))
+        h = h + self.attention_out(attend(layer, q, k, v).flatten(-2))
+        gate, value = self.mlp_in(self.norm_mlp(h)).chunk(2, dim=-1)
+        return h + self.mlp_out(F.silu(gate) * value)
+
+
+class Llama(nn.Module):
+    """The blocks and the last norm; embedding and head are the caller's."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.blocks = nn.ModuleList(LlamaBlock(config) for _ in range(config.num_layers))
+        self.final_norm = RMSNorm(config.width, config.norm_eps)
+        initialise(self, lambda linear: linear.in_features**-0.5)
+
+    def forward(self, h: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Normalised features (B, R, D) of rows h (B, R, D) at positions (R,) or (B, R)."""
+        config = self.config
+        table = rotary(positions, config.head_dim, config.rope_base, h.dtype)
+        for layer, block in enumerate(self.blocks):
+            h = block(h, layer, table, attend)
+        return self.final_norm(h)
+
+    def empty_cache(self, batch: int, capacity: int) -> KVCache:
+        """Cache for `capacity` rows a sample."""
+        config = self.config
+        like = self.final_norm.weight
+        return KVCache.empty(like, batch, config.num_layers, config.num_heads, config.head_dim, capacity)
