@@ -8,7 +8,7 @@ import torch
 from tiny import tiny_cola
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import data, generation, growth, likelihood, quality
+from benchmarks import data, derivatives, generation, growth, likelihood, quality
 from benchmarks.common import COMPARED, SIZES, generation_flops, training_flops
 from opencola.models.cola import Cola
 from opencola.models.sampling import Sampling
@@ -128,3 +128,17 @@ def test_the_data_pipeline_is_timed_from_every_source(
     assert [line["source"] for line in lines] == ["stories", "jsonl", "shards"]
     for line in lines:
         assert line["over_training"] == pytest.approx(line["tokens_per_second"] / 1000, abs=0.1)
+
+
+@pytest.mark.parametrize(("num_latents", "samples", "block_size"), [(8, 2, 1), (8, 1, 4)])
+def test_the_derivatives_that_are_timed_are_the_same_number(num_latents: int, samples: int, block_size: int) -> None:
+    found = [way().item() for way in derivatives.ways(num_latents, samples, block_size).values()]
+    assert found[0] != 0 and found == pytest.approx([found[0]] * 3, rel=1e-3)
+
+
+def test_the_derivatives_are_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(derivatives, "SIZES", ((8, 2, 1),))
+    monkeypatch.setattr("sys.argv", ["derivatives", "--repeats", "1"])
+    derivatives.main()
+    line = json.loads(capsys.readouterr().out)
+    assert line["num_latents"] == 8 and min(line[f"{way}, ms"] for way in derivatives.ways(8, 2, 1)) > 0
