@@ -23,9 +23,10 @@ def masked_bound(
     in 1..L, and over which l they are, this is at most log p(L tokens | the rest), and equal for the exact
     conditionals. The loss has the same expectation, but varies with the number of masked tokens, too.
     """
-    logits = predict(texts.masked_fill(hidden, mask_id)).double()
-    found = -F.cross_entropy(logits.transpose(1, 2), texts, reduction="none")
-    return torch.where(hidden, found, 0).sum(-1) * scored / hidden.sum(-1)
+    logits = predict(texts.masked_fill(hidden, mask_id))[hidden].double()
+    found = torch.zeros_like(texts, dtype=torch.float64)
+    found[hidden] = -F.cross_entropy(logits, texts[hidden], reduction="none")
+    return found.sum(-1) * scored / hidden.sum(-1)
 
 
 def draw_hidden(length: int, seed: int, *keys: int) -> Tensor:
