@@ -7,8 +7,10 @@ from torch import Tensor, nn
 
 from opencola.flow.dit import BlockCausalDiT, DiTConfig
 from opencola.layers.attention import masked
+from opencola.layers.llama import LlamaConfig
 from opencola.layers.masks import block_causal, dense
 from opencola.models.cola import Cola, ColaConfig, PriorObjective
+from opencola.models.llada import LLaDA, LLaDAConfig
 from opencola.text.corpus import Batch
 from opencola.vae.objective import VAEObjective
 from opencola.vae.text_vae import TextVAE, TextVAEConfig
@@ -61,6 +63,13 @@ def tiny_cola(
     """A whole model; further fields are the prior's objective."""
     parts = (vae_config(**vae or {}), dit_config(**dit or {}), VAEObjective(**objective or {}), PriorObjective(**prior))
     return randomise(Cola(ColaConfig(*parts)))
+
+
+def tiny_llada(**fields: Any) -> LLaDA:
+    """Two layers of width 16."""
+    trunk = LlamaConfig(width=16, num_layers=2, num_heads=2, ffn_dim=24)
+    config = LLaDAConfig(**{"vocab_size": VOCABULARY, "trunk": trunk} | fields)
+    return randomise(LLaDA(config))
 
 
 def tiny_batch(size: int = 3, length: int = 12, step: int = 0, seed: int = 5) -> Batch:

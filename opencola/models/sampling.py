@@ -17,7 +17,7 @@ class Sampling:
     max_new_tokens: int = 64
     """Tokens to write at most, the prompt not counted."""
     steps: int = 16
-    """Solver steps per block."""
+    """Solver steps per block; of LLaDA, steps of unmasking, of which a block has at most one a token."""
     solver: Solver = "euler"
     """Solver of the flow; stochastic puts fresh noise in at every step, adaptive is dopri5."""
     eta: float = 1.0
@@ -42,6 +42,10 @@ class Sampling:
     """Times that `partial` does each step while it re-noises the known latents."""
     repaint_fraction: float = 0.5
     """First share of the steps in which `partial` does so."""
+    block_length: int = 16
+    """Tokens of a block of LLaDA, whose blocks are unmasked from left to right."""
+    remasking: Literal["low_confidence", "random"] = "low_confidence"
+    """Which of the tokens that LLaDA proposes stay masked: the least probable ones, or any."""
     temperature: float = 0.0
     """Temperature of the token choice; 0 takes the most probable token."""
     top_k: int = 0
@@ -64,7 +68,7 @@ class Sampling:
     """Round the times that the DiT sees to bfloat16, as the public release does on a GPU (official-format §8)."""
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "steps", "candidates", "repaint_repeats", "guidance_every"):
+        for name in ("max_new_tokens", "steps", "candidates", "repaint_repeats", "guidance_every", "block_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0:

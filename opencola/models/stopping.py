@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from opencola.models.prompts import Prompts
 from opencola.models.sampling import Sampling
@@ -20,10 +20,19 @@ class TokenBlock:
     finished: Finished
 
 
+class Begun(Protocol):
+    """Samples whose first block may begin with tokens of the prompt."""
+
+    @property
+    def known(self) -> list[list[int]]:
+        """Those tokens, of every sample."""
+        ...
+
+
 class OwnStop:
     """Every sample ends on its own: at its end-of-text token, its stop rule, or exactly its budget of new tokens."""
 
-    def __init__(self, prompts: Prompts, sampling: Sampling, eos_ids: Sequence[int], stop: StopRule) -> None:
+    def __init__(self, prompts: Begun, sampling: Sampling, eos_ids: Sequence[int], stop: StopRule) -> None:
         self.known = prompts.known
         self.budget = sampling.max_new_tokens
         self.eos_ids = set() if sampling.ignore_eos else set(eos_ids)
