@@ -63,6 +63,8 @@ def test_ours_give_the_same_logits(tied: bool, kv_heads: int, tmp_path: Path) ->
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert (other.config.bos_token_id, other.config.eos_token_id) == (4, [4])
     assert_same(model, other)
+    values = json.loads((tmp_path / "config.json").read_text())
+    assert values["rope_theta"] == values["rope_parameters"]["rope_theta"] == 77  # of transformers 4 and 5
     assert llama.load(tmp_path).config == model.config
     assert_same(llama.load(tmp_path), other)
 
@@ -147,6 +149,7 @@ PROJECTION = "model.layers.1.self_attn.k_proj.weight"
     [
         ("rope_scaling", {"type": "linear", "factor": 2.0}, "rope_scaling is {'type': 'linear', 'factor': 2.0}, but"),
         ("rope_parameters", LINEAR, "rope_parameters is {'rope_type': 'linear', 'factor': 2.0}, but only unscaled"),
+        ("rope_parameters", {"partial_rotary_factor": 0.5}, "rope_parameters is {'partial_rotary_factor': 0.5}, but"),
         ("rope_parameters", [1], "rope_parameters is \\[1\\], but only unscaled"),
         ("rope_parameters", {"rope_theta": "1"}, "rope_theta is '1', but must be a number"),
         ("attention_bias", True, "attention_bias is True, but only False is supported"),
