@@ -72,10 +72,10 @@ def dit_to_release(config: DiTConfig) -> Values:
 
 def dit_from_release(file: Path, values: Mapping[str, Any]) -> DiTConfig:
     """Read a DiT's config.json. Raises ValueError naming file, key and value for what our DiT cannot be."""
-    _check_type(file, values, "cola_dit")
+    check_type(file, values, "cola_dit")
     fields = _fields(file, values, DIT_FIELDS, DiTConfig)
-    _check_fixed(file, values, {"txt_out_channels": fields["latent_dim"], "emb_dim": fields["width"], "patch_size": 1})
-    return _build(file, DiTConfig, fields)
+    check_fixed(file, values, {"txt_out_channels": fields["latent_dim"], "emb_dim": fields["width"], "patch_size": 1})
+    return build(file, DiTConfig, fields)
 
 
 def vae_to_release(config: TextVAEConfig) -> Values:
@@ -92,39 +92,42 @@ def vae_to_release(config: TextVAEConfig) -> Values:
 
 def vae_from_release(file: Path, values: Mapping[str, Any]) -> TextVAEConfig:
     """Read a Text VAE's config.json. Raises ValueError naming file, key and value for what our VAE cannot be."""
-    _check_type(file, values, "cola_text_vae")
-    _check_fixed(file, values, VAE_FIXED)
+    check_type(file, values, "cola_text_vae")
+    check_fixed(file, values, VAE_FIXED)
     fields = _fields(file, values, VAE_FIELDS, TextVAEConfig)
-    shared = _value(file, values, "shared_heads_kv", int)
+    shared = required(file, values, "shared_heads_kv", int)
     if shared not in (1, fields["num_heads"]):
         raise ValueError(f"{file}: shared_heads_kv is {shared}, but must be 1 or num_heads, {fields['num_heads']}")
     fields["multi_query"] = shared > 1
-    block_size = _value(file, values, "block_size", int)
-    if not _value(file, values, "block_causal", bool):
+    block_size = required(file, values, "block_size", int)
+    if not required(file, values, "block_causal", bool):
         fields |= {"attention": "full", "block_size": block_size}
     elif block_size == 1:
         fields["attention"] = "causal"
     else:
         fields |= {"attention": "block_causal", "block_size": block_size}
     if "fixed_logsnr" in values:
-        fields["fixed_logsnr"] = _value(file, values, "fixed_logsnr", float | None)
-    return _build(file, TextVAEConfig, fields)
+        fields["fixed_logsnr"] = required(file, values, "fixed_logsnr", float | None)
+    return build(file, TextVAEConfig, fields)
 
 
-def _check_type(file: Path, values: Mapping[str, Any], wanted: str) -> None:
+def check_type(file: Path, values: Mapping[str, Any], wanted: str) -> None:
+    """Raise ValueError when model_type is there and another than the one wanted."""
     found = values.get("model_type", wanted)
     if found != wanted:
         raise ValueError(f"{file}: model_type is {found!r}, but a {wanted} is wanted here")
 
 
-def _check_fixed(file: Path, values: Mapping[str, Any], wanted: Values) -> None:
+def check_fixed(file: Path, values: Mapping[str, Any], wanted: Values) -> None:
+    """Raise ValueError when one of the wanted keys is there with another value."""
     for key, value in wanted.items():
         found = values.get(key, value)
         if found != value:
             raise ValueError(f"{file}: {key} is {found!r}, but only {value!r} is supported")
 
 
-def _value(file: Path, values: Mapping[str, Any], key: str, hint: Any) -> Any:
+def required(file: Path, values: Mapping[str, Any], key: str, hint: Any) -> Any:
+    """The value of a key, as `files.checked`. Raises ValueError when it is missing, too, and for sizes below 1."""
     if key not in values:
         raise ValueError(f"{file}: {key} is missing")
     value = checked(file, key, values[key], hint)
@@ -136,10 +139,11 @@ def _value(file: Path, values: Mapping[str, Any], key: str, hint: Any) -> Any:
 
 def _fields(file: Path, values: Mapping[str, Any], names: Mapping[str, str], config: type) -> Values:
     hints = get_type_hints(config)
-    return {field: _value(file, values, key, hints[field]) for key, field in names.items()}
+    return {field: required(file, values, key, hints[field]) for key, field in names.items()}
 
 
-def _build(file: Path, config: type[Config], fields: Values) -> Config:
+def build(file: Path, config: type[Config], fields: Values) -> Config:
+    """A configuration. Its own ValueError gets the file's name."""
     try:
         return config(**fields)
     except ValueError as error:

@@ -65,7 +65,7 @@ def generate(
     encoded = encode_prompts(vae, prompts, sampling, size, pad_id)
     ids = list(range(len(prompts))) if ids is None else list(ids)
     clock = Clock(dit, sampling, encoded.latents)
-    policy: OwnStop | ReleaseStop = OwnStop(encoded, sampling, eos_ids, stop)
+    policy: OwnStop | ReleaseStop = OwnStop(encoded.known, sampling, eos_ids, stop)
     if release:
         policy = ReleaseStop(encoded, sampling, eos_ids, size * patch)
     written: list[list[int]] = [[] for _ in prompts]  # all tokens of the generated blocks

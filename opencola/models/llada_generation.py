@@ -76,7 +76,7 @@ def generate(
     ids = list(range(len(prompts))) if ids is None else list(ids)
     budget, size, mask = sampling.max_new_tokens, sampling.block_length, model.mask_id
     canvas = Canvas.of(prompts, budget, mask, pad_id, model.head.weight.device)
-    policy = OwnStop(canvas, sampling, eos_ids, stop)
+    policy = OwnStop(canvas.known, sampling, eos_ids, stop)
     active = list(range(len(prompts)))
     for number in range(-(-budget // size)):
         width = min(size, budget - number * size)

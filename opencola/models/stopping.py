@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 from opencola.models.prompts import Prompts
 from opencola.models.sampling import Sampling
@@ -20,24 +20,20 @@ class TokenBlock:
     finished: Finished
 
 
-class Begun(Protocol):
-    """Samples whose first block may begin with tokens of the prompt."""
-
-    @property
-    def known(self) -> list[list[int]]:
-        """Those tokens, of every sample."""
-        ...
-
-
 class OwnStop:
-    """Every sample ends on its own: at its end-of-text token, its stop rule, or exactly its budget of new tokens."""
+    """Every sample ends on its own: at its end-of-text token, its stop rule, or exactly its budget of new tokens.
 
-    def __init__(self, prompts: Begun, sampling: Sampling, eos_ids: Sequence[int], stop: StopRule) -> None:
-        self.known = prompts.known
+    known: the tokens of each sample's prompt with which its block 0 begins.
+    """
+
+    def __init__(
+        self, known: Sequence[Sequence[int]], sampling: Sampling, eos_ids: Sequence[int], stop: StopRule
+    ) -> None:
+        self.known = known
         self.budget = sampling.max_new_tokens
         self.eos_ids = set() if sampling.ignore_eos else set(eos_ids)
         self.stop = stop
-        self.new: list[list[int]] = [[] for _ in prompts.known]
+        self.new: list[list[int]] = [[] for _ in known]
 
     def cut(self, active: Sequence[int], blocks: Sequence[list[int]], number: int) -> list[TokenBlock]:
         """Tokens to give out of block `number` of the active samples; the end-of-text token is not among them."""

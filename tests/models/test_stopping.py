@@ -47,7 +47,9 @@ def test_own_rule(size: int, ignore_eos: bool) -> None:
         batch, budget = 4, rng.randint(1, 20)
         known = [rng.randrange(size) for _ in range(batch)]
         texts = [[rng.choice([EOS, STOP, *range(2, 14)]) for _ in range(size * 24)] for _ in range(batch)]
-        rule = OwnStop(prompts(known), Sampling(max_new_tokens=budget, ignore_eos=ignore_eos), [EOS], stop)
+        rule = OwnStop(
+            [[9] * count for count in known], Sampling(max_new_tokens=budget, ignore_eos=ignore_eos), [EOS], stop
+        )
         found: list[list[TokenBlock]] = [[] for _ in range(batch)]
         active, number = list(range(batch)), 0
         while active:
@@ -70,14 +72,14 @@ def test_own_rule(size: int, ignore_eos: bool) -> None:
 
 
 def test_a_stop_rule_may_reach_back_over_blocks_given_out() -> None:
-    rule = OwnStop(prompts([0]), Sampling(), [], lambda sample, tokens: 2 if len(tokens) > 4 else None)
+    rule = OwnStop([[]], Sampling(), [], lambda sample, tokens: 2 if len(tokens) > 4 else None)
     assert rule.cut([0], [[2, 3, 4, 5]], 0) == [TokenBlock(0, [2, 3, 4, 5], "")]
     assert rule.cut([0], [[6, 7, 8, 9]], 1) == [TokenBlock(0, [], "stop")]
 
 
 def test_the_stop_rule_sees_what_stands_before_the_end_of_text_only() -> None:
     seen: list[list[int]] = []
-    rule = OwnStop(prompts([1]), Sampling(max_new_tokens=3), [EOS], lambda sample, tokens: seen.append(list(tokens)))
+    rule = OwnStop([[9]], Sampling(max_new_tokens=3), [EOS], lambda sample, tokens: seen.append(list(tokens)))
     assert rule.cut([0], [[9, 2, EOS, STOP]], 0) == [TokenBlock(0, [2], "eos")]
     assert seen == [[2]]
 

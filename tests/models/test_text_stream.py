@@ -11,7 +11,6 @@ import torch
 
 from opencola.flow.dit import DiTConfig
 from opencola.models.cola import Cola, ColaConfig
-from opencola.models.prompts import Prompts
 from opencola.models.sampling import Sampling
 from opencola.models.stopping import OwnStop, TokenBlock
 from opencola.models.text_stream import TextPiece, generate_text
@@ -33,8 +32,7 @@ class Scripted:
     def generate(
         self, prompts: list[list[int]], sampling: Sampling, *, eos_ids: Sequence[int], stop: Any, **rest: Any
     ) -> Iterator[list[TokenBlock]]:
-        zeros = torch.zeros(len(prompts))
-        policy = OwnStop(Prompts(zeros, zeros, zeros, zeros, [[] for _ in prompts]), sampling, eos_ids, stop)
+        policy = OwnStop([[] for _ in prompts], sampling, eos_ids, stop)
         active = list(range(len(prompts)))
         for start in range(0, 10_000, self.size):
             blocks = policy.cut(active, [self.tokens[i][start : start + self.size] for i in active], 1)
