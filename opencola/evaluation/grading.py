@@ -7,6 +7,7 @@ Where the rules leave a detail open, the plain reading is taken:
 - Texts to map are stripped first; the 40 characters are counted after that.
 - A letter beyond the options is no match at all: an earlier letter of an option still counts as the last one.
 - Of several keywords in the last line that has one, the answer segment follows the last.
+- The sequence matcher, which is not symmetric, is given the text first, then the option.
 - Among options of one norm, or of one ratio, the first is chosen.
 """
 

@@ -63,11 +63,15 @@ MAPPED = [  # text, options, index
     ("Not Paris. Answer: Rome", CITIES, 2),
     ("Answer: Rome\nor Paris", CITIES, 2),
     ("answer: Rome, answer: Paris", CITIES, 0),
+    ("answer: Paris\nanswer: Rome\nor New York", CITIES, 2),
+    ("The final answer is an answer", ["an answer", "answer"], 0),  # nothing follows the last keyword
     ("option B, answer: Paris", CITIES, 1),  # letters come first, also in the whole text
     ("(B) Paris", CITIES, 1),
     ("", CITIES, None),
     (" \n ", CITIES, None),
     ("...", CITIES, None),
+    ("aabbaabcba", ["aabbabcaba", "x"], None),  # 0.8: the matcher is not symmetric
+    ("aabbabcaba", ["aabbaabcba", "x"], 0),  # 0.9
     ("Ålesund", ["Ålesund", "Oslo"], 0),
     ("ÅLESUND", ["ålesund", "Oslo"], 0),
     ("東京", ["東京", "大阪"], 0),

@@ -30,8 +30,10 @@ def test_scores_of_known_verdicts() -> None:
 
 
 def test_an_unmapped_but_equal_answer_is_no_parse() -> None:
-    scores = score([grade("option", "Madrid", "madrid", ["Oslo", "Rome"])], chance=0.5)
-    assert scores.accuracy.value == 1 and scores.parse_rate.value == scores.accuracy_given_parse.count == 0
+    said = [("Madrid", "madrid"), ("Oslo", "Rome")]
+    scores = score([grade("option", text, answer, ["Oslo", "Rome"]) for text, answer in said], chance=0.5)
+    assert scores.accuracy.value == scores.parse_rate.value == 0.5
+    assert (scores.accuracy_given_parse.value, scores.accuracy_given_parse.count) == (0, 1)
 
 
 def test_scores_of_nothing() -> None:
