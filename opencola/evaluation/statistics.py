@@ -1,0 +1,91 @@
+"""What the verdicts on a task's records say, and how sure that is; shares are fractions of 1."""
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from opencola.evaluation.grading import Verdict
+from opencola.evaluation.stories import Share, share
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A task's figures, with Wilson's 95 % intervals."""
+
+    accuracy: Share
+    """Of all records: the protocol's figure."""
+    parse_rate: Share
+    """Answers that map to an option (without options: that hold a word), of all records."""
+    accuracy_given_parse: Share
+    """Of the parsed answers, those that are correct or map to the right option: what is known once formatting is
+    forgiven."""
+    chance: float
+    """Accuracy of picking an option blindly."""
+    chance_corrected: Share
+    """(accuracy - chance) / (1 - chance), its interval likewise: 0 at chance, 1 at best, negative below chance."""
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Two models on the same records: McNemar's exact test."""
+
+    both: int
+    only_first: int
+    only_second: int
+    neither: int
+    p_value: float
+    """Two-sided: how probable a split of the records that one model alone got right, as uneven as this one or more, is
+    if each model is as likely to be that one."""
+
+    @property
+    def difference(self) -> float:
+        """Accuracy of the first model less that of the second; 0 without records."""
+        count = self.both + self.only_first + self.only_second + self.neither
+        return (self.only_first - self.only_second) / count if count else 0.0
+
+
+def correct_for_chance(accuracy: float, chance: float) -> float:
+    """(accuracy - chance) / (1 - chance). Raises ValueError for a chance outside [0, 1)."""
+    if not 0 <= chance < 1:
+        raise ValueError(f"chance is {chance}; it must be at least 0 and less than 1")
+    return (accuracy - chance) / (1 - chance)
+
+
+def score(verdicts: Sequence[Verdict], chance: float) -> Scores:
+    """The figures of a task's verdicts. Raises ValueError for a chance outside [0, 1)."""
+    parsed = [verdict for verdict in verdicts if verdict.parsed]
+    accuracy = share(sum(verdict.correct for verdict in verdicts), len(verdicts))
+    value, low, high = (correct_for_chance(end, chance) for end in (accuracy.value, accuracy.low, accuracy.high))
+    return Scores(
+        accuracy,
+        share(len(parsed), len(verdicts)),
+        share(sum(verdict.agrees for verdict in parsed), len(parsed)),
+        chance,
+        Share(value, low, high, accuracy.count),
+    )
+
+
+def tasks_average(scores: Sequence[Scores]) -> float:
+    """The plain mean of the tasks' accuracies, whatever their numbers of records. Raises ValueError without tasks."""
+    if not scores:
+        raise ValueError("there is no average of no tasks")
+    return fmean(one.accuracy.value for one in scores)
+
+
+def compare(first: Mapping[Hashable, bool], second: Mapping[Hashable, bool]) -> Paired:
+    """Compare two models by what each got right, by record id.
+
+    The p-value is that of McNemar's exact test (a two-sided sign test on the records that the models differ on),
+    computed in whole numbers; 1 where they differ on none. Raises ValueError unless both have the same records.
+    """
+    if first.keys() != second.keys():
+        odd = sorted(map(str, first.keys() ^ second.keys()))
+        raise ValueError(f"only one of the models has records {', '.join(odd[:5])}{' ...' * (len(odd) > 5)}")
+    only_first = sum(right and not second[name] for name, right in first.items())
+    only_second = sum(right and not first[name] for name, right in second.items())
+    both = sum(right and second[name] for name, right in first.items())
+    differing = only_first + only_second
+    tail = sum(math.comb(differing, k) for k in range(min(only_first, only_second) + 1))
+    p_value = min(1.0, 2 * tail / 2**differing)
+    return Paired(both, only_first, only_second, len(first) - both - differing, p_value)
