@@ -147,7 +147,9 @@ class Plaid(nn.Module):
 
     def estimate(self, z: Tensor, shape: Tensor, first: Tensor, attend: Attend) -> Tensor:
         """Estimate of x (B, L, E): the mean embedding under the logits (categorical reparameterisation, §3.2)."""
-        return self.logits(z, shape, first, attend).softmax(-1) @ self.embeddings()
+        logits = self.logits(z, shape, first, attend)
+        with torch.autocast(z.device.type, enabled=False):
+            return logits.softmax(-1) @ self.embeddings()
 
     def decoder(self, z: Tensor) -> Tensor:
         """log p(x | z_0) of every token: (B, L, V) of z_0 (B, L, E)."""

@@ -108,7 +108,7 @@ def test_diffusion_integrand_is_the_limit_of_discrete_kls(t: float) -> None:
     steps = 20_000
     times = torch.tensor([t - 0.5 / steps, t, t + 0.5 / steps]).double()
     shape, slope = schedule.shape(times)
-    gamma = schedule.gamma(shape)
+    gamma = schedule.gamma(shape).detach()
     x, estimate, z = (torch.randn(1, 2, 4).double() for _ in range(3))
     (mean, var), (guess, _) = (by_bayes(z, y, float(gamma[0]), float(gamma[2])) for y in (x, estimate))
     expected = steps * ((mean - guess).square() / (2 * var)).sum(-1)
@@ -117,7 +117,7 @@ def test_diffusion_integrand_is_the_limit_of_discrete_kls(t: float) -> None:
 
 
 def exact_bound(start: float, end: float) -> tuple[Tensor, Tensor]:
-    """Bounds (V,) of one-token texts and -log p (V,), with the exact posterior mean, by integration over t and noise."""
+    """Bounds (V,) of one-token texts and -log p (V,), of the exact posterior mean, by integration over t and noise."""
     model = plaid(vocab_size=3, embedding_dim=2, self_conditioning=0)
     log_p = torch.tensor([0.6, 0.3, 0.1]).double().log()
     with torch.no_grad():
