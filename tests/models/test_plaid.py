@@ -195,6 +195,12 @@ def test_the_shape_descends_the_variance_and_the_ends_the_bound() -> None:
         assert float(parameter.grad.view(-1)[0]) == pytest.approx(expected, rel=1e-5)
 
 
+def test_the_ends_learn_slowly() -> None:
+    ratios, names = plaid().learning_rate_ratios(), [name for name, _ in plaid().named_parameters()]
+    assert all(sum(name.startswith(prefix) for name in names) == 1 and ratio < 1 for prefix, ratio in ratios.items())
+    assert set(ratios) == {"schedule.start", "schedule.log_span"}
+
+
 def test_documents_do_not_see_each_other() -> None:
     model = plaid(self_conditioning=1)
     documents = torch.tensor([[0, 0, 0, 1, 1, 1]])
