@@ -1,0 +1,92 @@
+"""Log-probabilities of texts under a Plaid: its variational bound with K draws of time and noise."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from opencola.layers import randomness
+from opencola.layers.attention import masked
+from opencola.models.language_model import Score
+
+if TYPE_CHECKING:
+    from opencola.models.plaid import Plaid
+
+
+@dataclass(frozen=True)
+class PlaidScoring:
+    """How texts are scored."""
+
+    samples: int = 64
+    """Draws K of time and noise for every text; the times are spread evenly over [0, 1]."""
+    rows: int = 32
+    """Draws to evaluate at a time: memory."""
+    seed: int = 0
+    """All draws depend on this, the text's id and the draw's number alone."""
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+
+@torch.no_grad()
+def score(
+    model: "Plaid",
+    prompts: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[int]],
+    settings: PlaidScoring,
+    *,
+    ids: Sequence[int] | None = None,
+) -> Score:
+    """Bound on the log-probability of every continuation (token ids) given its prompt (maybe none), in nats.
+
+    ids decide the draws (places in the list when not given). The standard error takes the draws as independent, which
+    is too much where the times are spread evenly. parts: reconstruction, prior, diffusion, which add up to the total.
+    Raises ValueError for empty continuations and ids beyond the vocabulary.
+    """
+    ids = list(range(len(prompts))) if ids is None else list(ids)
+    drawn = []
+    for number, (prompt, continuation) in enumerate(zip(prompts, continuations, strict=True)):
+        tokens = [*prompt, *continuation]
+        if not continuation:
+            raise ValueError(f"continuation {number} is empty")
+        if not 0 <= min(tokens) <= max(tokens) < model.config.vocab_size:
+            raise ValueError(f"text {number} has a token id outside 0..{model.config.vocab_size - 1}")
+        drawn.append(_draws(model, tokens, len(prompt), ids[number], settings))
+    parts = {name: torch.stack([one[name].mean() for one in drawn]) for name in drawn[0]}
+    totals = [torch.stack(list(one.values())).sum(0) for one in drawn]
+    count = settings.samples
+    return Score(
+        torch.stack([total.mean() for total in totals]),
+        torch.stack([total.std() / count**0.5 if count > 1 else total[0] * torch.nan for total in totals]),
+        torch.tensor([len(continuation) for continuation in continuations]),
+        "bound",
+        f"variational bound, K = {count}",
+        parts,
+    )
+
+
+def _draws(model: "Plaid", tokens: list[int], known: int, id_: int, settings: PlaidScoring) -> dict[str, Tensor]:
+    """The terms, negated, of every draw: (K,) float64 each, on the CPU."""
+    like = model.embeddings()
+    count, shape = settings.samples, (2, len(tokens), model.config.embedding_dim)
+    offset = torch.rand((), generator=randomness.generator(settings.seed, "time", id_), dtype=torch.float64)
+    times = (offset + torch.arange(count)) / count
+    scored = torch.arange(len(tokens), device=like.device) >= known
+    found: list[dict[str, Tensor]] = []
+    for some in torch.arange(count).split(settings.rows):
+        generators = [randomness.generator(settings.seed, "diffusion", id_, draw) for draw in some.tolist()]
+        noise = torch.stack([torch.randn(shape, generator=g) for g in generators], dim=1).to(like)
+        terms = model.terms(
+            torch.tensor([tokens] * len(some), device=like.device),
+            scored.expand(len(some), -1),
+            times[some].to(like),
+            noise,
+            torch.ones(len(some), dtype=torch.bool, device=like.device),
+            masked(None),
+        )
+        found.append({name: -value.double().sum(1).cpu() for name, value in terms.items()})
+    return {name: torch.cat([one[name] for one in found]) for name in found[0]}
