@@ -8,7 +8,6 @@ from torch import Tensor
 
 from opencola.layers import randomness
 from opencola.layers.attention import masked
-from opencola.models.prompts import Prompts
 from opencola.models.sampling import Sampling, choose, penalise
 from opencola.models.stopping import OwnStop, StopRule, TokenBlock
 
@@ -38,8 +37,7 @@ def generate(
     for number, prompt in enumerate(texts):
         if prompt and not 0 <= min(prompt) <= max(prompt) < model.config.vocab_size:
             raise ValueError(f"prompt {number} has a token id outside 0..{model.config.vocab_size - 1}")
-    none = torch.zeros(0)
-    policy = OwnStop(Prompts(none, none, none, none, texts), sampling, eos_ids, stop)
+    policy = OwnStop(texts, sampling, eos_ids, stop)
     for length in sorted({len(text) for text in texts}):
         active = [place for place, text in enumerate(texts) if len(text) == length]
         known = torch.tensor([texts[place] for place in active], dtype=torch.long, device=model.embedding.device)
