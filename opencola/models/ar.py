@@ -12,6 +12,7 @@ from opencola.layers.attention import masked
 from opencola.layers.cache import ROUND, KVCache
 from opencola.layers.llama import Llama, LlamaConfig
 from opencola.layers.transformer import Linear
+from opencola.models.inputs import checked_prompts, checked_texts
 from opencola.models.language_model import Loss, Score
 from opencola.models.sampling import Sampling, choose, penalise
 from opencola.models.stopping import OwnStop, StopRule, TokenBlock
@@ -124,9 +125,7 @@ class AR(nn.Module):
         """
         if not prompts:
             return
-        texts = [list(prompt) for prompt in prompts]
-        for number, text in enumerate(texts):
-            self._check(text, f"prompt {number}")
+        texts = checked_prompts(prompts, self.config.vocab_size)
         ids = list(range(len(texts))) if ids is None else list(ids)
         policy = OwnStop([[] for _ in texts], sampling, eos_ids, stop)
         cache = self._prefill(texts, sampling.max_new_tokens, pad_id)
@@ -157,12 +156,7 @@ class AR(nn.Module):
         else is scored, but for rounding. Sums are in float64. Raises ValueError for empty continuations and ids beyond
         the vocabulary.
         """
-        texts = []
-        for number, (prompt, continuation) in enumerate(zip(prompts, continuations, strict=True)):
-            if not continuation:
-                raise ValueError(f"continuation {number} is empty")
-            texts.append([*prompt, *continuation])
-            self._check(texts[-1], f"text {number}")
+        texts = checked_texts(prompts, continuations, self.config.vocab_size)
         by_width: dict[int, list[int]] = {}
         for place, text in enumerate(texts):
             by_width.setdefault(_round(len(text)), []).append(place)
@@ -193,10 +187,6 @@ class AR(nn.Module):
     def _padded(self, inputs: Sequence[list[int]], width: int, pad_id: int) -> Tensor:
         rows = [row + [pad_id] * (width - len(row)) for row in inputs]
         return torch.tensor(rows, device=self.embedding.weight.device)
-
-    def _check(self, tokens: Sequence[int], name: str) -> None:
-        if tokens and not 0 <= min(tokens) <= max(tokens) < self.config.vocab_size:
-            raise ValueError(f"{name} has a token id outside 0..{self.config.vocab_size - 1}")
 
 
 def _round(length: int) -> int:

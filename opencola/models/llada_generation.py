@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from opencola.layers import randomness
+from opencola.models.inputs import checked_prompts
 from opencola.models.sampling import Sampling, penalise, probabilities
 from opencola.models.stopping import OwnStop, StopRule, TokenBlock
 
@@ -38,9 +39,7 @@ class Canvas:
         cls, prompts: Sequence[Sequence[int]], new: int, mask_id: int, pad_id: int, device: torch.device
     ) -> "Canvas":
         """Prompts, each with `new` masks. Raises ValueError for ids beyond the vocabulary."""
-        for number, prompt in enumerate(prompts):
-            if prompt and not 0 <= min(prompt) <= max(prompt) < mask_id:
-                raise ValueError(f"prompt {number} has a token id outside 0..{mask_id - 1}")
+        prompts = checked_prompts(prompts, mask_id)
         longest = max(map(len, prompts))
         rows = [[*prompt] + [mask_id] * new + [pad_id] * (longest - len(prompt)) for prompt in prompts]
         count = torch.tensor([len(prompt) for prompt in prompts], device=device)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opencola.layers import randomness
+from opencola.models.inputs import checked_texts
 from opencola.models.language_model import Score
 
 if TYPE_CHECKING:
@@ -58,12 +59,7 @@ def score(
     if samples < 1 or rows < 1:
         raise ValueError(f"samples and rows must be at least 1, not {samples} and {rows}")
     ids = list(range(len(prompts))) if ids is None else list(ids)
-    texts = [[*prompt, *continuation] for prompt, continuation in zip(prompts, continuations, strict=True)]
-    for number, (text, continuation) in enumerate(zip(texts, continuations, strict=True)):
-        if not continuation:
-            raise ValueError(f"continuation {number} is empty")
-        if not 0 <= min(text) <= max(text) < model.mask_id:
-            raise ValueError(f"text {number} has a token id outside 0..{model.mask_id - 1}")
+    texts = checked_texts(prompts, continuations, model.mask_id)
     device = model.head.weight.device
     found = torch.empty(len(texts), samples, dtype=torch.float64)
     jobs = [(place, sample) for place in range(len(texts)) for sample in range(samples)]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from opencola.layers import randomness
 from opencola.layers.attention import masked
+from opencola.models.inputs import checked_prompts
 from opencola.models.sampling import Sampling, choose, penalise
 from opencola.models.stopping import OwnStop, StopRule, TokenBlock
 
@@ -33,10 +34,7 @@ def generate(
     prompts with ids beyond the vocabulary.
     """
     ids = list(range(len(prompts))) if ids is None else list(ids)
-    texts = [list(prompt) for prompt in prompts]
-    for number, prompt in enumerate(texts):
-        if prompt and not 0 <= min(prompt) <= max(prompt) < model.config.vocab_size:
-            raise ValueError(f"prompt {number} has a token id outside 0..{model.config.vocab_size - 1}")
+    texts = checked_prompts(prompts, model.config.vocab_size)
     policy = OwnStop(texts, sampling, eos_ids, stop)
     for length in sorted({len(text) for text in texts}):
         active = [place for place, text in enumerate(texts) if len(text) == length]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from opencola.layers import randomness
 from opencola.layers.attention import masked
+from opencola.models.inputs import checked_texts
 from opencola.models.language_model import Score
 
 if TYPE_CHECKING:
@@ -48,14 +49,8 @@ def score(
     Raises ValueError for empty continuations and ids beyond the vocabulary.
     """
     ids = list(range(len(prompts))) if ids is None else list(ids)
-    drawn = []
-    for number, (prompt, continuation) in enumerate(zip(prompts, continuations, strict=True)):
-        tokens = [*prompt, *continuation]
-        if not continuation:
-            raise ValueError(f"continuation {number} is empty")
-        if not 0 <= min(tokens) <= max(tokens) < model.config.vocab_size:
-            raise ValueError(f"text {number} has a token id outside 0..{model.config.vocab_size - 1}")
-        drawn.append(_draws(model, tokens, len(prompt), ids[number], settings))
+    texts = checked_texts(prompts, continuations, model.config.vocab_size)
+    drawn = [_draws(model, text, len(prompt), i, settings) for text, prompt, i in zip(texts, prompts, ids, strict=True)]
     parts = {name: torch.stack([one[name].mean() for one in drawn]) for name in drawn[0]}
     totals = [torch.stack(list(one.values())).sum(0) for one in drawn]
     count = settings.samples

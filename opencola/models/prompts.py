@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from opencola.layers.cache import ROUND
+from opencola.models.inputs import checked_prompts
 from opencola.models.sampling import Sampling
 from opencola.vae.text_vae import TextVAE
 
@@ -28,10 +29,7 @@ def encode_prompts(
     """Encode prompts (token ids, maybe none) by the posterior mean. Raises ValueError for ids beyond the vocabulary."""
     patch = vae.config.patch_size
     chunk = block_size * patch
-    texts = [list(prompt) for prompt in prompts]
-    for number, prompt in enumerate(texts):
-        if prompt and not 0 <= min(prompt) <= max(prompt) < vae.config.vocab_size:
-            raise ValueError(f"prompt {number} has a token id outside 0..{vae.config.vocab_size - 1}")
+    texts = checked_prompts(prompts, vae.config.vocab_size)
     if sampling.first_block in ("left_pad", "right_pad"):
         fill = [[pad_id] * (-len(prompt) % chunk) for prompt in texts]
         left = sampling.first_block == "left_pad"

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from opencola.flow.likelihood import Density, Likelihood, draw_groups, draw_probes, log_density
 from opencola.models.importance import Estimator, Evaluation, Terms
+from opencola.models.inputs import checked_texts
 from opencola.models.language_model import Score
 
 if TYPE_CHECKING:
@@ -121,10 +122,10 @@ def evaluate(
     """
     ids = list(range(len(prompts))) if ids is None else list(ids)
     chunk = model.vae.config.patch_size * model.dit.config.block_size
+    if not model.vae.config.variational:
+        raise ValueError("model.vae.variational is false: without a posterior there is no likelihood")
     texts, prefixes = [], []
-    for number, (prompt, continuation) in enumerate(zip(prompts, continuations, strict=True)):
-        tokens = [*prompt, *continuation]
-        _check(model, tokens, len(continuation), number)
+    for prompt, tokens in zip(prompts, checked_texts(prompts, continuations, model.vae.config.vocab_size), strict=True):
         known = 0 if settings.conditional == "joint" else len(prompt)
         if settings.conditional == "first_block":
             tokens = tokens[: (known // chunk + 1) * chunk]
@@ -184,16 +185,6 @@ def kind(settings: Scoring, conditional: bool) -> Literal["bound", "estimate"]:
     """What a score is: a difference of bounds is none, nor is an IWAE of weights with a random divergence."""
     noisy = settings.divergence == "hutchinson" and settings.estimator == "iwae" and settings.samples > 1
     return "estimate" if noisy or (conditional and settings.conditional == "joint") else "bound"
-
-
-def _check(model: "Cola", tokens: list[int], new: int, number: int) -> None:
-    vae = model.vae.config
-    if not vae.variational:
-        raise ValueError("model.vae.variational is false: without a posterior there is no likelihood")
-    if not new:
-        raise ValueError(f"continuation {number} is empty")
-    if not 0 <= min(tokens) <= max(tokens) < vae.vocab_size:
-        raise ValueError(f"text {number} has a token id outside 0..{vae.vocab_size - 1}")
 
 
 @dataclass(frozen=True)
