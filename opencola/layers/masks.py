@@ -32,6 +32,11 @@ def clean_beside_noisy(num_clean: int, num_latents: int, block_size: int) -> Pre
     return predicate
 
 
+def same_document(documents: Tensor) -> Tensor:
+    """Boolean mask (B, 1, R, R) of rows with documents (B, R): true where both are of one."""
+    return (documents[:, :, None] == documents[:, None, :])[:, None]
+
+
 def dense(predicate: Predicate, num_queries: int, num_keys: int, device: torch.device | None = None) -> Tensor:
     """Boolean mask (num_queries, num_keys), true where the query may see the key."""
     query = torch.arange(num_queries, device=device)[:, None]

@@ -63,7 +63,7 @@ class AR(nn.Module):
             return self.trunk(h, cache.positions(rows), cache.attend(rows, 1))
         mask = masks.dense(masks.block_causal(1), rows, rows, inputs.device)
         if documents is not None:
-            mask = mask & (documents[:, :, None] == documents[:, None, :])[:, None]
+            mask = mask & masks.same_document(documents)
         return self.trunk(h, torch.arange(rows, device=inputs.device), masked(mask))
 
     def project(self, h: Tensor) -> Tensor:
@@ -97,8 +97,7 @@ class AR(nn.Module):
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """Scored tokens."""
-        scored = torch.ones_like(batch.tokens, dtype=torch.bool) if batch.scored is None else batch.scored
-        return {"tokens": scored.sum()}
+        return {"tokens": batch.is_scored().sum()}
 
     def learning_rate_ratios(self) -> dict[str, float]:
         """All parameters learn at the same rate."""

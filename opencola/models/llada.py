@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from opencola.layers import randomness
 from opencola.layers.attention import masked
 from opencola.layers.llama import Llama, LlamaConfig
+from opencola.layers.masks import same_document
 from opencola.layers.transformer import Linear, initialise
 from opencola.models import llada_generation, llada_scoring
 from opencola.models.language_model import Loss
@@ -81,7 +82,7 @@ class LLaDA(nn.Module):
         tokens, seen = batch.tokens, None
         t, hidden = draw_mask(batch)
         if batch.documents is not None:
-            seen = (batch.documents[:, :, None] == batch.documents[:, None, :])[:, None]
+            seen = same_document(batch.documents)
         logits = self(tokens.masked_fill(hidden, self.mask_id), seen)
         losses = weighted_losses(logits, tokens, hidden, t)
         counts = batch.counts or self.counts(batch)
@@ -92,8 +93,7 @@ class LLaDA(nn.Module):
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """Scored tokens, masked or not: the weights make up for those that are not."""
-        scored = torch.ones_like(batch.tokens, dtype=torch.bool) if batch.scored is None else batch.scored
-        return {"tokens": scored.sum()}
+        return {"tokens": batch.is_scored().sum()}
 
     def learning_rate_ratios(self) -> dict[str, float]:
         """All parameters learn at the same rate."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from opencola.layers import randomness
 from opencola.layers.attention import Attend, masked
 from opencola.layers.llama import Llama, LlamaConfig
+from opencola.layers.masks import same_document
 from opencola.layers.transformer import Linear, TimeEmbedding, initialise
 from opencola.models import plaid_generation, plaid_scoring
 from opencola.models.language_model import Loss
@@ -106,7 +107,7 @@ def diffusion_integrand(x: Tensor, estimate: Tensor, gamma: Tensor, slope: Tenso
 
 def pattern(documents: Tensor | None) -> Attend:
     """Every row sees every row, or every row of its own document (documents (B, L))."""
-    return masked(None if documents is None else (documents[:, None, :, None] == documents[:, None, None, :]))
+    return masked(None if documents is None else same_document(documents))
 
 
 class Plaid(nn.Module):
@@ -192,7 +193,7 @@ class Plaid(nn.Module):
 
     def loss(self, batch: Batch) -> Loss:
         """The variational bound, reconstruction + prior KL + diffusion, in nats per scored token (§2)."""
-        scored = _scored(batch)
+        scored = batch.is_scored()
         like = self.embeddings()
         # times of consecutive ids are spread evenly: a sequence's is its own, whatever it is batched with
         offset = torch.rand((), generator=randomness.generator(batch.seed, "time"), dtype=torch.float64)
@@ -209,12 +210,8 @@ class Plaid(nn.Module):
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """Scored tokens."""
-        return {"tokens": _scored(batch).sum()}
+        return {"tokens": batch.is_scored().sum()}
 
     def learning_rate_ratios(self) -> dict[str, float]:
         """The schedule's ends learn slowly: at the full rate Adam drives gamma(1) far beyond where the bound gains."""
         return {"schedule.start": 0.1, "schedule.log_span": 0.01}
-
-
-def _scored(batch: Batch) -> Tensor:
-    return torch.ones_like(batch.tokens, dtype=torch.bool) if batch.scored is None else batch.scored

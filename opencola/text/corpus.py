@@ -48,6 +48,10 @@ class Batch:
     """Denominators of the loss's means, by name, where the batch is part of a larger one: what the whole step has,
     divided by the number of its parts. None: the batch is whole, and they are its own."""
 
+    def is_scored(self) -> torch.Tensor:
+        """(B, L) bool: tokens that count in the loss."""
+        return torch.ones_like(self.tokens, dtype=torch.bool) if self.scored is None else self.scored
+
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on `device`."""
         tensors: dict[str, Any] = {name: value.to(device) for name, value in self._tensors().items()}

@@ -43,7 +43,7 @@ def masked_tokens(batch: Batch, objective: VAEObjective) -> Tensor:
 
 def scored_counts(batch: Batch, objective: VAEObjective) -> dict[str, Tensor]:
     """The denominators of `reconstruct`'s means."""
-    scored = torch.ones_like(batch.tokens, dtype=torch.bool) if batch.scored is None else batch.scored
+    scored = batch.is_scored()
     counts = {"tokens": scored.sum()}
     if objective.lambda_mask:
         counts["mask"] = (scored & masked_tokens(batch, objective)).sum()
