@@ -1,6 +1,6 @@
 """The command `opencola`: what it offers, and how it fails: one line on stderr and exit code 2.
 
-Each command loads what it needs when it runs, so that help comes at once.
+The other commands are in `commands`. Each loads what it needs when it runs, so that help comes at once.
 """
 
 import difflib
@@ -17,7 +17,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from opencola import __version__, flags
+from opencola import __version__, commands, flags
+from opencola.commands import help_of
 
 USAGE = """usage: opencola COMMAND [FLAGS]
 
@@ -133,115 +134,18 @@ def demo(argv: Sequence[str]) -> None:
     finish(out, started=None if options.resume else started)
 
 
-def generate(argv: Sequence[str]) -> None:
-    """Continue prompts.
-
-    A single prompt is continued before your eyes, several are printed as they are done. The same seed gives the same
-    texts, alone or in any batch.
-
-    examples:
-      opencola generate --prompt "Once upon a time"
-      opencola generate --model runs/demo --prompt "The fox" "The bear" --steps 32 --seed 7
-      opencola generate --prompts-file prompts.txt --jsonl out.jsonl
-    """
-    from opencola import console
-
-    console.generate(argv, help_of(generate))
-
-
-def chat(argv: Sequence[str]) -> None:
-    """Type beginnings of texts, and read how the model goes on; or talk with a model of conversations.
-
-    examples:
-      opencola chat
-      opencola chat --model runs/sft
-      opencola chat --model runs/demo --max-new-tokens 100
-    """
-    from opencola import console
-
-    console.chat(argv, help_of(chat))
-
-
-def export(argv: Sequence[str]) -> None:
-    """Write a trained model, with tokenizer, sampling settings and a model card, into a folder of its own.
-
-    The folder has the layout of the public Cola DLM release, which `opencola generate --model` reads.
-
-    examples:
-      opencola export --model runs/demo --to models/stories --dtype bf16
-      opencola export --model runs/demo --to models/stories --push OWNER/stories --private
-    """
-    from opencola.export import command
-
-    command(argv, help_of(export))
-
-
-def tokenize(argv: Sequence[str]) -> None:
-    """Turn text into shards of token ids, which training reads without tokenising, whatever their size.
-
-    SOURCE is what --data.source takes: a .txt, .jsonl or .parquet file, a folder of these, hf:NAME[:CONFIG][@SPLIT],
-    bible or stories. After Ctrl-C, a crash or a full disk the same command goes on; it also checks what is there, and
-    writes anew what is damaged.
-
-    examples:
-      opencola tokenize texts/ --to tokens --vocab-size 8192
-      opencola tokenize hf:roneneldan/TinyStories --to tokens --tokenizer runs/mine --workers 8
-      opencola train text --data.source tokens --out runs/mine
-    """
-    from opencola import tokenize as command
-
-    command.tokenize(argv, help_of(tokenize))
-
-
-def latents(argv: Sequence[str]) -> None:
-    """Measure how a model's latents hold text: how much noise they survive, what they cost, how they are spread.
-
-    Prints the figures, and writes them with their intervals to latents.jsonl, and as a drawing to latents.svg.
-
-    examples:
-      opencola latents
-      opencola latents --model runs/mine --data valid.txt --length 128 --out runs/mine/latents
-      opencola latents --model runs/demo/vae --sequences 50 --seed 1
-    """
-    from opencola import latents as command
-
-    command.latents(argv, help_of(latents))
-
-
-def inspect(argv: Sequence[str]) -> None:
-    """Show what posterior, prior and decoder make of every token of a text, each given the true text before it.
-
-    Prints a line for each token, and writes them to inspect.jsonl; slice.svg shows the latents around a few of them:
-    samples of posterior and prior, and what the decoder reads where.
-
-    examples:
-      opencola inspect "Once a little girl named Mia lived near the lake."
-      opencola inspect "The fox ran to the hill." --model runs/demo --tokens 1 4 --guidance 1 --out runs/demo/fox
-    """
-    from opencola import inspect_text as command
-
-    command.inspect(argv, help_of(inspect))
-
-
-def score(argv: Sequence[str]) -> None:
-    """Score texts: log-probabilities, as bounds or estimates, labelled by how they were computed.
-
-    Prints the chosen estimate with its standard error, the terms of the ELBO, perplexity and bits per byte; --jsonl
-    keeps them all, by block too. Ctrl-C keeps what is done.
-
-    examples:
-      opencola score texts.txt
-      opencola score texts.jsonl --model runs/demo --jsonl scores.jsonl --divergence exact --samples 32
-      opencola score answers.jsonl --conditional joint --estimator elbo --solver dopri5 --tolerance 1e-3
-    """
-    from opencola import score as command
-
-    command.score(argv, help_of(score))
-
-
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
-    function.__name__: function for function in (generate, chat, demo, train, tokenize, score, latents, inspect, export)
-}
+OFFERED = (
+    commands.generate,
+    commands.chat,
+    demo,
+    train,
+    commands.tokenize,
+    commands.score,
+    commands.latents,
+    commands.inspect,
+    commands.export,
+)
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {function.__name__: function for function in OFFERED}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -284,12 +188,6 @@ def dispatch(argv: Sequence[str]) -> int:
             advice = f"did you mean {near[0]}?" if near else f"the commands are: {', '.join(COMMANDS)}"
             raise ValueError(f"there is no command {name!r}; {advice}")
     return 0
-
-
-def help_of(function: Callable[..., None]) -> str:
-    """A command's docstring, without its indentation."""
-    first, *rest = (function.__doc__ or "").rstrip().split("\n")
-    return "\n".join([first, *(line.removeprefix("    ") for line in rest)])
 
 
 def is_ours(error: Exception) -> bool:

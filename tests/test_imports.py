@@ -42,6 +42,7 @@ ALLOWED["inspect_text"] = {"flags", "console", "text", "vae", "flow", "models", 
 ALLOWED["score"] = {"flags", "console", "text", "models"}
 ALLOWED["report"] = {*ALLOWED} - {"serve"}
 ALLOWED["demo"] = {"text", "models", "evaluation", "interop"}
+ALLOWED["commands"] = {*ALLOWED}
 ALLOWED["cli"] = {*ALLOWED}
 ALLOWED["__main__"] = {"cli"}
 
