@@ -36,9 +36,9 @@ def chat(argv: Sequence[str]) -> None:
       opencola chat --model runs/sft
       opencola chat --model runs/demo --max-new-tokens 100
     """
-    from opencola import console
+    from opencola import chat as command
 
-    console.chat(argv, help_of(chat))
+    command.chat(argv, help_of(chat))
 
 
 def export(argv: Sequence[str]) -> None:

@@ -1,9 +1,8 @@
-"""Writing in the terminal: `opencola generate` and `opencola chat`."""
+"""Writing in the terminal, `opencola generate`, and what all commands with a model share: loading it, and its flags."""
 
 import contextlib
 import itertools
 import json
-import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,11 +13,11 @@ import tyro
 
 from opencola import flags
 from opencola.interop import hub, official
-from opencola.models.build import device
+from opencola.models.build import WholeModel, device
 from opencola.models.cola import Cola
+from opencola.models.language_model import LanguageModel
 from opencola.models.sampling import Sampling
 from opencola.models.text_stream import TextPiece, generate_text
-from opencola.text.conversations import Message
 from opencola.text.tokenizer import Tokenizer
 
 SHIPPED = Path(__file__).parent / "shipped"
@@ -53,22 +52,36 @@ class GenerateFlags(ModelFlags):
 
 def read_flags(target: type, argv: Sequence[str], **options: Any) -> Any:
     """Parse a command's flags, whose defaults depend on the model that they name."""
-    model = flags.parse(ModelFlags, argv, return_unknown_args=True, add_help=False)[0].model
+    model = read_model(argv)
     sampling = official.load_sampling(locate(model))
     return flags.parse(target, argv, default=target(model=model, sampling=sampling), **options)
 
 
-def load(model: Path) -> tuple[Cola, Tokenizer]:
+def read_model(argv: Sequence[str]) -> Path:
+    """The model that a command's flags name, on which the others depend."""
+    options: ModelFlags = flags.parse(ModelFlags, argv, return_unknown_args=True, add_help=False)[0]
+    return options.model
+
+
+def load(model: Path) -> tuple[WholeModel, Tokenizer]:
     """A model and its tokenizer. Raises FileNotFoundError, with what to do, where there is none."""
     loaded = hub.from_pretrained(locate(model))
-    check_vocabulary(loaded.tokenizer, loaded.model.vae.config.vocab_size, model)
+    check_vocabulary(loaded.tokenizer, loaded.model.vocab_size, model)
     return loaded.model.to(device()), loaded.tokenizer
 
 
+def load_cola(model: Path) -> tuple[Cola, Tokenizer]:
+    """The same, for what only a model with latents can do. Raises ValueError for another one, too."""
+    loaded, tokenizer = load(model)
+    if not isinstance(loaded, Cola):
+        raise ValueError(f"{model} holds a model without latents ({type(loaded).__name__}): name a Cola DLM")
+    return loaded, tokenizer
+
+
 def check_vocabulary(tokenizer: Tokenizer, known: int, model: Path) -> None:
-    """Raise ValueError where a tokenizer has ids that the Text VAE beside it does not know."""
+    """Raise ValueError where a tokenizer has ids that the model beside it does not know."""
     if tokenizer.vocab_size > known:
-        raise ValueError(f"the tokenizer in {model} has {tokenizer.vocab_size} ids, but its Text VAE knows {known}")
+        raise ValueError(f"the tokenizer in {model} has {tokenizer.vocab_size} ids, but its model knows {known}")
 
 
 def locate(model: Path) -> Path:
@@ -111,7 +124,7 @@ def generate(argv: Sequence[str], description: str) -> None:
 
 
 def write_batch(
-    model: Cola,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     ids: list[int],
@@ -206,82 +219,6 @@ def check_text(text: str, place: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"{place}: not valid Unicode at character {error.start}") from None
-
-
-HELP = """Type the beginning of a text, and the model goes on from there. Every try has its own noise.
-"""
-HELP_CHAT = """Say something, and the model answers; it is given all that was said before.
-  /new             forget it, and begin a new conversation
-"""
-HELP_ALWAYS = """  /set KEY VALUE   change a setting, such as /set steps 32
-  /set             show the settings
-  /help            show this
-  /quit            leave (so do Ctrl-D and Ctrl-C)"""
-
-
-def chat(argv: Sequence[str], description: str) -> None:
-    """`opencola chat`."""
-    options: ModelFlags = read_flags(ModelFlags, argv, prog="opencola chat", description=description)
-    model, tokenizer = load(options.model)
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 input() then has a history and arrow keys; Windows has no such module
-    sampling = options.sampling
-    said: list[Message] = []
-    print(help_of(sampling))
-    with contextlib.suppress(EOFError, KeyboardInterrupt):
-        for turn in itertools.count():
-            line = input("\n> ")
-            try:
-                match line.split(maxsplit=1):
-                    case []:
-                        pass
-                    case ["/quit"]:
-                        return
-                    case ["/help"]:
-                        print(help_of(sampling))
-                    case ["/new"] if sampling.chat:
-                        said = []
-                    case ["/set", *change]:
-                        sampling = change_setting(sampling, *change)
-                    case [command, *_] if command.startswith("/"):
-                        print(f"there is no command {command}; /help shows what there is")
-                    case _:
-                        check_text(line, "this text")
-                        said = write(model, tokenizer, said, line, sampling, turn)
-            except ValueError as error:
-                print(f"error: {error}")
-    print()
-
-
-def help_of(sampling: Sampling) -> str:
-    """What can be typed."""
-    return (HELP_CHAT if sampling.chat else HELP) + HELP_ALWAYS
-
-
-def write(
-    model: Cola, tokenizer: Tokenizer, said: list[Message], line: str, sampling: Sampling, turn: int
-) -> list[Message]:
-    """Continue a line or, with sampling.chat, answer it; returns the conversation so far, with what was said now."""
-    asked = [*said, Message("user", line)]
-    if not sampling.chat:
-        show(line, bold=True)
-    text = ""
-    for pieces in generate_text(model, tokenizer, [asked if sampling.chat else line], sampling, [turn]):
-        show(pieces[0].text)
-        text += pieces[0].text
-    print()
-    return [*asked, Message("assistant", text)] if sampling.chat else said
-
-
-def change_setting(sampling: Sampling, change: str = "") -> Sampling:
-    """Settings with one of them changed ("KEY VALUE"), or the same ones, shown. Raises ValueError."""
-    if not change:
-        print("\n".join(f"  {name} {value}" for name, value in asdict(sampling).items()))
-        return sampling
-    key, *values = shlex.split(change)
-    options: dict[str, Any] = {"default": sampling, "config": (tyro.conf.FlagConversionOff,)}
-    changed: Sampling = flags.parse(Sampling, [f"--{key}", *values], **options)
-    return changed
 
 
 def show(text: str, bold: bool = False) -> None:

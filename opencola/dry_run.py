@@ -4,7 +4,7 @@ The model is built, and a step of it taken, on tensors without memory (`train.co
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -140,14 +140,14 @@ def vocabulary(recipe: Recipe[Any], stages: dict[str, Recipe[Any]]) -> int:
                 return vocabulary(earlier, stages)
         if recipe.init is None and tokenised == recipe.data.source:
             return recipe.tokenizer.vocab_size
-    return recipe.model.vae.vocab_size
+    return build.vocab_size(recipe.model)
 
 
 def estimated(name: str, recipe: Recipe[Any], devices: int, vocab_size: int, both: bool = True) -> Estimate:
     """Count a stage; `both`: with and without recomputation, not only as the recipe has it."""
     data, train = recipe.data, recipe.train
     shards = checks.num_shards(name, recipe, devices)
-    config = replace(recipe.model, vae=replace(recipe.model.vae, vocab_size=vocab_size))
+    config = build.with_vocabulary(recipe.model, vocab_size)
     ids = torch.arange(data.batch_size // (devices * train.accumulate))
     variants = (build.recomputing(config, False), build.recomputing(config, True))
     models: dict[Any, build.Model] = {}
@@ -182,7 +182,7 @@ def parts(model: build.Model) -> dict[str, tuple[int, bool]]:
     found: dict[str, tuple[int, bool]] = {}
     for name, parameter in model.named_parameters():
         words = name.split(".")
-        part = ".".join([words[0], "modulations" if any("modulation" in word for word in words) else words[1]])
+        part = ".".join([words[0], "modulations"] if any("modulation" in word for word in words) else words[:2])
         found[part] = (found.get(part, (0, False))[0] + parameter.numel(), parameter.requires_grad)
     return found
 

@@ -1,56 +1,21 @@
-"""What a run gives away: the parts of its model, and what is to be told of its training."""
+"""What a run gives away: its model, and what is to be told of its training."""
 
 import json
 import platform
 import subprocess
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import yaml
 
 from opencola import __version__, flags
-from opencola.flow.dit import DiTConfig
-from opencola.interop import card, hub, official
+from opencola.interop import card, hub, layout, official
 from opencola.text.tokenizer import Tokenizer
-from opencola.vae.text_vae import TextVAEConfig
 
 RECIPE, METRICS, VALID = "recipe.yaml", "metrics.jsonl", "valid.json"
-MODEL = official.VAE_FOLDER.parts[0]
-
-
-@dataclass(frozen=True)
-class Part:
-    """A part of a model that is stored in a folder of its own."""
-
-    title: str
-    folder: Path
-    load: Callable[..., Any]
-    save: Callable[..., None]
-    essence: Callable[[Any], Any]
-    """A configuration without what may change while the weights stay the same."""
-
-    def is_in(self, root: Path) -> bool:
-        """Whether a model's folder has this part."""
-        return any((root / place).is_dir() for place in (self.folder, self.folder.name))
-
-
-def vae_essence(config: TextVAEConfig) -> TextVAEConfig:
-    """Without the treatment of latents, and without a block size that has no effect."""
-    return replace(config, block_size=config.visible_block, latent_shift=0.0, latent_scale=1.0, fixed_logsnr=None)
-
-
-def dit_essence(config: DiTConfig) -> DiTConfig:
-    """Without the block size, which may grow from stage to stage."""
-    return replace(config, block_size=1)
-
-
-PARTS = {
-    "vae": Part("Text VAE", official.VAE_FOLDER, official.load_vae, official.save_vae, vae_essence),
-    "dit": Part("prior", official.DIT_FOLDER, official.load_dit, official.save_dit, dit_essence),
-}
 
 
 @dataclass(frozen=True)
@@ -90,12 +55,10 @@ def export(source: Path, to: Path, dtype: torch.dtype = torch.float32, license_i
 
     Raises FileNotFoundError when there is none.
     """
-    if not any(part.is_in(source) for part in PARTS.values()):
-        raise FileNotFoundError(f"{source} holds no model ({MODEL}/): give the folder of a finished run")
+    if not layout.has_model(source):
+        raise FileNotFoundError(f"{source} holds no model: give the folder of a finished run")
     tokenizer, sampling, facts = Tokenizer.load(source), official.load_sampling(source), card.read_facts(source)
-    for part in PARTS.values():
-        if part.is_in(source):
-            part.save(part.load(source), to / part.folder, dtype=dtype)
+    layout.copy(source, to, dtype)
     tokenizer.save(to)
     card.write_facts(to, facts)
     official.save_sampling(sampling, to)

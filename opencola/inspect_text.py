@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from opencola.console import ModelFlags, check_text, load, read_flags, title
+from opencola.console import ModelFlags, check_text, load_cola, read_flags, title
 from opencola.evaluation.figures import standalone
 from opencola.evaluation.latent_slice import Slice, cut, slices
 from opencola.evaluation.stories import Share, share
@@ -78,7 +78,7 @@ def inspect(argv: Sequence[str], description: str) -> None:
     """`opencola inspect`."""
     options: InspectFlags = read_flags(InspectFlags, argv, prog="opencola inspect", description=description)
     check_text(options.text, "the text")
-    model, tokenizer = load(options.model)
+    model, tokenizer = load_cola(options.model)
     ids = tokenizer.encode(options.text)
     if not ids:
         raise ValueError('nothing to inspect: give a text, as in opencola inspect "Once upon a time"')

@@ -17,11 +17,12 @@ import yaml
 
 from opencola import checks
 from opencola import recipe as recipes
-from opencola.export import METRICS, MODEL, PARTS, RECIPE, VALID, export
-from opencola.interop import card, official
+from opencola.export import METRICS, RECIPE, VALID, export
+from opencola.interop import card, layout, official
+from opencola.interop.layout import PARTS
 from opencola.models import build
 from opencola.recipe import Recipe
-from opencola.stage import check_same, num_trained, prepare
+from opencola.stage import num_trained, prepare
 from opencola.text.tokenizer import FILE_NAME
 from opencola.train import distributed, trackers
 
@@ -46,7 +47,7 @@ def run(
     last = stages[-1][1].out
     root = last if len(stages) == 1 else last.parent
     ahead = plan(stages, only, resume, overwrite)
-    if (root / MODEL).exists() and not resume and not overwrite:
+    if layout.has_model(root) and not resume and not overwrite:
         raise FileExistsError(f"{root} holds a model: choose another --out, or replace it with --overwrite")
     for number, (name, recipe) in enumerate(stages, 1):
         title = f"[{number}/{len(stages)}] {name}"
@@ -64,15 +65,15 @@ def run(
                 for other in ahead[ahead.index(recipe) :]:
                     clear(other.out, *WRITTEN)
             for folder in (root, recipe.out):
-                clear(folder, MODEL, official.EXTRAS, VALID, card.FACTS, card.EVALUATION)
+                clear(folder, *layout.FOLDERS, official.EXTRAS, VALID, card.FACTS, card.EVALUATION)
         distributed.barrier()
         say(f"{title}: {recipe.train.steps} steps, {num_trained(stage.model) / 1e6:.2f} M parameters to train")
         stage.train(resume, command)
         say(f"{title}: {summary(recipe.out)}; in {recipe.out}")
-    if root != last and PARTS["vae"].is_in(last) and distributed.is_main():
+    if root != last and layout.has_model(last) and distributed.is_main():
         export(last, root)
     distributed.barrier()
-    if PARTS["dit"].is_in(root):
+    if layout.has_whole_model(root):
         say(f"The model is in {root}. Let it write: opencola generate --model {shlex.quote(str(root))} --prompt TEXT")
     return root
 
@@ -111,7 +112,8 @@ def check_start(name: str, recipe: Recipe[Any], earlier: Sequence[Recipe[Any]]) 
             raise ValueError(f"stage {name} needs a trained {title}: set init to an earlier stage or a model's folder")
         for other in earlier:
             if recipe.init == other.out and part in build.starting_parts(other.model):
-                check_same(part, getattr(recipe.model, part), getattr(other.model, part), f"stage {other.out.name}")
+                config, found = (PARTS[part].config(model) for model in (recipe.model, other.model))
+                PARTS[part].check_same(config, found, f"stage {other.out.name}")
 
 
 def say(text: str) -> None:

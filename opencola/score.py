@@ -1,12 +1,13 @@
 """`opencola score`: log-probabilities of the texts in a file."""
 
 import contextlib
+import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Generic, TypeVar
 
 import tyro
 from rich.console import Console
@@ -14,13 +15,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from opencola import console, flags
-from opencola.models.cola import Cola
-from opencola.models.scoring import Evaluation, Scoring, evaluate, to_score
+from opencola.interop import layout
+from opencola.models import build
+from opencola.models.language_model import LanguageModel, Score
 from opencola.text.tokenizer import Tokenizer
+
+Settings = TypeVar("Settings")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreFlags:
+class ScoreFlags(Generic[Settings]):
     """What to score, and how."""
 
     file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
@@ -28,12 +32,12 @@ class ScoreFlags:
     `continuation`."""
     model: Path = console.SHIPPED
     """Folder of a run or of an exported model, or a repository of the Hugging Face Hub (OWNER/NAME); without it the
-    model that comes with the package."""
+    model that comes with the package. Its family decides which flags there are."""
     jsonl: Path | None = None
     """Write all figures into this file, one JSON object in a line."""
     end_of_text: bool = True
     """Score the end-of-text token behind every text, too."""
-    scoring: tyro.conf.OmitArgPrefixes[Scoring] = field(default_factory=Scoring)
+    scoring: tyro.conf.OmitArgPrefixes[Settings]
     """How."""
 
 
@@ -47,7 +51,9 @@ class Pair:
 
 def score(argv: Sequence[str], description: str) -> None:
     """`opencola score`."""
-    options: ScoreFlags = flags.parse(ScoreFlags, argv, prog="opencola score", description=description)
+    scoring = build.scoring_class(layout.family_in(console.locate(console.read_model(argv))))
+    target = ScoreFlags[scoring]  # type: ignore[valid-type]
+    options: ScoreFlags[Any] = flags.parse(target, argv, prog="opencola score", description=description)
     pairs = list(read_pairs(options.file))
     if not pairs:
         raise ValueError(f"{options.file} holds no texts")
@@ -64,61 +70,66 @@ def score(argv: Sequence[str], description: str) -> None:
             options.jsonl.parent.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(options.jsonl.open("w", encoding="utf-8"))
         bar = stack.enter_context(Progress(*columns, console=Console(stderr=True)))
-        step = max(1, options.scoring.rows // options.scoring.samples)
-        for first in bar.track(range(0, len(pairs), step)):
-            ids = list(range(first, min(first + step, len(pairs))))
+        task = bar.add_task("", total=len(pairs))
+        for ids in together(pairs, options.scoring.texts_at_a_time):
             for record in score_pairs(model, tokenizer, [pairs[i] for i in ids], ids, options):
                 records.append(record)
                 if file is not None:
                     file.write(json.dumps(record, ensure_ascii=False) + "\n")
                     file.flush()
+            bar.advance(task, len(ids))
+
+
+def together(pairs: Sequence[Pair], size: int) -> Iterator[list[int]]:
+    """Places of pairs to score at a time, in order; those with a prompt apart, as their scores are of another kind."""
+    for _, group in itertools.groupby(range(len(pairs)), lambda place: bool(pairs[place].prompt)):
+        places = list(group)
+        yield from (places[first : first + size] for first in range(0, len(places), size))
 
 
 def score_pairs(
-    model: Cola, tokenizer: Tokenizer, pairs: Sequence[Pair], ids: Sequence[int], options: ScoreFlags
+    model: LanguageModel, tokenizer: Tokenizer, pairs: Sequence[Pair], ids: Sequence[int], options: ScoreFlags[Any]
 ) -> Iterator[dict[str, Any]]:
     """A record of every pair."""
     end = [tokenizer.eos_id] if options.end_of_text else []
     prompts = [tokenizer.encode(pair.prompt) for pair in pairs]
     continuations = [[*tokenizer.encode(pair.continuation), *end] for pair in pairs]
     # only an end of text tells the model that nothing follows, so blocks are filled up with more of them
-    found = evaluate(model, prompts, continuations, options.scoring, pad_id=tokenizer.eos_id, ids=ids)
-    for i, pair, prompt, continuation, evaluation in zip(ids, pairs, prompts, continuations, found, strict=True):
-        record = {"id": i, **asdict(pair), "num_prompt_tokens": len(prompt)}
+    found = model.score(prompts, continuations, options.scoring, pad_id=tokenizer.eos_id, ids=ids)
+    for place, (i, pair) in enumerate(zip(ids, pairs, strict=True)):
+        record = {"id": i, **asdict(pair), "num_prompt_tokens": len(prompts[place])}
         if not pair.prompt:
             record = {"id": i, "text": pair.continuation}
-        num_bytes = tokenizer.num_bytes(continuation[: evaluation.num_tokens])
-        record |= figures(evaluation, options.scoring, bool(prompt), num_bytes)
-        yield record | {
-            "settings": asdict(options.scoring),
-            "end_of_text": options.end_of_text,
-            "model": str(options.model),
-        }
+        num_bytes = tokenizer.num_bytes(continuations[place][: int(found.num_tokens[place])])
+        yield (
+            record
+            | figures(found, place, num_bytes)
+            | {
+                "settings": asdict(options.scoring),
+                "end_of_text": options.end_of_text,
+                "model": str(options.model),
+            }
+        )
 
 
-def figures(evaluation: Evaluation, settings: Scoring, conditional: bool, num_bytes: int) -> dict[str, Any]:
+def figures(score: Score, place: int, num_bytes: int) -> dict[str, Any]:
     """The labelled figures of one text, in nats but for the bits per byte; null where there are none."""
-    score = to_score([evaluation], settings, conditional)
-    total, tokens = score.total.item(), evaluation.num_tokens
-    estimates = {name: evaluation.estimate(name) for name in ("elbo", "iwae")}
-    parts = {name: value.item() for name, value in score.parts.items()}
+    total, tokens = score.total[place].item(), int(score.num_tokens[place])
+    parts = {name: value[place].item() for name, value in score.parts.items()}
+    blocks = score.blocks[place] if score.blocks else {}
     found = {
         "log_probability": total,
-        "standard_error": score.standard_error.item(),
+        "standard_error": score.standard_error[place].item(),
         "kind": score.kind,
         "estimator": score.estimator,
         "num_tokens": tokens,
         "num_bytes": num_bytes,
         "perplexity": math.exp(min(-total / tokens, 700)),
         "bits_per_byte": -total / math.log(2) / num_bytes if num_bytes else None,
-        "elbo": estimates["elbo"].value.item(),
-        "elbo_standard_error": estimates["elbo"].standard_error.item(),
-        "iwae": estimates["iwae"].value.item(),
-        "iwae_standard_error": estimates["iwae"].standard_error.item(),
+        **{name: value[place].item() for name, value in score.others.items()},
         "parts": parts,
         "parts_per_token": {name: value / tokens for name, value in parts.items()},
-        "parts_per_block": {name: value.tolist() for name, value in evaluation.terms.by_block().items()},
-        "evaluations": evaluation.evaluations,
+        "parts_per_block": {name: value.tolist() for name, value in blocks.items()},
     }
     return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in found.items()}
 
@@ -151,14 +162,17 @@ def show(records: Sequence[dict[str, Any]], asked: int) -> None:
     if not records:
         return
     labels = {(record["kind"], record["estimator"]) for record in records}
+    sums = {"elbo": "ELBO"} if "elbo" in records[0] else {}
+    terms = list(records[0]["parts"])
     for kind, label in sorted(labels):
-        print(f"log p in nats, {kind}: {label}; ELBO = decoder + prior + posterior")
+        what = f"; {' + '.join(terms)} = {sums.get('elbo', 'log p')}" if terms else ""
+        print(f"log p in nats, {kind}: {label}{what}")
     table = Table(box=None, padding=(0, 1), pad_edge=False)
-    for name in ("id", "tokens", "log p", "±", "ELBO", "decoder", "prior", "posterior", "ppl", "bits/byte"):
+    for name in ("id", "tokens", "log p", "±", *sums.values(), *terms, "ppl", "bits/byte"):
         table.add_column(name, justify="right")
     for record in [*records, *([total(records)] if len(records) > 1 else [])]:
-        values = [record["log_probability"], record["standard_error"], record["elbo"], *record["parts"].values()]
-        values += [record["perplexity"], record["bits_per_byte"]]
+        values = [record["log_probability"], record["standard_error"], *(record[name] for name in sums)]
+        values += [*record["parts"].values(), record["perplexity"], record["bits_per_byte"]]
         shown = ["-" if value is None else f"{value:,.2f}" for value in values]
         table.add_row(str(record["id"]), str(record["num_tokens"]), *shown)
     Console().print(table)
@@ -169,7 +183,7 @@ def show(records: Sequence[dict[str, Any]], asked: int) -> None:
 def total(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The sums of all records, and what follows from them."""
     whole: dict[str, Any] = {"id": "all"}
-    for name in ("num_tokens", "num_bytes", "log_probability", "elbo"):
+    for name in ("num_tokens", "num_bytes", "log_probability", *(["elbo"] if "elbo" in records[0] else [])):
         whole[name] = sum(record[name] for record in records)
     errors = [record["standard_error"] for record in records]
     whole["standard_error"] = None if None in errors else math.hypot(*errors)

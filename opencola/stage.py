@@ -3,15 +3,16 @@
 import contextlib
 import itertools
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from opencola import recipe as recipes
-from opencola.export import MODEL, PARTS, RECIPE, VALID, facts_of
-from opencola.interop import card, official
+from opencola.export import RECIPE, VALID, facts_of
+from opencola.interop import card, layout, official
+from opencola.interop.layout import PARTS
 from opencola.models import build
 from opencola.models.language_model import Sample
 from opencola.recipe import Recipe
@@ -47,10 +48,9 @@ class Stage:
         state = train(self.model, self.corpus, recipe.train, out, resume=resume, show=show, settings=values)
         with state.ema.averaged() if state.ema else contextlib.nullcontext():
             valid = None if self.valid is None else validate(self.model, self.valid)
-            model = whole(self.model)
-            for name, module in model.named_children() if model else ():
-                if name in PARTS:
-                    PARTS[name].save(module, out / PARTS[name].folder)
+            if model := whole(self.model):
+                for part in (PARTS[name] for name in build.part_names(model.config)):
+                    part.save(part.module(model), out / part.folder)
         if distributed.is_main():
             if valid is not None:
                 (out / VALID).write_text(json.dumps(valid, indent=2) + "\n")
@@ -96,8 +96,8 @@ def num_trained(model: build.Model) -> int:
 def prepare(recipe: Recipe[Any], resume: bool) -> Stage:
     """Tokenizer, corpora, and the model with its starting weights; writes nothing."""
     data, out, seed = recipe.data, recipe.out, recipe.seed
-    if recipe.init is not None and not any(part.is_in(recipe.init) for part in PARTS.values()):
-        raise FileNotFoundError(f"{recipe.init} holds no model ({MODEL}/): train it to its end, or name another init")
+    if recipe.init is not None and not layout.has_model(recipe.init):
+        raise FileNotFoundError(f"{recipe.init} holds no model: train it to its end, or name another init")
     source = recipe.tokenizer.path or recipe.init or folder_of(data.source)
     if source is None and resume and (out / FILE_NAME).exists():
         source = out
@@ -111,8 +111,7 @@ def prepare(recipe: Recipe[Any], resume: bool) -> Stage:
     # Another seed: of the story world it gives other stories.
     valid = Corpus(replace(data, source=recipe.valid), tokenizer, seed + 1, *place) if recipe.valid else None
     torch.manual_seed(seed)
-    vae = replace(recipe.model.vae, vocab_size=tokenizer.vocab_size)
-    model = build.build(replace(recipe.model, vae=vae))
+    model = build.build(build.sized(recipe.model, tokenizer))
     if recipe.init is not None:
         load_parts(model, recipe.init, str(source))
     build.start(model)
@@ -122,16 +121,16 @@ def prepare(recipe: Recipe[Any], resume: bool) -> Stage:
 def load_parts(model: build.Model, init: Path, tokenizer: str) -> None:
     """Give a model, which is as large as its tokenizer asks, the parts that a folder holds, of those it starts from."""
     for name, needed in build.starting_parts(model.config).items():
-        part, module = PARTS[name], model.get_submodule(name)
-        if part.is_in(init):
-            stored = part.load(init)
-            if name == "vae" and model.config.vae.vocab_size != stored.config.vocab_size:
+        part = PARTS[name]
+        if place := part.find(init):
+            stored, config = part.load(place), part.config(model.config)
+            if part.has_vocabulary and config.vocab_size != stored.config.vocab_size:
                 raise ValueError(
-                    f"the tokenizer in {tokenizer} has {model.config.vae.vocab_size} ids, but the Text VAE in {init} "
+                    f"the tokenizer in {tokenizer} has {config.vocab_size} ids, but the {part.title} in {init} "
                     f"knows {stored.config.vocab_size}: leave tokenizer.path out, or name the one it was trained with"
                 )
-            check_same(name, module.config, stored.config, str(init))
-            module.load_state_dict(stored.state_dict())
+            part.check_same(config, stored.config, str(init))
+            part.module(model).load_state_dict(stored.state_dict())
         elif needed:
             raise FileNotFoundError(f"{init} holds no {part.title} ({part.folder}): name another init")
 
@@ -145,13 +144,3 @@ def validate(model: build.Model, corpus: Corpus) -> dict[str, Any]:
         loss = model.loss(replace(batch, counts=distributed.counts_of_step([model.counts(batch)])))
         means.add({"loss": loss.total, **{f"loss/{name}": term for name, term in loss.terms.items()}, **loss.metrics})
     return {"batches": VALID_BATCHES, **means.take()}
-
-
-def check_same(part: str, config: Any, found: Any, where: str) -> None:
-    """Raise ValueError where the configuration of a part is another one than that of the weights to start from."""
-    wanted, there = asdict(PARTS[part].essence(config)), asdict(PARTS[part].essence(found))
-    for name, value in wanted.items():
-        if there[name] != value:
-            raise ValueError(
-                f"model.{part}.{name} is {value}, but {there[name]} in {where}, where its weights are from"
-            )

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 
-from opencola.flow.dit import BlockCausalDiT
-from opencola.interop import configs, official
-from opencola.interop.files import CONFIG, read_json, write_json
+from opencola.flow.dit import DiTConfig
+from opencola.interop import layout, official
+from opencola.interop.files import read_json, write_json
 from opencola.models.sampling import Sampling
-from opencola.vae.text_vae import TextVAE
+from opencola.vae.text_vae import TextVAEConfig
 
 FACTS, CARD, EVALUATION = "training.json", "README.md", "metrics.json"
 LIBRARY, TAGS = "opencola", ["cola-dlm", "diffusion-language-model", "latent-diffusion", "flow-matching"]
@@ -54,22 +54,21 @@ def write(root: Path, license_id: str = LICENSE) -> None:
 
 def render(root: Path, license_id: str = LICENSE) -> str:
     """The card's text."""
-    facts, parts = read_facts(root), dict(describe_parts(root))
-    writes = "prior" in parts
+    facts, writes = read_facts(root), layout.has_whole_model(root)
     data = ModelCardData(
         license=license_id,
         library_name=LIBRARY,
-        tags=TAGS,
+        tags=TAGS if layout.family_in(root) == "cola" else ["language-model"],
         pipeline_tag="text-generation" if writes else None,
         datasets=sorted({name for stage in facts["stages"] for name in hub_datasets(stage["recipe"])}) or None,
     )
     sections = [
         f"# {root.resolve().name}",
-        introduction(writes),
+        INTRODUCTIONS[layout.family_in(root) if writes else "vae"],
         "## Use",
         USE if writes else USE_VAE,
         "## Model",
-        table(("part", "parameters", "shape"), [(name, *values) for name, values in parts.items()]),
+        table(("part", "parameters", "shape"), describe_parts(root)),
     ]
     if facts["stages"]:
         sections += ["## Training", *training(facts["stages"])]
@@ -81,20 +80,26 @@ def render(root: Path, license_id: str = LICENSE) -> str:
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"))
 
 
-def introduction(writes: bool) -> str:
-    """What the model is."""
-    if not writes:
-        return (
-            "The Text VAE of a [Cola DLM](https://arxiv.org/abs/2605.06548): it turns tokens into continuous latents "
-            "and back. It writes nothing by itself: a prior over its latents does."
-        )
-    return (
+INTRODUCTIONS = {
+    "vae": (
+        "The Text VAE of a [Cola DLM](https://arxiv.org/abs/2605.06548): it turns tokens into continuous latents "
+        "and back. It writes nothing by itself: a prior over its latents does."
+    ),
+    "cola": (
         "A [Cola DLM](https://arxiv.org/abs/2605.06548), a continuous latent diffusion language model: a Text VAE "
         "turns tokens into latents and back, and a block-causal diffusion transformer, the prior, carries noise to the "
         "next block of latents, given the blocks before it."
-    )
-
-
+    ),
+    "ar": "An autoregressive language model built as a LLaMA: it predicts each token from those before it.",
+    "llada": (
+        "A masked diffusion language model in the manner of [LLaDA](https://arxiv.org/abs/2502.09992): it writes by "
+        "unmasking, as a bidirectional transformer predicts masked tokens."
+    ),
+    "plaid": (
+        "A continuous diffusion language model in the manner of [Plaid](https://arxiv.org/abs/2305.18619): noise "
+        "becomes the embeddings of tokens, all of a text at once."
+    ),
+}
 USE = """```
 opencola generate --model FOLDER_OR_REPO_ID --prompt "Once upon a time"
 ```
@@ -117,24 +122,30 @@ be wrong or offensive, and nothing in it filters that. The licence above is that
 own."""
 
 
-def describe_parts(root: Path) -> Iterable[tuple[str, tuple[str, str]]]:
-    """Name, and number of parameters and shape, of the parts in a folder."""
-    with torch.device("meta"):
-        if (root / official.VAE_FOLDER).is_dir():
-            file = root / official.VAE_FOLDER / CONFIG
-            vae = configs.vae_from_release(file, read_json(file))
-            shape = (
-                f"{vae.encoder_layers} + {vae.decoder_layers} layers of width {vae.width}, vocabulary "
-                f"{vae.vocab_size:,}, {vae.latent_dim} latent channels for {vae.patch_size} token"
+def describe_parts(root: Path) -> Iterable[tuple[str, str, str]]:
+    """Name, number of parameters, and shape of the parts in a folder."""
+    for part in layout.PARTS.values():
+        if place := part.find(root):
+            config = part.read_config(place)
+            with torch.device("meta"):
+                yield part.title, count(part.build(config)), shape(config)
+
+
+def shape(config: Any) -> str:
+    """A part's sizes, for people."""
+    match config:
+        case TextVAEConfig():
+            return (
+                f"{config.encoder_layers} + {config.decoder_layers} layers of width {config.width}, vocabulary "
+                f"{config.vocab_size:,}, {config.latent_dim} latent channels for {config.patch_size} token"
                 + "s"
-                * (vae.patch_size > 1)
+                * (config.patch_size > 1)
             )
-            yield "Text VAE", (count(TextVAE(vae)), shape)
-        if (root / official.DIT_FOLDER).is_dir():
-            file = root / official.DIT_FOLDER / CONFIG
-            dit = configs.dit_from_release(file, read_json(file))
-            shape = f"{dit.num_layers} layers of width {dit.width}, block size {dit.block_size}"
-            yield "prior", (count(BlockCausalDiT(dit)), shape)
+        case DiTConfig():
+            return f"{config.num_layers} layers of width {config.width}, block size {config.block_size}"
+        case _:
+            trunk = config.trunk
+            return f"{trunk.num_layers} layers of width {trunk.width}, vocabulary {config.vocab_size:,}"
 
 
 def count(module: torch.nn.Module) -> str:

@@ -7,14 +7,18 @@ from typing import NamedTuple
 import torch
 from huggingface_hub import HfApi, snapshot_download
 
-from opencola.interop import card, official
-from opencola.models.cola import Cola
+from opencola.interop import card, layout, official
+from opencola.interop.files import CONFIG
+from opencola.models.build import WholeModel
 from opencola.models.sampling import Sampling
 from opencola.text.tokenizer import FILE_NAME, Tokenizer
 
+PLACES = sorted({*layout.FOLDERS, *(part.folder.name for part in layout.PARTS.values())})
 # What a model is made of, in a folder that may hold a whole run with its checkpoints.
 FILES = [
-    *(f"{place}/*{ending}" for place in ("cola_dlm", "cola_dit", "cola_vae") for ending in (".json", ".safetensors")),
+    *(f"{place}/*{ending}" for place in PLACES for ending in (".json", ".safetensors")),
+    # a Hugging Face Llama, which has no folder of its own
+    *(CONFIG, "model*.safetensors", "model.safetensors.index.json"),
     FILE_NAME,
     official.EXTRAS,
     card.FACTS,
@@ -25,7 +29,7 @@ FILES = [
 class Pretrained(NamedTuple):
     """A model in evaluation mode, its tokenizer, and the sampling settings that it brings along."""
 
-    model: Cola
+    model: WholeModel
     tokenizer: Tokenizer
     sampling: Sampling
 
@@ -40,7 +44,7 @@ def from_pretrained(
     damaged files and for models that our classes cannot be.
     """
     folder = locate(name, revision, token)
-    return Pretrained(official.load(folder, dtype).eval(), Tokenizer.load(folder), official.load_sampling(folder))
+    return Pretrained(layout.load(folder, dtype).eval(), Tokenizer.load(folder), official.load_sampling(folder))
 
 
 def locate(name: str | Path, revision: str | None = None, token: str | None = None) -> Path:
@@ -67,8 +71,8 @@ def push_to_hub(folder: str | Path, repo_id: str, private: bool = False, token: 
     refuses (`hf auth login` makes you known to it) or does not answer.
     """
     root = Path(folder)
-    if not any((root / part).is_dir() for part in (official.VAE_FOLDER, official.DIT_FOLDER)):
-        raise FileNotFoundError(f"{root} holds no model ({official.VAE_FOLDER.parts[0]}/)")
+    if not layout.has_model(root):
+        raise FileNotFoundError(f"{root} holds no model: give the folder of a finished run")
     check_repo_id(repo_id)
     api = HfApi(token=token)
     try:

@@ -69,7 +69,7 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32, bos_id: int | N
     missing, ValueError for damaged files and for models that our class cannot be, naming file and key or tensor.
     """
     file = Path(folder) / CONFIG
-    config = read_config(file, read_json(file), bos_id)
+    config = read_config(file.parent, bos_id)
     with torch.device("meta"):
         model = AR(config)
     stored = StoredTensors(file.parent)
@@ -136,8 +136,10 @@ def write_config(config: ARConfig) -> Values:
     }
 
 
-def read_config(file: Path, values: Mapping[str, Any], bos_id: int | None = None) -> ARConfig:
+def read_config(folder: Path, bos_id: int | None = None) -> ARConfig:
     """Read a Llama's config.json. Raises ValueError naming file, key and value for what our AR cannot be."""
+    file = folder / CONFIG
+    values = read_json(file)
     check_type(file, values, "llama")
     check_fixed(file, values, FIXED)
     hints = get_type_hints(LlamaConfig)

@@ -13,13 +13,13 @@ from typing import TypeVar, get_type_hints
 import torch
 from torch import Tensor, nn
 
-from opencola.flow.dit import BlockCausalDiT
+from opencola.flow.dit import BlockCausalDiT, DiTConfig
 from opencola.interop import configs, names
 from opencola.interop.files import CONFIG, StoredTensors, checked, read_json, write_json, write_tensors
 from opencola.models.cola import Cola, ColaConfig
 from opencola.models.sampling import Sampling
 from opencola.text.tokenizer import Tokenizer
-from opencola.vae.text_vae import TextVAE
+from opencola.vae.text_vae import TextVAE, TextVAEConfig
 
 DIT_FOLDER = Path("cola_dlm", "cola_dit")
 VAE_FOLDER = Path("cola_dlm", "cola_vae")
@@ -50,7 +50,7 @@ def load(root: str | Path, dtype: torch.dtype = torch.float32) -> Cola:
 def load_vae(folder: str | Path, dtype: torch.dtype = torch.float32) -> TextVAE:
     """Load a Text VAE from its folder or a release folder around it; parameters get `dtype`. Errors as `load`."""
     folder = _find(Path(folder), VAE_FOLDER)
-    config = configs.vae_from_release(folder / CONFIG, read_json(folder / CONFIG))
+    config = read_vae_config(folder)
     with torch.device("meta"):
         model = TextVAE(config)
     return _fill(model, names.VAE, {}, folder, dtype)
@@ -59,10 +59,20 @@ def load_vae(folder: str | Path, dtype: torch.dtype = torch.float32) -> TextVAE:
 def load_dit(folder: str | Path, dtype: torch.dtype = torch.float32) -> BlockCausalDiT:
     """Load a DiT from its folder or a release folder around it; parameters get `dtype`. Errors as `load`."""
     folder = _find(Path(folder), DIT_FOLDER)
-    config = configs.dit_from_release(folder / CONFIG, read_json(folder / CONFIG))
+    config = read_dit_config(folder)
     with torch.device("meta"):
         model = BlockCausalDiT(config)
     return _fill(model, names.DIT, names.rotary_frequencies(config.num_layers, config.rope_dim), folder, dtype)
+
+
+def read_vae_config(folder: Path) -> TextVAEConfig:
+    """The configuration of the Text VAE in a folder. Errors as `load`."""
+    return configs.vae_from_release(folder / CONFIG, read_json(folder / CONFIG))
+
+
+def read_dit_config(folder: Path) -> DiTConfig:
+    """The configuration of the DiT in a folder. Errors as `load`."""
+    return configs.dit_from_release(folder / CONFIG, read_json(folder / CONFIG))
 
 
 def load_sampling(root: str | Path) -> Sampling:

@@ -37,6 +37,23 @@ class ARConfig:
             raise ValueError(f"bos_id {self.bos_id} is outside 0..{self.vocab_size - 1}, the vocabulary")
 
 
+@dataclass(frozen=True)
+class ARScoring:
+    """How texts are scored: exactly."""
+
+    rows: int = 32
+    """Texts to compute at a time: memory."""
+
+    def __post_init__(self) -> None:
+        if self.rows < 1:
+            raise ValueError(f"rows must be at least 1, not {self.rows}")
+
+    @property
+    def texts_at_a_time(self) -> int:
+        """How many to score together."""
+        return self.rows
+
+
 class AR(nn.Module):
     """p(x) = prod_i p(x_i | bos, x_1 .. x_(i-1)). Shapes: tokens (B, L), logits (B, L, V)."""
 
@@ -51,6 +68,11 @@ class AR(nn.Module):
         nn.init.normal_(self.embedding.weight, std=0.02 if config.tied else 1.0)
         if self.head is not None:
             nn.init.normal_(self.head.weight, std=0.02)
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens."""
+        return self.config.vocab_size
 
     def features(self, inputs: Tensor, documents: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Normalised features (B, R, D) of inputs (B, R) int64, each seeing itself and those before it.
@@ -147,13 +169,19 @@ class AR(nn.Module):
 
     @torch.no_grad()
     def score(
-        self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], *, rows: int = 32
+        self,
+        prompts: Sequence[Sequence[int]],
+        continuations: Sequence[Sequence[int]],
+        settings: ARScoring,
+        *,
+        pad_id: int = 0,
+        ids: Sequence[int] | None = None,
     ) -> Score:
         """log p(continuation | prompt) of token ids, with the end-of-text id where that is meant to be scored.
 
-        rows: texts to compute at a time, which decides the memory; what comes out does not depend on it, nor on what
-        else is scored, but for rounding. Sums are in float64. Raises ValueError for empty continuations and ids beyond
-        the vocabulary.
+        Sums are in float64; nothing is drawn, so that ids change nothing, nor does pad_id, which is never seen. What
+        comes out does not depend on what else is scored, but for rounding. Raises ValueError for empty continuations
+        and ids beyond the vocabulary.
         """
         texts = checked_texts(prompts, continuations, self.config.vocab_size)
         by_width: dict[int, list[int]] = {}
@@ -162,10 +190,10 @@ class AR(nn.Module):
         total = torch.zeros(len(texts), dtype=torch.float64)
         device = self.embedding.weight.device
         for width, places in by_width.items():
-            for first in range(0, len(places), rows):
-                some = places[first : first + rows]
+            for first in range(0, len(places), settings.rows):
+                some = places[first : first + settings.rows]
                 inputs = [[self.config.bos_id, *texts[place][:-1]] for place in some]
-                features = self.features(self._padded(inputs, width, pad_id=self.config.bos_id))
+                features = self.features(self._padded(inputs, width, pad_id))
                 for place, h in zip(some, features, strict=True):
                     targets = torch.tensor(continuations[place], device=device)
                     log_p = self.project(h[len(prompts[place]) : len(texts[place])]).double().log_softmax(-1)

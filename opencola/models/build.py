@@ -4,18 +4,24 @@ from dataclasses import replace
 from typing import assert_never
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from opencola.models.ar import AR, ARConfig, ARScoring
+from opencola.models.bounds import BoundScoring
 from opencola.models.cola import Cola, ColaConfig, PriorObjective
 from opencola.models.language_model import Sample
+from opencola.models.llada import LLaDA, LLaDAConfig
+from opencola.models.plaid import Plaid, PlaidConfig
 from opencola.models.samples import continuations, reconstructions
 from opencola.models.sampling import Sampling
+from opencola.models.scoring import Scoring
 from opencola.models.stage_one import StageOne, StageOneConfig
 from opencola.text.tokenizer import Tokenizer
 
-ModelConfig = StageOneConfig | ColaConfig
-Model = StageOne | Cola
-FAMILIES = ("vae", "cola")
+ModelConfig = StageOneConfig | ColaConfig | ARConfig | LLaDAConfig | PlaidConfig
+WholeModel = Cola | AR | LLaDA | Plaid
+Model = StageOne | WholeModel
+FAMILIES = ("vae", "cola", "ar", "llada", "plaid")
 
 
 def config_class(family: str) -> type[ModelConfig]:
@@ -25,8 +31,27 @@ def config_class(family: str) -> type[ModelConfig]:
             return StageOneConfig
         case "cola":
             return ColaConfig
+        case "ar":
+            return ARConfig
+        case "llada":
+            return LLaDAConfig
+        case "plaid":
+            return PlaidConfig
         case _:
             raise ValueError(f"there is no model family {family!r}; the families are: {', '.join(FAMILIES)}")
+
+
+def scoring_class(family: str) -> type[Scoring] | type[ARScoring] | type[BoundScoring]:
+    """The class of the settings of `score`. Raises ValueError for what is no family of whole models."""
+    match family:
+        case "cola":
+            return Scoring
+        case "ar":
+            return ARScoring
+        case "llada" | "plaid":
+            return BoundScoring
+        case _:
+            raise ValueError(f"models of the family {family!r} score nothing")
 
 
 def build(config: ModelConfig) -> Model:
@@ -36,42 +61,98 @@ def build(config: ModelConfig) -> Model:
             return StageOne(config)
         case ColaConfig():
             return Cola(config)
+        case ARConfig():
+            return AR(config)
+        case LLaDAConfig():
+            return LLaDA(config)
+        case PlaidConfig():
+            return Plaid(config)
+        case _:
+            assert_never(config)
+
+
+def sized(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """The configuration for a tokenizer: of its vocabulary and, for an AR model, what begins a text."""
+    return with_vocabulary(config, tokenizer.vocab_size, tokenizer.eos_id)
+
+
+def with_vocabulary(config: ModelConfig, vocab_size: int, eos_id: int = 0) -> ModelConfig:
+    """The configuration with another vocabulary; eos_id: its end-of-text token."""
+    match config:
+        case StageOneConfig() | ColaConfig():
+            return replace(config, vae=replace(config.vae, vocab_size=vocab_size))
+        case ARConfig():
+            return replace(config, vocab_size=vocab_size, bos_id=eos_id)
+        case LLaDAConfig() | PlaidConfig():
+            return replace(config, vocab_size=vocab_size)
+        case _:
+            assert_never(config)
+
+
+def vocab_size(config: ModelConfig) -> int:
+    """Tokens."""
+    match config:
+        case StageOneConfig(vae=vae) | ColaConfig(vae=vae):
+            return vae.vocab_size
+        case ARConfig() | LLaDAConfig() | PlaidConfig():
+            return config.vocab_size
+        case _:
+            assert_never(config)
+
+
+def part_names(config: ModelConfig) -> tuple[str, ...]:
+    """The parts that a model is stored in."""
+    match config:
+        case StageOneConfig():
+            return ("vae",)
+        case ColaConfig():
+            return ("vae", "dit")
+        case ARConfig():
+            return ("ar",)
+        case LLaDAConfig():
+            return ("llada",)
+        case PlaidConfig():
+            return ("plaid",)
         case _:
             assert_never(config)
 
 
 def starting_parts(config: ModelConfig) -> dict[str, bool]:
-    """The parts that training can start from, by attribute, and whether it must: a prior needs a trained Text VAE."""
+    """The parts that training can start from, and whether it must: a prior needs a trained Text VAE."""
     match config:
-        case StageOneConfig():
-            return {"vae": False}
         case ColaConfig(prior=PriorObjective(strategy="scratch")):
             return {"dit": False}
         case ColaConfig():
             return {"vae": True, "dit": False}
+        case StageOneConfig() | ARConfig() | LLaDAConfig() | PlaidConfig():
+            return dict.fromkeys(part_names(config), False)
         case _:
             assert_never(config)
 
 
 def length_factors(config: ModelConfig) -> dict[str, int]:
     """The fields whose product must divide a sequence's tokens: a whole number of latents and of blocks."""
-    patch = {"model.vae.patch_size": config.vae.patch_size}
     match config:
         case StageOneConfig():
-            return patch
+            return {"model.vae.patch_size": config.vae.patch_size}
         case ColaConfig():
-            return patch | {"model.dit.block_size": config.dit.block_size}
+            return {"model.vae.patch_size": config.vae.patch_size, "model.dit.block_size": config.dit.block_size}
+        case ARConfig() | LLaDAConfig() | PlaidConfig():
+            return {}
         case _:
             assert_never(config)
 
 
 def tokens_per_block(config: ModelConfig) -> int:
-    """Tokens that are written at once: of the prior's blocks or, for a Text VAE alone, of what its latents see."""
+    """Tokens that documents are aligned to: those of the prior's blocks or, for a Text VAE alone, of what its latents
+    see."""
     match config:
         case StageOneConfig(vae=vae):
             return vae.patch_size * vae.visible_block
         case ColaConfig(vae=vae, dit=dit):
             return vae.patch_size * dit.block_size
+        case ARConfig() | LLaDAConfig() | PlaidConfig():
+            return 1
         case _:
             assert_never(config)
 
@@ -79,34 +160,40 @@ def tokens_per_block(config: ModelConfig) -> int:
 def recomputing(config: ModelConfig, recompute: bool) -> ModelConfig:
     """The same model with or without activation checkpointing, where its family has it."""
     match config:
-        case StageOneConfig():
-            return config
         case ColaConfig():
             return replace(config, prior=replace(config.prior, recompute=recompute))
+        case StageOneConfig() | ARConfig() | LLaDAConfig() | PlaidConfig():
+            return config
         case _:
             assert_never(config)
 
 
 def num_core(model: Model) -> int:
-    """Core parameters, by which a model's size is named (model.md §7): the prior's; without one, those of the Text VAE
-    that are not vocabulary."""
+    """Core parameters, by which a model's size is named (model.md §7): the prior's; without one, those that are not
+    vocabulary: neither embedding nor output matrix."""
     match model:
         case StageOne(vae=vae):
-            vocabulary = (*vae.embedding.parameters(), *vae.head.parameters())
-            return sum(p.numel() for p in vae.parameters()) - sum(p.numel() for p in vocabulary)
+            return _without_vocabulary(vae)
         case Cola():
             return sum(p.numel() for p in model.dit.parameters())
+        case AR() | LLaDA() | Plaid():
+            return _without_vocabulary(model)
         case _:
             assert_never(model)
+
+
+def _without_vocabulary(module: nn.Module) -> int:
+    named = module.named_parameters()
+    return sum(p.numel() for name, p in named if name.partition(".")[0] not in ("embedding", "head"))
 
 
 def start(model: Model) -> None:
     """To be called when the starting weights are in, before the optimizer is made: freezes what is not trained."""
     match model:
-        case StageOne():
-            pass
         case Cola():
             model.freeze_parts()
+        case StageOne() | AR() | LLaDA() | Plaid():
+            pass
         case _:
             assert_never(model)
 
@@ -118,6 +205,8 @@ def samples(model: Model, tokenizer: Tokenizer, tokens: Tensor, sampling: Sampli
             return reconstructions(model.vae, tokenizer, tokens)
         case Cola():
             return continuations(model, tokenizer, tokens, sampling) + reconstructions(model.vae, tokenizer, tokens)
+        case AR() | LLaDA() | Plaid():
+            return continuations(model, tokenizer, tokens, sampling)
         case _:
             assert_never(model)
 

@@ -96,6 +96,11 @@ class Cola(nn.Module):
     generate = generation.generate
     score = scoring.score
 
+    @property
+    def vocab_size(self) -> int:
+        """Tokens."""
+        return self.config.vae.vocab_size
+
     def vae_learns(self, step: int) -> bool:
         """Whether the VAE trains along at this step."""
         prior = self.config.prior

@@ -1,12 +1,14 @@
-"""What every model family offers: a loss to train on and, for whole models, generation."""
+"""What every model family offers: a loss to train on and, for whole models, generation and scores."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from opencola.models.sampling import Sampling
+from opencola.models.stopping import StopRule, TokenBlock
 from opencola.text.corpus import Batch
 
 
@@ -85,7 +87,56 @@ class Score:
     """Which estimator, samples, solver and so on: what the figures must be labelled with."""
     parts: dict[str, Tensor]
     """(B,) each: terms, by name."""
+    others: dict[str, Tensor] = field(default_factory=dict)
+    """(B,) each: further figures of the same draws, by name, such as another estimate and its standard error."""
+    blocks: Sequence[dict[str, Tensor]] = ()
+    """Of every text (or none, where there are no blocks): the parts (G,) by block, by name."""
 
     def perplexity(self) -> Tensor:
         """exp(-total / tokens), of every text: (B,)."""
         return torch.exp(-self.total / self.num_tokens)
+
+
+class LanguageModel(Trainable, Protocol):
+    """A whole model: it is trained, writes, and scores. Token ids in and out; a tokenizer is the caller's."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that it knows."""
+        ...
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        eos_ids: Sequence[int] = (),
+        pad_id: int = 0,
+        ids: Sequence[int] | None = None,
+        stop: StopRule = ...,
+    ) -> Iterator[list[TokenBlock]]:
+        """Continue prompts, maybe empty ones, and yield new tokens of unfinished samples as they are ready.
+
+        eos_ids end a sample and are not given out; pad_id: what prompts are filled up with, where a family does that;
+        ids: the samples' ids, which with the seed decide their draws (their places in the list when not given);
+        stop(sample, new tokens) -> how many of these to keep, or None to go on. What a sample becomes does not depend
+        on the others. Raises ValueError for prompts with ids beyond the vocabulary.
+        """
+        ...
+
+    def score(
+        self,
+        prompts: Sequence[Sequence[int]],
+        continuations: Sequence[Sequence[int]],
+        settings: Any,
+        *,
+        pad_id: int = 0,
+        ids: Sequence[int] | None = None,
+    ) -> Score:
+        """Log-probability of every continuation given its prompt, with the end-of-text id where that is to count.
+
+        settings: of the family's own class (`build.scoring_class`); ids: decide the draws, as in `generate`. What comes
+        out does not depend on what else is scored, but for rounding. Raises ValueError for empty continuations and ids
+        beyond the vocabulary.
+        """
+        ...

@@ -48,6 +48,11 @@ class LLaDA(nn.Module):
     score = llada_scoring.score
 
     @property
+    def vocab_size(self) -> int:
+        """Tokens."""
+        return self.config.vocab_size
+
+    @property
     def mask_id(self) -> int:
         """Input id of [MASK], the embedding's extra row."""
         return self.config.vocab_size

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opencola.layers import randomness
+from opencola.models.bounds import BoundScoring
 from opencola.models.inputs import checked_texts
 from opencola.models.language_model import Score
 
@@ -44,20 +45,17 @@ def score(
     model: "LLaDA",
     prompts: Sequence[Sequence[int]],
     continuations: Sequence[Sequence[int]],
-    samples: int = 128,
+    settings: BoundScoring,
     *,
-    seed: int = 0,
-    rows: int = 32,
     pad_id: int = 0,
     ids: Sequence[int] | None = None,
 ) -> Score:
-    """Bound on the log-probability of every continuation (token ids) given its prompt, mean of `samples` draws.
+    """Bound on the log-probability of every continuation (token ids) given its prompt, mean of the draws.
 
-    seed and ids decide the draws (ids: places in the list when not given); rows: texts in a pass, which changes only
-    memory. Raises ValueError for samples or rows below 1, empty continuations and ids beyond the vocabulary.
+    ids decide the draws (places in the list when not given). Raises ValueError for empty continuations and ids beyond
+    the vocabulary.
     """
-    if samples < 1 or rows < 1:
-        raise ValueError(f"samples and rows must be at least 1, not {samples} and {rows}")
+    samples, rows = settings.samples, settings.rows
     ids = list(range(len(prompts))) if ids is None else list(ids)
     texts = checked_texts(prompts, continuations, model.mask_id)
     device = model.head.weight.device
@@ -73,7 +71,7 @@ def score(
         for row, (place, sample) in enumerate(some):
             text, begin = texts[place], len(prompts[place])
             tokens[row, : len(text)] = torch.tensor(text)
-            hidden[row, begin : len(text)] = draw_hidden(len(text) - begin, seed, ids[place], sample)
+            hidden[row, begin : len(text)] = draw_hidden(len(text) - begin, settings.seed, ids[place], sample)
         scored = torch.tensor([len(continuations[place]) for place, _ in some], device=device)
         predict = model.within(lengths)
         bound = masked_bound(predict, tokens.to(device), hidden.to(device), scored, model.mask_id)

@@ -6,6 +6,7 @@ words. The decoder p(x | z_0) is the output prior alone, so that training needs 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,15 +22,16 @@ from opencola.models import plaid_generation, plaid_scoring
 from opencola.models.language_model import Loss
 from opencola.text.corpus import Batch
 
-GOLDEN = (math.sqrt(5) - 1) / 2
+# Multiples of either, without their whole parts, are spread evenly over [0, 1), and pairs of both over the square.
+GOLDEN, SILVER = (math.sqrt(5) - 1) / 2, math.sqrt(2) - 1
 
 
 @dataclass(frozen=True)
 class PlaidConfig:
     """Sizes of a Plaid."""
 
-    vocab_size: int
-    """Tokens, V."""
+    vocab_size: int = 1024
+    """Tokens, V; set from the tokenizer when training."""
     embedding_dim: int = 16
     """Channels of a token's embedding, E: what diffuses."""
     trunk: LlamaConfig = field(default_factory=LlamaConfig)
@@ -130,6 +132,11 @@ class Plaid(nn.Module):
     generate = plaid_generation.generate
     score = plaid_scoring.score
 
+    @property
+    def vocab_size(self) -> int:
+        """Tokens."""
+        return self.config.vocab_size
+
     def embeddings(self) -> Tensor:
         """(V, E), each of length sqrt(E): a channel has unit scale, whatever training does (§3.1)."""
         wide = self.embedding.to(torch.promote_types(self.embedding.dtype, torch.float32))
@@ -158,13 +165,20 @@ class Plaid(nn.Module):
         return output_prior(z, self.embeddings(), gamma).log_softmax(-1)
 
     def terms(
-        self, tokens: Tensor, scored: Tensor, t: Tensor, noise: Tensor, conditioned: Tensor, attend: Attend
+        self,
+        tokens: Tensor,
+        scored: Tensor,
+        t: Tensor,
+        noise: Tensor,
+        conditioned: Sequence[int],
+        documents: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """One draw of the bound's terms, in nats, by token: each (B, L), 0 where not scored. Differentiable.
 
-        tokens, scored (B, L); t (B,) times; noise (2, B, L, E) of z_0 and z_t; conditioned (B,): sequences whose
-        estimate sees a first one. Tokens that are not scored are given: they are noised along, and a first estimate
-        knows them. By Jensen's inequality that bounds the scored tokens' probability given the others.
+        tokens, scored (B, L); t (B,) times; noise (2, B, L, E) of z_0 and z_t; conditioned: places of sequences whose
+        estimate sees a first one; documents (B, L): what sees each other. Tokens that are not scored are given: they
+        are noised along, and a first estimate knows them. By Jensen's inequality that bounds the scored tokens'
+        probability given the others.
         """
         table = self.embeddings()
         x = F.embedding(tokens, table)
@@ -176,13 +190,15 @@ class Plaid(nn.Module):
         gamma = self.schedule.gamma(shape)
         z = noised(x, noise[1], gamma)
         first = torch.zeros_like(z)
-        if self.config.self_conditioning and bool(conditioned.any()):
+        if self.config.self_conditioning and conditioned:
+            rows = torch.tensor(conditioned, device=z.device)
             with torch.no_grad():
-                found = torch.where(scored[..., None], self.estimate(z, shape, first, attend), x)
-            first = torch.where(conditioned[:, None, None], found, first)
-        diffusion = scored * diffusion_integrand(
-            x, self.estimate(z, shape, first, attend), gamma, slope * self.schedule.log_span.exp()
-        )
+                attend = pattern(None if documents is None else documents[rows])
+                found = self.estimate(z[rows], shape[rows], first[rows], attend)
+                first[rows] = torch.where(scored[rows, :, None], found, x[rows])
+        estimate = self.estimate(z, shape, first, pattern(documents))
+        slope = slope * self.schedule.log_span.exp()
+        diffusion = scored * diffusion_integrand(x, estimate, gamma, slope)
         # The bound does not depend on the shape, only the variance of this estimate does. The gradient of its square,
         # but for a factor 2, is each sequence's own times its value; the ends keep the bound's (§3.1).
         factor = (diffusion.sum(1) / scored.sum(1).clamp(min=1)).detach().to(t.dtype)
@@ -195,14 +211,15 @@ class Plaid(nn.Module):
         """The variational bound, reconstruction + prior KL + diffusion, in nats per scored token (§2)."""
         scored = batch.is_scored()
         like = self.embeddings()
-        # times of consecutive ids are spread evenly: a sequence's is its own, whatever it is batched with
+        # times of consecutive ids are spread evenly: a sequence's is its own, whatever it is batched with, and so is
+        # whether it is conditioned, known without a draw so that the number of operations does not depend on one
         offset = torch.rand((), generator=randomness.generator(batch.seed, "time"), dtype=torch.float64)
         t = ((offset + batch.ids.cpu().double() * GOLDEN) % 1).to(like)
+        share = self.config.self_conditioning
+        conditioned = [place for place, i in enumerate(batch.ids.tolist()) if i * SILVER % 1 < share]
         row = batch.tokens.shape[1], self.config.embedding_dim
         noise = randomness.normal((2, *row), batch.seed, "diffusion", batch.ids).transpose(0, 1).to(like)
-        drawn = randomness.uniform((), batch.seed, "self_conditioning", batch.ids)
-        conditioned = (drawn < self.config.self_conditioning).to(like.device)
-        found = self.terms(batch.tokens, scored, t, noise, conditioned, pattern(batch.documents))
+        found = self.terms(batch.tokens, scored, t, noise, conditioned, batch.documents)
         tokens = (batch.counts or self.counts(batch))["tokens"].clamp(min=1)
         terms = {name: value.sum() / tokens for name, value in found.items()}
         ends = {f"gamma_{end}": self.schedule.gamma(like.new_tensor(float(end))).detach() for end in (0, 1)}

@@ -23,15 +23,16 @@ def generate(
     sampling: Sampling,
     *,
     eos_ids: Sequence[int] = (),
+    pad_id: int = 0,
     ids: Sequence[int] | None = None,
     stop: StopRule = lambda sample, tokens: None,
 ) -> Iterator[list[TokenBlock]]:
     """Yield the new tokens of every sample, whole; samples whose prompts are of one length are written together.
 
     prompts: token ids; eos_ids end a sample and are not given out; ids: the samples' ids, which decide their noise
-    (their place in the batch when not given); stop(sample, new tokens) -> how many of these to keep, or None. Of the
-    sampling, `steps`, `shift`, `guidance` (1: none) and what concerns tokens and the end count. Raises ValueError for
-    prompts with ids beyond the vocabulary.
+    (their place in the batch when not given); stop(sample, new tokens) -> how many of these to keep, or None; pad_id
+    changes nothing: no prompt is filled up. Of the sampling, `steps`, `shift`, `guidance` (1: none) and what concerns
+    tokens and the end count. Raises ValueError for prompts with ids beyond the vocabulary.
     """
     ids = list(range(len(prompts))) if ids is None else list(ids)
     texts = checked_prompts(prompts, model.config.vocab_size)

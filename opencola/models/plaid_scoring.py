@@ -1,14 +1,13 @@
 """Log-probabilities of texts under a Plaid: its variational bound with K draws of time and noise."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from opencola.layers import randomness
-from opencola.layers.attention import masked
+from opencola.models.bounds import BoundScoring
 from opencola.models.inputs import checked_texts
 from opencola.models.language_model import Score
 
@@ -16,37 +15,22 @@ if TYPE_CHECKING:
     from opencola.models.plaid import Plaid
 
 
-@dataclass(frozen=True)
-class PlaidScoring:
-    """How texts are scored."""
-
-    samples: int = 64
-    """Draws K of time and noise for every text; the times are spread evenly over [0, 1]."""
-    rows: int = 32
-    """Draws to evaluate at a time: memory."""
-    seed: int = 0
-    """All draws depend on this, the text's id and the draw's number alone."""
-
-    def __post_init__(self) -> None:
-        for name in ("samples", "rows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-
-
 @torch.no_grad()
 def score(
     model: "Plaid",
     prompts: Sequence[Sequence[int]],
     continuations: Sequence[Sequence[int]],
-    settings: PlaidScoring,
+    settings: BoundScoring,
     *,
+    pad_id: int = 0,
     ids: Sequence[int] | None = None,
 ) -> Score:
     """Bound on the log-probability of every continuation (token ids) given its prompt (maybe none), in nats.
 
-    ids decide the draws (places in the list when not given). The standard error takes the draws as independent, which
-    is too much where the times are spread evenly. parts: reconstruction, prior, diffusion, which add up to the total.
-    Raises ValueError for empty continuations and ids beyond the vocabulary.
+    ids decide the draws (places in the list when not given); pad_id changes nothing: no text is filled up. The standard
+    error takes the draws as independent, which is too much where the times are spread evenly. parts: reconstruction,
+    prior, diffusion, which add up to the total. Raises ValueError for empty continuations and for ids beyond the
+    vocabulary.
     """
     ids = list(range(len(prompts))) if ids is None else list(ids)
     texts = checked_texts(prompts, continuations, model.config.vocab_size)
@@ -64,7 +48,7 @@ def score(
     )
 
 
-def _draws(model: "Plaid", tokens: list[int], known: int, id_: int, settings: PlaidScoring) -> dict[str, Tensor]:
+def _draws(model: "Plaid", tokens: list[int], known: int, id_: int, settings: BoundScoring) -> dict[str, Tensor]:
     """The terms, negated, of every draw: (K,) float64 each, on the CPU."""
     like = model.embeddings()
     count, shape = settings.samples, (2, len(tokens), model.config.embedding_dim)
@@ -80,8 +64,7 @@ def _draws(model: "Plaid", tokens: list[int], known: int, id_: int, settings: Pl
             scored.expand(len(some), -1),
             times[some].to(like),
             noise,
-            torch.ones(len(some), dtype=torch.bool, device=like.device),
-            masked(None),
+            range(len(some)),
         )
         found.append({name: -value.double().sum(1).cpu() for name, value in terms.items()})
     return {name: torch.cat([one[name] for one in found]) for name in found[0]}

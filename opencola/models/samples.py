@@ -8,8 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from opencola.models.cola import Cola
-from opencola.models.language_model import Sample
+from opencola.models.language_model import LanguageModel, Sample
 from opencola.models.sampling import Sampling
 from opencola.models.text_stream import generate_text
 from opencola.text.conversations import ChatML
@@ -21,7 +20,7 @@ PROMPT_WORDS = 8
 MAX_NEW_TOKENS = 64
 
 
-def continuations(model: Cola, tokenizer: Tokenizer, tokens: Tensor, sampling: Sampling) -> list[Sample]:
+def continuations(model: LanguageModel, tokenizer: Tokenizer, tokens: Tensor, sampling: Sampling) -> list[Sample]:
     """The first words of sequences (B, L), each of its longest document, and how the model goes on (not for long).
 
     With sampling.chat, of conversations: what the first user says, and the model's answer.

@@ -43,6 +43,11 @@ class Scoring(Likelihood):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
 
+    @property
+    def texts_at_a_time(self) -> int:
+        """How many to score together: steps of dopri5 are common to all that is solved together."""
+        return 1 if self.solver == "dopri5" else max(1, self.rows // self.samples)
+
     def label(self) -> str:
         """All that the figures depend on, in words."""
         return f"{self.estimator.upper()}, K = {self.samples}, {super().label()}"
@@ -131,8 +136,7 @@ def evaluate(
             tokens = tokens[: (known // chunk + 1) * chunk]
         texts.append(Text(tokens, known))
         prefixes.append(Text(list(prompt)) if settings.conditional == "joint" and prompt else None)
-    alone = settings.solver == "dopri5"  # whose steps are common to all that is solved together
-    step = 1 if alone else max(1, settings.rows // settings.samples)
+    step = settings.texts_at_a_time
     jobs = [(place, text) for place, pair in enumerate(zip(texts, prefixes, strict=True)) for text in pair if text]
     jobs.sort(key=lambda job: len(job[1].tokens))  # texts of like length are filled up little
     found: dict[tuple[int, bool], tuple[Terms, int]] = {}
@@ -159,7 +163,8 @@ def score(
 ) -> Score:
     """Log-probability of every continuation (token ids, with the end-of-text id where that is meant to be scored).
 
-    parts: the ELBO's terms decoder, prior, posterior. Otherwise as `evaluate`.
+    parts: the ELBO's terms decoder, prior, posterior; others: elbo and iwae with their standard errors, and evaluations
+    of the velocity. Otherwise as `evaluate`.
     """
     found = evaluate(model, prompts, continuations, settings, pad_id=pad_id, ids=ids)
     return to_score(found, settings, any(prompts))
@@ -167,17 +172,26 @@ def score(
 
 def to_score(found: Sequence[Evaluation], settings: Scoring, conditional: bool) -> Score:
     """The evaluations as one Score; conditional: whether there were prompts."""
-    estimates = [evaluation.estimate(settings.estimator) for evaluation in found]
+    names: tuple[Estimator, ...] = ("elbo", "iwae")
+    estimates = {name: [evaluation.estimate(name) for evaluation in found] for name in names}
+    values = {name: torch.stack([e.value for e in several]) for name, several in estimates.items()}
+    errors = {name: torch.stack([e.standard_error for e in several]) for name, several in estimates.items()}
     parts = [evaluation.parts() for evaluation in found]
     conditional = conditional or settings.conditional == "first_block"
     label = settings.label() + (f", {settings.conditional}" if conditional else "")
     return Score(
-        torch.stack([e.value for e in estimates]),
-        torch.stack([e.standard_error for e in estimates]),
+        values[settings.estimator],
+        errors[settings.estimator],
         torch.tensor([evaluation.num_tokens for evaluation in found]),
         kind(settings, conditional),
         label,
         {name: torch.stack([p[name] for p in parts]) for name in parts[0]},
+        {
+            **{str(name): value for name, value in values.items()},
+            **{f"{name}_standard_error": error for name, error in errors.items()},
+            "evaluations": torch.tensor([evaluation.evaluations for evaluation in found]),
+        },
+        [evaluation.terms.by_block() for evaluation in found],
     )
 
 

@@ -4,7 +4,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from opencola.models.cola import Cola
+from opencola.models.language_model import LanguageModel
 from opencola.models.sampling import Sampling
 from opencola.models.stopping import Finished, TokenBlock
 from opencola.text.conversations import ChatML, Message
@@ -26,7 +26,7 @@ class TextPiece:
 
 
 def generate_text(
-    model: Cola,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     prompts: Sequence[str | Sequence[Message]],
     sampling: Sampling,
@@ -41,9 +41,9 @@ def generate_text(
     tokenizer lacks.
     """
     release = sampling.compatibility == "release"
-    if tokenizer.vocab_size > model.vae.config.vocab_size:
+    if tokenizer.vocab_size > model.vocab_size:
         raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, but the model knows only {model.vae.config.vocab_size}"
+            f"the tokenizer has {tokenizer.vocab_size} tokens, but the model knows only {model.vocab_size}"
         )
     if "" in sampling.stop:
         raise ValueError("an empty stop string would end every text at once: leave it out")

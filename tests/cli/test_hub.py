@@ -102,7 +102,7 @@ def test_from_python(hub: FakeHub, python: Python) -> None:
     assert said[2].startswith("FileNotFoundError me/nothing is no folder, and cannot be had from the Hugging Face Hub")
     assert said[3] == "ValueError runs/tiny is a folder: it has no revision main"
     assert said[4] == "FileNotFoundError no such folder: nothing"
-    assert said[5] == "runs holds no model (cola_dlm/)"
+    assert said[5] == "runs holds no model: give the folder of a finished run"
     uploaded = {name.split("/")[0] for name in hub.files("me/run")} - {".gitattributes"}
     assert uploaded == {"cola_dlm", "tokenizer.json", "opencola.json", "training.json", "README.md"}  # no checkpoints
     assert ModelCard(hub.files("me/run")["README.md"].decode()).data.library_name == "opencola"

@@ -125,7 +125,7 @@ def test_a_model_with_the_tokenizer_of_a_larger_one(main: Main, place: Path) -> 
     assert official.Tokenizer.train(words * 9, 400).vocab_size == 400
     official.Tokenizer.train(words * 9, 400).save("runs/tiny")
     code, _, error = main("generate", "--model", "runs/tiny", "--prompt", "a")
-    assert (code, error) == (2, "error: the tokenizer in runs/tiny has 400 ids, but its Text VAE knows 300\n")
+    assert (code, error) == (2, "error: the tokenizer in runs/tiny has 400 ids, but its model knows 300\n")
 
 
 def test_bugs_are_not_dressed_up_as_mistakes(main: Main, monkeypatch: pytest.MonkeyPatch) -> None:

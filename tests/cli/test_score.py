@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from command_line import Main
 
-from opencola import console, score
+from opencola import console
 from opencola.interop import official
+from opencola.models.cola import Cola
 from opencola.models.scoring import Scoring
 
 QUICK = ("--model", "runs/tiny", "--solver", "euler", "--steps", "2", "--samples", "3", "--rows", "6")
@@ -63,14 +64,14 @@ def test_one_sample_without_end_of_text(main: Main, place: Path) -> None:
 
 def test_ctrl_c_keeps_what_is_done(main: Main, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (place / "t.txt").write_text("a\nb\nc\nd\ne\n")
-    evaluate = score.evaluate
+    whole = Cola.score
 
     def interrupted(*args: Any, **fields: Any) -> Any:
         if fields["ids"] == [2, 3]:
             raise KeyboardInterrupt
-        return evaluate(*args, **fields)
+        return whole(*args, **fields)
 
-    monkeypatch.setattr("opencola.score.evaluate", interrupted)
+    monkeypatch.setattr(Cola, "score", interrupted)
     code, said, _ = main("score", "t.txt", *QUICK, "--jsonl", "x.jsonl")
     assert code == 130 and "2 of 5 texts" in said
     assert [record["text"] for record in records(place / "x.jsonl")] == ["a", "b"]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from command_line import Main
 
-from opencola import console
+from opencola import chat
 from opencola.interop import official
 from opencola.text.conversations import Message
 
@@ -60,7 +60,7 @@ def test_train_generate_and_chat(main: Main, place: Path, chats: str, monkeypatc
     assert answers[0] == answers[1] and answers[0].startswith("The fox\n")
 
     seen: list[Any] = []
-    generate_text = console.generate_text
+    generate_text = chat.generate_text
 
     def recorded(model: Any, tokenizer: Any, prompts: Any, *rest: Any) -> Any:
         seen.append(prompts)
@@ -68,7 +68,7 @@ def test_train_generate_and_chat(main: Main, place: Path, chats: str, monkeypatc
 
     lines = ["The fox", "and then?", "/new", "The bear", "/help", "/set chat False", "The bear", "/new", "/quit"]
     typed = iter(lines)
-    monkeypatch.setattr(console, "generate_text", recorded)
+    monkeypatch.setattr(chat, "generate_text", recorded)
     monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
     code, said, error = main("chat", "--model", "chat")
     assert (code, error) == (0, "")

@@ -9,7 +9,7 @@ from tiny import randomise, tiny_batch
 from torch import Tensor
 
 from opencola.layers.llama import LlamaConfig
-from opencola.models.ar import AR, ARConfig
+from opencola.models.ar import AR, ARConfig, ARScoring
 from opencola.models.sampling import Sampling
 from opencola.text.corpus import Batch
 
@@ -51,7 +51,7 @@ def test_loss_is_the_mean_of_the_chain_rule_in_nats(tied: bool) -> None:
     part = model.loss(replace(batch, scored=scored)).total.detach()
     torch.testing.assert_close(part, expected[scored.flatten()].mean(), rtol=0, atol=1e-12)
     assert model.counts(replace(batch, scored=scored))["tokens"] == scored.sum()
-    score = model.score([[]] * 3, batch.tokens.tolist())
+    score = model.score([[]] * 3, batch.tokens.tolist(), ARScoring())
     torch.testing.assert_close(loss.total.detach(), -score.total.sum() / score.num_tokens.sum(), rtol=0, atol=1e-12)
 
 
@@ -158,14 +158,15 @@ def test_draws_have_the_softmax_as_their_distribution() -> None:
 def test_score_is_the_sum_by_hand_and_obeys_the_chain_rule() -> None:
     model = tiny_ar()
     continuations = [[1, 2], [9], [7, 7, 7], [0, 5, 29], [4]]
-    score = model.score(PROMPTS, continuations, rows=2)
+    score = model.score(PROMPTS, continuations, ARScoring(rows=2))
     for place, (prompt, continuation) in enumerate(zip(PROMPTS, continuations, strict=True)):
         expected = log_probs(model, prompt + continuation)[len(prompt) :].sum()
         torch.testing.assert_close(score.total[place], expected, rtol=0, atol=1e-11)
-        alone = model.score([prompt], [continuation])
+        alone = model.score([prompt], [continuation], ARScoring())
         torch.testing.assert_close(score.total[place : place + 1], alone.total, rtol=0, atol=1e-12)
         if prompt:
-            both = model.score([[]], [prompt + continuation]).total - model.score([[]], [prompt]).total
+            both = model.score([[]], [prompt + continuation], ARScoring()).total
+            both = both - model.score([[]], [prompt], ARScoring()).total
             torch.testing.assert_close(alone.total, both, rtol=0, atol=1e-11)
     assert score.kind == "exact"
     assert score.total.dtype == torch.float64
@@ -176,7 +177,7 @@ def test_score_is_the_sum_by_hand_and_obeys_the_chain_rule() -> None:
 def test_the_probabilities_of_all_texts_of_a_length_sum_to_one() -> None:
     model = tiny_ar(vocab_size=4)
     texts = torch.cartesian_prod(*[torch.arange(4)] * 3).tolist()
-    score = model.score([[]] * 64, texts)
+    score = model.score([[]] * 64, texts, ARScoring())
     torch.testing.assert_close(score.total.exp().sum(), torch.tensor(1.0).double(), rtol=0, atol=1e-12)
 
 
@@ -185,8 +186,8 @@ def test_mistakes_are_named() -> None:
     with pytest.raises(ValueError, match="prompt 1 has a token id outside 0..29"):
         next(model.generate([[1], [30]], Sampling()))
     with pytest.raises(ValueError, match="text 0 has a token id outside 0..29"):
-        model.score([[1]], [[-1]])
+        model.score([[1]], [[-1]], ARScoring())
     with pytest.raises(ValueError, match="continuation 1 is empty"):
-        model.score([[1], [1]], [[1], []])
+        model.score([[1], [1]], [[1], []], ARScoring())
     with pytest.raises(ValueError, match="bos_id 9 is outside 0..8, the vocabulary"):
         ARConfig(9, bos_id=9)

@@ -10,6 +10,7 @@ from any_order import LENGTH, MASK, MASKS, TEXTS, Arbitrary, Exact, by_order, la
 from tiny import VOCABULARY, tiny_batch, tiny_llada
 from torch import Tensor
 
+from opencola.models.bounds import BoundScoring
 from opencola.models.llada import draw_mask, weighted_losses
 from opencola.models.llada_scoring import draw_hidden, masked_bound
 
@@ -162,10 +163,10 @@ def test_all_places_see_each_other_and_padding_is_not_seen() -> None:
 def test_score_and_its_error() -> None:
     """Two disjoint sets of draws agree within their errors, which shrink with the root of their number."""
     model, prompts, texts = tiny_llada(), [[3, 4], []], [[5, 6, 7, 8], [9, 2]]
-    one, two = (model.score(prompts, texts, 400, seed=seed) for seed in (0, 1))
+    one, two = (model.score(prompts, texts, BoundScoring(400, seed=seed)) for seed in (0, 1))
     error = (one.standard_error**2 + two.standard_error**2).sqrt()
     assert ((one.total - two.total).abs() < 4 * error).all() and (one.total != two.total).all()
-    ratio = model.score(prompts, texts, 25).standard_error / one.standard_error
+    ratio = model.score(prompts, texts, BoundScoring(25)).standard_error / one.standard_error
     assert (ratio > 4 / 1.6).all() and (ratio < 4 * 1.6).all()
     assert one.kind == "bound" and one.num_tokens.tolist() == [4, 2]
 
@@ -179,19 +180,19 @@ def test_score_is_the_mean_over_all_masks() -> None:
         logits = model(text.masked_fill(hidden, VOCABULARY)).log_softmax(-1)
         found = sum(logits[0, 2 + i, text[0, 2 + i]].item() for i in range(2) if mask[i])
         exact += found * 2 / sum(mask) / 2 / (1 if all(mask) else 2)
-    score = model.score([[3, 4]], [[9, 2]], 600)
+    score = model.score([[3, 4]], [[9, 2]], BoundScoring(600))
     assert abs(score.total.item() - exact) < 4 * score.standard_error.item()
 
 
 def test_scores_do_not_depend_on_the_batch() -> None:
     model = tiny_llada()
     prompts, texts, ids = [[3, 4], [], [1, 2, 3, 4, 5]], [[5, 6, 7], [9, 2], [8]], [4, 7, 2]
-    whole = model.score(prompts, texts, 6, ids=ids, rows=5)
+    whole = model.score(prompts, texts, BoundScoring(6, rows=5), ids=ids)
     for i in range(3):
-        alone = model.score(prompts[i : i + 1], texts[i : i + 1], 6, ids=ids[i : i + 1])
+        alone = model.score(prompts[i : i + 1], texts[i : i + 1], BoundScoring(6), ids=ids[i : i + 1])
         torch.testing.assert_close(alone.total[0], whole.total[i])
         torch.testing.assert_close(alone.standard_error[0], whole.standard_error[i])
-    assert model.score([[]], [[1, 2]], 1).standard_error.isnan().all()
+    assert model.score([[]], [[1, 2]], BoundScoring(1)).standard_error.isnan().all()
 
 
 @pytest.mark.parametrize(
@@ -200,4 +201,4 @@ def test_scores_do_not_depend_on_the_batch() -> None:
 )
 def test_what_cannot_be_scored(prompt: list[int], text: list[int], samples: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        tiny_llada().score([prompt], [text], samples)
+        tiny_llada().score([prompt], [text], BoundScoring(samples))

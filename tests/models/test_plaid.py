@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from opencola.layers.llama import LlamaConfig
+from opencola.models.bounds import BoundScoring
 from opencola.models.language_model import Loss
-from opencola.models.plaid import NoiseSchedule, Plaid, PlaidConfig, diffusion_integrand, noised, pattern, prior_kl
+from opencola.models.plaid import NoiseSchedule, Plaid, PlaidConfig, diffusion_integrand, noised, prior_kl
 from opencola.models.plaid_generation import ancestral, posterior
-from opencola.models.plaid_scoring import PlaidScoring
 from opencola.text.corpus import Batch
 
 TRUNK = LlamaConfig(width=16, num_layers=1, num_heads=2, ffn_dim=24)
@@ -80,8 +80,7 @@ def test_reconstruction_is_the_likelihoods_share() -> None:
     table, token = model.embeddings(), 3
     noise = torch.randn(2, 1, 1, 4).double()
     tokens, scored = torch.tensor([[token]]), torch.ones(1, 1, dtype=torch.bool)
-    half, no = torch.tensor([0.5]).double(), torch.tensor([False])
-    term = model.terms(tokens, scored, half, noise, no, pattern(None))["reconstruction"]
+    term = model.terms(tokens, scored, torch.tensor([0.5]).double(), noise, [])["reconstruction"]
     gamma = model.schedule.start.item()
     sigma = math.sqrt(1 / (1 + math.exp(-gamma)))
     alpha = math.sqrt(1 - sigma**2)
@@ -136,12 +135,29 @@ def exact_bound(start: float, end: float) -> tuple[Tensor, Tensor]:
         tokens, scored = torch.full((len(grid), 1), token), torch.ones(len(grid), 1, dtype=torch.bool)
         total = torch.zeros(()).double()
         for t in (torch.arange(count).double() + 0.5) / count:
-            no = torch.zeros(len(grid), dtype=torch.bool)
             with torch.no_grad():
-                terms = model.terms(tokens, scored, t.expand(len(grid)), noise, no, pattern(None))
+                terms = model.terms(tokens, scored, t.expand(len(grid)), noise, [])
             total += sum((weights @ value[:, 0] for value in terms.values()), start=0 * total) / count
         bounds.append(total)
     return torch.stack(bounds), -log_p
+
+
+def test_conditioned_sequences_are_a_share_at_all_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[torch.Tensor, list[int]]] = []
+
+    def note(self: Plaid, *arguments: Any, **fields: Any) -> Any:
+        asked.append((arguments[2], arguments[4]))
+        return whole(self, *arguments, **fields)
+
+    whole = Plaid.terms
+    monkeypatch.setattr(Plaid, "terms", note)
+    ids = torch.arange(7000, 7400)
+    plaid(self_conditioning=0.25).loss(Batch(torch.zeros(400, 1, dtype=torch.long), ids, seed=3, step=0))
+    ((t, conditioned),) = asked
+    assert abs(len(conditioned) - 100) <= 2
+    for quarter in range(4):  # of the times, too: neither decides the other
+        both = [place for place in conditioned if int(4 * t[place]) == quarter]
+        assert abs(len(both) - 25) <= 4
 
 
 def test_bound_with_the_exact_posterior_mean_is_tight_with_wide_ends() -> None:
@@ -215,13 +231,13 @@ def test_documents_do_not_see_each_other() -> None:
 
 def test_score_is_the_mean_bound() -> None:
     model = plaid()
-    one = PlaidScoring(samples=64, rows=7)
+    one = BoundScoring(samples=64, rows=7)
     score = model.score([[1, 2], []], [[3, 4, 5], [6]], one)
     assert score.kind == "bound" and score.num_tokens.tolist() == [3, 1]
     torch.testing.assert_close(sum(score.parts.values(), start=torch.zeros(2).double()), score.total)
-    alone = model.score([[]], [[6]], PlaidScoring(samples=64, rows=64), ids=[1])
+    alone = model.score([[]], [[6]], BoundScoring(samples=64, rows=64), ids=[1])
     torch.testing.assert_close(alone.total, score.total[1:])
-    fresh = model.score([[1, 2], []], [[3, 4, 5], [6]], PlaidScoring(samples=512, rows=512, seed=9))
+    fresh = model.score([[1, 2], []], [[3, 4, 5], [6]], BoundScoring(samples=512, rows=512, seed=9))
     assert bool(((fresh.total - score.total).abs() < 4 * score.standard_error).all())
     assert bool((fresh.standard_error < score.standard_error).all())
     with pytest.raises(ValueError, match="continuation 0 is empty"):

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,7 +26,7 @@ class Scripted:
 
     def __init__(self, tokens: list[list[int]], size: int) -> None:
         self.tokens, self.size = tokens, size
-        self.vae = SimpleNamespace(config=SimpleNamespace(vocab_size=1000))
+        self.vocab_size = 1000
 
     def generate(
         self, prompts: list[list[int]], sampling: Sampling, *, eos_ids: Sequence[int], stop: Any, **rest: Any

@@ -1,0 +1,25 @@
+"""Settings of scores that are means over draws, as those of LLaDA and Plaid are."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class BoundScoring:
+    """How texts are scored."""
+
+    samples: int = 128
+    """Draws K for every text: of the masked tokens, or of time and noise."""
+    rows: int = 32
+    """Draws to evaluate at a time: memory. What comes out does not depend on it."""
+    seed: int = 0
+    """All draws depend on this, the text's id and the draw's number alone."""
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+    @property
+    def texts_at_a_time(self) -> int:
+        """How many to score together."""
+        return max(1, self.rows // self.samples)
