@@ -35,6 +35,7 @@ from opencola.evaluation.stories import (
 )
 from opencola.interop import card, official
 from opencola.models.cola import Cola
+from opencola.models.language_model import LanguageModel
 from opencola.models.sampling import Sampling
 from opencola.models.text_stream import generate_text
 from opencola.text.stories import Story
@@ -128,7 +129,7 @@ def finish(out: Path, num_stories: int = 200, display: bool = True, started: flo
 
 
 def write_stories(
-    model: Cola, tokenizer: Tokenizer, sampling: Sampling, stories: Sequence[Story], display: bool = True
+    model: LanguageModel, tokenizer: Tokenizer, sampling: Sampling, stories: Sequence[Story], display: bool = True
 ) -> tuple[list[Continuation], list[LastWord], dict[str, int]]:
     """Have the model continue stories and find their last words; the third result is the token budgets of both."""
     rest = [" ".join(["", *tale.sentences[PROMPT_SENTENCES:]]) for tale in stories]
@@ -210,7 +211,9 @@ def map_variables(model: Cola, tokenizer: Tokenizer) -> list[LatentMap]:
     return maps
 
 
-def _writer(model: Cola, tokenizer: Tokenizer, sampling: Sampling, progress: Progress, task: str, total: int) -> Writer:
+def _writer(
+    model: LanguageModel, tokenizer: Tokenizer, sampling: Sampling, progress: Progress, task: str, total: int
+) -> Writer:
     """The model as a writer of texts; a prompt's place in the list decides its noise, and the bar follows."""
     bar = progress.add_task(task, total=total)
 

@@ -94,7 +94,7 @@ def read(recipe: str | Path, argv: Sequence[str], families: Families) -> list[tu
             raise ValueError(f"{where}: the key 'family' is missing")
         try:
             stage = _type(families(values["family"]))
-            parsed, unknown = _parse(stage, _flags(values))
+            parsed, unknown = _parse(stage, flags_of(values))
             if unknown:
                 _parse(stage, unknown, parsed, strict=True)
         except ValueError as error:
@@ -232,12 +232,12 @@ def _parse(
     return (parsed, []) if strict else parsed
 
 
-def _flags(values: dict[str, Any], prefix: str = "--") -> list[str]:
+def flags_of(values: dict[str, Any], prefix: str = "--") -> list[str]:
     """Nested values as flags: {"a": {"b": 1, "c": [2, 3]}} -> --a.b=1 --a.c 2 3."""
     flags: list[str] = []
     for key, value in values.items():
         if isinstance(value, dict):
-            flags += _flags(value, f"{prefix}{key}.")
+            flags += flags_of(value, f"{prefix}{key}.")
         elif isinstance(value, list):
             flags += [f"{prefix}{key}", *map(str, value)]
         else:

@@ -1,0 +1,1 @@
+"""The research questions as runnable experiments: recipes, results as JSONL, figures."""
