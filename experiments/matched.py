@@ -55,7 +55,8 @@ class Size:
     batch_size: int
 
 
-SIZES = {"tiny": Size(16, 1, 2, 300, 32, 2), "1m": Size(128, 4, 8, 1024, 96, 4)}
+SizeName = Literal["tiny", "1m"]
+SIZES: dict[SizeName, Size] = {"tiny": Size(16, 1, 2, 300, 32, 2), "1m": Size(128, 4, 8, 1024, 96, 4)}
 STORIES = "stories"
 # Rates and averaging of Cola DLM's demo recipe, for all.
 TRAIN = {"learning_rate": 2.5e-3, "muon_learning_rate": 0.04, "schedule": "linear", "decay": 0.1, "ema": 0.995}
@@ -73,7 +74,7 @@ class Options:
 
     out: Path = Path("runs/matched")
     """Folder of the whole experiment."""
-    size: Literal["tiny", "1m"] = "1m"
+    size: SizeName = "1m"
     """About 1 M core parameters; tiny is for trying it out."""
     families: tuple[Family, ...] = FAMILIES
     """Which to train and to measure now; runs that are finished are kept."""
@@ -127,10 +128,16 @@ def shared_tokenizer(options: Options) -> Tokenizer:
 
 def derive(family: str, options: Options, tokenizer: Tokenizer) -> Stages:
     """Write a family's recipe, with as many steps as its budget buys, and read it."""
-    plan = sketch(family, options)
-    file = options.out / "recipes" / f"{family}.yaml"
+    shares = SHARES if family == "cola" else {family: 1.0}
+    return settle(sketch(family, options), options.out / "recipes" / f"{family}.yaml", shares, options, tokenizer)
+
+
+def settle(
+    plan: dict[str, Any], file: Path, shares: Mapping[str, float], options: Options, tokenizer: Tokenizer
+) -> Stages:
+    """Write a recipe whose stages take these shares of the budget, and read it."""
     write(plan, file)
-    for stage, share in shares(family).items():
+    for stage, share in shares.items():
         train = plan["stages"][stage]["train"] if "stages" in plan else plan["train"]
         if options.seconds is not None:
             train |= {"seconds": share * options.seconds, "steps": UNBOUNDED}
@@ -142,11 +149,6 @@ def derive(family: str, options: Options, tokenizer: Tokenizer) -> Stages:
         train["steps"] = max(1, round(share * (options.flops or options.tokens or 0) / per_step))
     write(plan, file)
     return read(file)
-
-
-def shares(family: str) -> Mapping[str, float]:
-    """Stages of a family, and the share of the budget that each has."""
-    return SHARES if family == "cola" else {family: 1.0}
 
 
 def sketch(family: str, options: Options) -> dict[str, Any]:

@@ -187,11 +187,8 @@ COLUMNS = (
     ("legal_sentences", "legal sentences", lambda row: percent(row["legal_sentences"])),
     ("consistent_stories", "consistent stories", lambda row: percent(row["consistent_stories"])),
     ("distinct_continuations", "distinct", lambda row: percent(row["distinct_continuations"])),
-    (
-        "bits_per_token",
-        "bits a token",
-        lambda row: f"{row['bits_per_token']:.3f} ± {row['bits_error']:.3f}, {row['kind']}",
-    ),
+    ("bits_per_token", "bits a token", lambda row: f"{row['bits_per_token']:.3f} ± {row['bits_error']:.3f}"),
+    ("kind", "which is", lambda row: row["kind"]),
     ("tokens_per_second_1", "tokens/s, 1", lambda row: f"{row['tokens_per_second_1']:.0f}"),
     ("tokens_per_second_16", "tokens/s, 16", lambda row: f"{row['tokens_per_second_16']:.0f}"),
     ("evaluations_per_token", "evaluations a token", lambda row: f"{row['evaluations_per_token']:.2f}"),
