@@ -71,14 +71,15 @@ class Results:
 
 
 def read_results(file: Path) -> Results:
-    """Read a results file; blank lines are skipped.
+    """Read a results file, or the draft of a run that goes on; blank lines are skipped.
 
+    What stands behind the last line's end was cut off while it was written, and counts as a record that is not there.
     Raises FileNotFoundError, and ValueError, naming file, line and field, for what is no such file: another first line,
     a record of a task that the run did not have, a field that is missing or of another type, a record that came before.
     """
     run: dict[str, Any] | None = None
     found: dict[str, dict[tuple[float, int], Any]] = {}
-    for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
+    for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], 1):
         place = f"{file}, line {number}"
         if not line.strip():
             continue

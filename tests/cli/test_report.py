@@ -32,6 +32,7 @@ def test_two_models(report: Main) -> None:
     code, said, error = report("a.jsonl", "b.jsonl", "--out", "new/out")
     assert (code, error) == (0, "")
     assert "[b]other is not finished; records: MMLU 7 of 8." in said
+    assert said.count("[b]other") == 3, "as it is, in all tables, too"
     assert "87.50 (52.9 to 97.8)" in said and "14.29 (2.6 to 51.3)" in said
     out = Path("new/out")
     assert sorted(file.name for file in out.iterdir()) == [
@@ -64,7 +65,7 @@ def test_two_models(report: Main) -> None:
 def test_mistakes_are_one_line(argv: tuple[str, ...], message: str, report: Main) -> None:
     text = Path("a.jsonl").read_text()
     Path("summary.jsonl").write_text(text)
-    Path("cut.jsonl").write_text(text[:-20])
+    Path("cut.jsonl").write_text(text[:-20] + "\n")
     code, _, error = report(*argv)
     assert code == 2 and error.startswith("error: ") and error.count("\n") == 1 and message in error, error
     assert Path("a.jsonl").read_text() == Path("summary.jsonl").read_text() == text

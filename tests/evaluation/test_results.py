@@ -110,7 +110,8 @@ def test_files_that_hold_something_else(tmp_path: Path) -> None:
     for text, message in (
         ("", "results.jsonl: no results"),
         ("[1]\n", "line 1: not an object"),
-        (json.dumps(head({"mmlu": 1})) + '\n{"record": "ans', "line 2: not JSON"),  # cut off
+        (json.dumps(head({"mmlu": 1})), "results.jsonl: no results"),  # cut off
+        (json.dumps(head({"mmlu": 1})) + '\n{"record": "ans\n', "line 2: not JSON"),
     ):
         file.write_text(text)
         with pytest.raises(ValueError, match=message):
@@ -118,6 +119,15 @@ def test_files_that_hold_something_else(tmp_path: Path) -> None:
     file.write_bytes(b"\xff\xfe\n")
     with pytest.raises(ValueError, match="line 1: not JSON"):
         read_results(file)
-    file.write_text("[" * 100_000)
+    file.write_text("[" * 100_000 + "\n")
     with pytest.raises(ValueError, match="line 1: not JSON"):
         read_results(file)
+
+
+@pytest.mark.parametrize("cut", [1, 2, 20, 100])
+def test_a_draft_that_was_cut_off_is_not_finished(cut: int, tmp_path: Path) -> None:
+    """`opencola evaluate` takes nothing for a record whose line has no end, either."""
+    file = write(tmp_path / "results.draft.jsonl", head({"mmlu": 2}), *answers("mmlu", ["on a hill", "B"]))
+    file.write_text(file.read_text()[:-cut])
+    found = read_results(file)
+    assert found.unfinished == {"mmlu": (1, 2)} and found.answers["mmlu"][0].correct

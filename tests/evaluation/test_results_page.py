@@ -9,6 +9,7 @@ from results_files import answers, head, write
 
 from opencola.evaluation.accuracy_figures import accuracies
 from opencola.evaluation.figures import standalone
+from opencola.evaluation.page import page
 from opencola.evaluation.results import read_results
 from opencola.evaluation.results_page import PROMPT_END, render_html, render_markdown
 from opencola.evaluation.stories import wilson
@@ -56,22 +57,22 @@ def make(folder: Path, models: dict[str, dict[str, Sequence[str]]], asked: int =
 
 def test_the_page_of_two_models(tmp_path: Path) -> None:
     said = {"mmlu": [WRONG, RIGHT, RIGHT], "hellaswag": [WRONG, "(B)", WRONG]}
-    page = Page(render_html(make(tmp_path, {"one": said, "two": {"mmlu": [RIGHT] * 2}})))
-    assert page.sections == ["models", "accuracies", "table-1", "table-2", "examples"]
-    assert "two is not finished; records: MMLU 2 of 3." in page.words and "one is not finished" not in page.words
-    assert '"steps": 16' in page.words
-    assert "66.67 (20.8 to 93.9)" in page.words
-    assert "MMLU, record mmlu-1" in page.words, "the first that was right"
-    assert "one: “on a hill” ✓ righttwo: “on a hill” ✓ right" in page.words
-    assert "MMLU, record mmlu-0" in page.words, "the first that was wrong"
-    assert "one: “in the sea” ✗ wrongtwo: “on a hill” ✓ right" in page.words
-    assert "HellaSwag, record hellaswag-0" in page.words and "HellaSwag, record hellaswag-1" not in page.words
-    assert "mmlu-2" not in page.words
+    read = Page(render_html(make(tmp_path, {"one": said, "two": {"mmlu": [RIGHT] * 2}})))
+    assert read.sections == ["models", "accuracies", "table-1", "table-2", "examples"]
+    assert "two is not finished; records: MMLU 2 of 3." in read.words and "one is not finished" not in read.words
+    assert '"steps": 16' in read.words
+    assert "66.67 (20.8 to 93.9)" in read.words
+    assert "MMLU, record mmlu-1" in read.words, "the first that was right"
+    assert "one: “on a hill” ✓ righttwo: “on a hill” ✓ right" in read.words
+    assert "MMLU, record mmlu-0" in read.words, "the first that was wrong"
+    assert "one: “in the sea” ✗ wrongtwo: “on a hill” ✓ right" in read.words
+    assert "HellaSwag, record hellaswag-0" in read.words and "HellaSwag, record hellaswag-1" not in read.words
+    assert "mmlu-2" not in read.words
 
 
 def test_another_form_of_the_right_option_is_told_from_a_wrong_one(tmp_path: Path) -> None:
-    page = Page(render_html(make(tmp_path, {"one": {"hellaswag": ["(B)", WRONG]}})))
-    assert "one: “(B)” ✗ right option, other form" in page.words
+    read = Page(render_html(make(tmp_path, {"one": {"hellaswag": ["(B)", WRONG]}})))
+    assert "one: “(B)” ✗ right option, other form" in read.words
 
 
 def test_texts_of_models_stay_texts(tmp_path: Path) -> None:
@@ -80,12 +81,25 @@ def test_texts_of_models_stay_texts(tmp_path: Path) -> None:
         line |= {"prompt": EVIL, "id": f"{EVIL}{line['index']}", "answer": EVIL}
     run = head({"mmlu": 9}, model=EVIL, model_hash=EVIL, settings={"stop": [EVIL]}, likelihood={"estimator": EVIL})
     both = summarise([read_results(write(tmp_path / "a.jsonl", run, *lines))])
-    text = render_html(both)
-    page = Page(text)
-    assert not page.tags & {"script", "img"} and page.words.count("<script>alert(1)</script>") >= 7
-    assert ElementTree.fromstring(standalone(accuracies(both))).tag.endswith("svg")
+    read = Page(render_html(both))
+    assert not read.tags & {"script", "img"} and read.words.count("<script>alert(1)</script>") >= 7
+    drawn = ElementTree.fromstring(standalone(accuracies(both)))
+    assert EVIL in "".join(drawn.itertext()), "signs of formulas are none"
     said = render_markdown(both, "accuracies.svg")
     assert "<script>" not in said and "<img" not in said and said.count("&lt;script&gt;") >= 3
+
+
+def test_a_page_escapes_its_title() -> None:
+    text = page("</title><script>", "</p><script>", [])
+    assert "<script>" not in text and text.count("&lt;script&gt;") == 3
+
+
+def test_another_question_of_the_same_id_is_no_answer_to_this_one(tmp_path: Path) -> None:
+    both = make(tmp_path, {"one": {"mmlu": [RIGHT]}})
+    line = answers("mmlu", [WRONG])[0] | {"options": ["a", "b", "c", "d"]}
+    file = write(tmp_path / "b.jsonl", head({"mmlu": 1}, model="two"), line)
+    words = Page(render_html(summarise([both[0].results, read_results(file)]))).words
+    assert "one: “on a hill”" in words and "two: “" not in words
 
 
 def test_long_prompts_show_their_ends(tmp_path: Path) -> None:
@@ -97,9 +111,9 @@ def test_long_prompts_show_their_ends(tmp_path: Path) -> None:
 
 def test_the_page_of_a_run_without_records(tmp_path: Path) -> None:
     both = make(tmp_path, {"one": {"mmlu": []}})
-    page = Page(render_html(both))
-    assert page.sections == ["models", "examples"] and "There are no answers." in page.words
-    assert "one is not finished; records: MMLU 0 of 3." in page.words
+    read = Page(render_html(both))
+    assert read.sections == ["models", "examples"] and "There are no answers." in read.words
+    assert "one is not finished; records: MMLU 0 of 3." in read.words
     said = render_markdown(both, "accuracies.svg")
     assert "**one is not finished; records: MMLU 0 of 3.**" in said and "accuracies.svg" not in said
     assert ElementTree.fromstring(standalone(accuracies(both))).tag.endswith("svg")
@@ -116,7 +130,7 @@ def test_markdown_has_all_tables(tmp_path: Path) -> None:
     assert "- one: family cola, weights ab12, seed 0, " in said and "(accuracies.svg)" in said
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 7, 49, 50, 99, 100, 250])
+@pytest.mark.parametrize("count", [1, 4, 5, 14, 29, 33, 100])
 @pytest.mark.parametrize("said", [RIGHT, WRONG])
 def test_all_right_and_all_wrong_can_be_drawn(count: int, said: str, tmp_path: Path) -> None:
     """Rounding may put the end of an interval beyond 0 or 1."""

@@ -96,6 +96,16 @@ def test_two_models_on_the_same_records(results: Any) -> None:
     assert back.paired.difference == -tested.difference and back.first == "other"
 
 
+def test_what_is_compared_is_being_right_by_the_rule(results: Any) -> None:
+    """HellaSwag wants the text; its letter is forgiven in the accuracy of parsed answers only."""
+    said = {"a": WRONG, "b": "(B)"}
+    files = [results(name, head({"hellaswag": 1}), *answers("hellaswag", [text])) for name, text in said.items()]
+    one, other = (found.answers["hellaswag"][0] for found in files)
+    assert not one.correct and not other.correct and other.agrees
+    (pair,) = pairs(summarise(files))
+    assert (pair.paired.neither, pair.paired.only_second) == (1, 0)
+
+
 def test_records_of_one_id_that_ask_something_else_are_not_compared(results: Any) -> None:
     one = results("a", head({"mmlu": 2}), *answers("mmlu", [RIGHT, RIGHT]))
     lines = answers("mmlu", [WRONG, WRONG])

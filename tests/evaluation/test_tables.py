@@ -144,6 +144,14 @@ def test_the_tables_of_two_models(summaries: list[Summary]) -> None:
         assert found.rows[-len(table.rows) :] == [[*row] for row in table.rows] and len({*found.spans}) == 1
 
 
+def test_tasks_without_options_have_no_row_of_likelihoods(tmp_path: Path) -> None:
+    run = head({"mmlu": 1, "lambada": 1}, likelihood={"estimator": "exact"})
+    file = write(tmp_path / "a.jsonl", run, answer("mmlu", 0, RIGHT, scored(True, True)), answer("lambada", 0, RIGHT))
+    made = {table.title: table.rows for table in tables(summarise([read_results(file)]))}
+    assert [row[0] for row in made["Choice by likelihood"]] == ["MMLU"]
+    assert [row[0] for row in made["Accuracy"]] == ["LAMBADA", "MMLU", "average of tasks"]
+
+
 def test_units_are_stated(summaries: list[Summary]) -> None:
     accuracy, *rest = tables(summaries)
     assert "in percent, with Wilson's 95 % interval" in accuracy.note
