@@ -122,8 +122,8 @@ def report(argv: Sequence[str]) -> None:
     """Make tables and drawings of evaluations, from their results files alone.
 
     RESULTS are files that `opencola evaluate` wrote. Two or more models are set side by side, and compared in pairs on
-    the records that both have answered. Prints the tables, and writes them as a page with some records, as Markdown, and
-    all figures as JSON lines.
+    the records that both have answered. Prints the tables, and writes them as a page with some records, as Markdown,
+    and all figures as JSON lines.
 
     examples:
       opencola report runs/mine/results.jsonl
