@@ -116,3 +116,19 @@ def score(argv: Sequence[str]) -> None:
     from opencola import score as command
 
     command.score(argv, help_of(score))
+
+
+def report(argv: Sequence[str]) -> None:
+    """Make tables and drawings of evaluations, from their results files alone.
+
+    RESULTS are files that `opencola evaluate` wrote. Two or more models are set side by side, and compared in pairs on
+    the records that both have answered. Prints the tables, and writes them as a page with some records, as Markdown,
+    and all figures as JSON lines.
+
+    examples:
+      opencola report runs/mine/results.jsonl
+      opencola report cola.jsonl ar.jsonl llada.jsonl --out runs/comparison
+    """
+    from opencola import report as command
+
+    command.report(argv, help_of(report))

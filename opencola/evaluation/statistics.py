@@ -4,9 +4,25 @@ import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Protocol
 
-from opencola.evaluation.grading import Verdict
 from opencola.evaluation.stories import Share, share
+
+
+class Graded(Protocol):
+    """What the figures need of a verdict, a new one or one read from a file (see `grading.Verdict`)."""
+
+    @property
+    def correct(self) -> bool:
+        """By the task's rule."""
+
+    @property
+    def parsed(self) -> bool:
+        """Maps to an option; without options: holds a word."""
+
+    @property
+    def agrees(self) -> bool:
+        """Right once formatting is forgiven."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +68,7 @@ def correct_for_chance(accuracy: float, chance: float) -> float:
     return (accuracy - chance) / (1 - chance)
 
 
-def score(verdicts: Sequence[Verdict], chance: float) -> Scores:
+def score(verdicts: Sequence[Graded], chance: float) -> Scores:
     """The figures of a task's verdicts. Raises ValueError for a chance outside [0, 1)."""
     parsed = [verdict for verdict in verdicts if verdict.parsed]
     accuracy = share(sum(verdict.correct for verdict in verdicts), len(verdicts))
