@@ -59,9 +59,13 @@ def to_record(sample: Written) -> dict[str, Any]:
 def from_record(record: Mapping[str, Any], place: str) -> Written:
     """A sample of a line of JSON. Raises ValueError, naming the place, where it is none."""
     try:
-        judged = None if record["judge"] is None else Judged(**record["judge"])
         found = Written(
-            *(record[name] for name in ("temperature", "index", "prompt", "text")), tuple(record["ids"]), judged
+            record["temperature"],
+            record["index"],
+            record["prompt"],
+            record["text"],
+            tuple(record["ids"]),
+            None if record["judge"] is None else Judged(**record["judge"]),
         )
     except (KeyError, TypeError) as error:
         raise ValueError(f"{place}: not a record of a sample: {error}") from error
