@@ -1,6 +1,7 @@
 """`opencola quality`: what a model writes at several temperatures, and how good that is."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -53,7 +54,8 @@ class QualityFlags(ModelFlags):
         for name in ("num_samples", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, but is {getattr(self, name)}")
-        if not self.temperatures or len({*self.temperatures}) < len(self.temperatures) or min(self.temperatures) < 0:
+        different = len({*self.temperatures}) == len(self.temperatures) > 0
+        if not different or not all(0 <= temperature < math.inf for temperature in self.temperatures):
             raise ValueError("--temperatures must be different numbers, at least one and none of them negative")
 
 

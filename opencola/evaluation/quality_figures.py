@@ -40,14 +40,15 @@ def frontier(models: Mapping[str, Frontier]) -> str:
         if held_out:
             axes.plot([], [], "*", color=INK, markersize=10, label="held-out texts")
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("")
         axes.set_title("perplexity and entropy by temperature")
         axes.set_xlabel("token entropy of a sample (nats)")
         axes.set_ylabel("perplexity under the judge")
         axes.grid(linewidth=0.4, alpha=0.25, color=INK)
-        axes.legend()
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend()
         return as_svg(figure, "Perplexity under the judge against token entropy, by temperature")
 
 
