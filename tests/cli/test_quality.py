@@ -39,19 +39,8 @@ def judge(place: Path) -> judges.Judge:
 
 
 def test_samples_figures_and_drawing(main: Main, place: Path, judge: judges.Judge) -> None:
-    code, said, error = main(
-        "quality",
-        *QUICK,
-        "--judge",
-        "judge",
-        "--temperatures",
-        "0.9",
-        "0.4",
-        "--reference",
-        "words.txt",
-        "--out",
-        "o/q",
-    )
+    flags = (*QUICK, "--reference", "words.txt", "--out", "o/q")
+    code, said, error = main("quality", *flags, "--judge", "judge", "--temperatures", "0.9", "0.4")
     assert code == 0, error
     records = read(place / "o" / "q" / "samples.jsonl")
     samples = by_temperature(from_record(record, "samples") for record in records)

@@ -1,6 +1,7 @@
 """Judges: our AR model and the same one through transformers, windows by brute force, and what cannot judge."""
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import environment
+from fake_hub import fake_hub
 from tiny import randomise
 from transformers import BertConfig, BertLMHeadModel, GPT2Config, GPT2LMHeadModel
 
@@ -196,6 +199,15 @@ def test_a_model_that_sees_ahead_is_refused(tokenizer: Tokenizer, tmp_path: Path
         judges.load(tmp_path)
 
 
-def test_names() -> None:
+def test_a_judge_of_the_hub(model: AR, tmp_path: Path) -> None:
+    code = "from opencola.interop import judge; print(judge.load('me/judge')([''], ['The fox'])[0].nats)"
+    with fake_hub() as hub:
+        hub.commits["me/judge"] = []
+        hub.commit("me/judge", {file.name: file.read_bytes() for file in (tmp_path / "ours").iterdir()})
+        env = {**environment(), **hub.environment(tmp_path / "home")}
+        env.pop("HF_HUB_OFFLINE", None)
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == pytest.approx(judges.load(tmp_path / "ours")([""], ["The fox"])[0].nats, abs=1e-4)
     with pytest.raises(FileNotFoundError, match="no such folder: nowhere"):
         judges.load("nowhere")
