@@ -63,6 +63,13 @@ def test_equal_sets_have_exactly_one() -> None:
     assert mauve(texts, texts * 2) == pytest.approx(1, abs=1e-12), "shares count, not numbers"
 
 
+def test_repeated_texts_count_as_often_as_they_stand() -> None:
+    one, other = stories(2)
+    exact = area(np.array([0.75, 0.25]), np.array([0.5, 0.5]))
+    assert mauve([one] * 30 + [other] * 10, [one] * 10 + [other] * 10) == pytest.approx(exact, abs=1e-12)
+    assert exact < 0.99
+
+
 def test_held_out_texts_are_close_and_others_far() -> None:
     first, second = stories(200), stories(200, 200)
     assert mauve(first, second) > 0.9
@@ -135,3 +142,10 @@ def test_clusters_are_those_of_lloyd() -> None:
     means = np.stack([np.average(points[some == k], axis=0, weights=weights[some == k]) for k in range(7)])
     assert (np.linalg.norm(points[:, None] - means, axis=-1).argmin(-1) == some).all(), "nearest to its own mean"
     assert len({*cluster(points[:3], weights[:3], 7).tolist()}) == 3, "no more clusters than points"
+
+
+def test_clusters_start_far_from_each_other() -> None:
+    """Three points alone, beside a crowd in which every start would lie that is drawn blindly."""
+    crowd = np.random.default_rng(4).normal(size=(500, 2))
+    found = cluster(np.concatenate((crowd, [[1e4, 0], [0, 1e4], [1e4, 1e4]])), np.ones(503, int), 4)
+    assert len({*found.tolist()}) == len({*found[-3:].tolist()} | {found[0]}) == 4

@@ -129,7 +129,7 @@ def test_stories_are_judged_whole() -> None:
         prompt = " ".join(tale.sentences[:2]) if i % 2 else ""
         samples.append(written(i, tale.text[len(prompt) :], prompt=prompt))
     found = named(entries(samples, wholes, story_world=True))
-    assert found["mauve_ngram"].value == 1, "prompts belong to the text"
+    assert found["mauve_ngram"].value == 1
     assert found["legal_sentences"].count == sum(
         len(tale.sentences) - (2 if i % 2 else 0) for i, tale in enumerate(tales)
     )
@@ -146,6 +146,16 @@ def test_stories_are_judged_whole() -> None:
     assert {*named(entries(samples))}.isdisjoint({"mauve_ngram", "complete", "judge_nats"})
     with pytest.raises(ValueError, match="no samples"):
         entries([])
+
+
+def test_prompts_belong_to_the_texts_that_are_compared() -> None:
+    tales = [story(-1, i) for i in range(40)]
+    wholes, ends = [tale.text for tale in tales], [f" {tale.sentences[-1]}" for tale in tales]
+    samples = [
+        written(i, end, prompt=whole.removesuffix(end)) for i, (whole, end) in enumerate(zip(wholes, ends, strict=True))
+    ]
+    assert named(entries(samples, wholes))["mauve_ngram"].value == 1
+    assert mauve(ends, wholes) < 0.9
 
 
 def test_records_come_back() -> None:

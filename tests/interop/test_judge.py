@@ -147,6 +147,14 @@ def test_windows_by_brute_force(context: int, prompt: str, tokenizer: Tokenizer,
     assert all(count >= min(place + 1, (context + 1) // 2) for place, count in enumerate(seen, first))
 
 
+def test_batches_hold_so_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judges, "PASS_TOKENS", 12)
+    windows = [judges.Window(i, [0] * size, [0]) for i, size in enumerate([4, 20, 1, 3, 4, 5, 4])]
+    found = [[len(window.inputs) for window in some] for some in judges.batches(windows)]
+    assert found == [[1, 3, 4], [4, 4], [5], [20]]
+    assert list(judges.batches([])) == []
+
+
 def remove_transformers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     change_config(folder, rope_scaling={"type": "linear", "factor": 2.0})
     monkeypatch.setitem(sys.modules, "transformers", None)
