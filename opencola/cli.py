@@ -144,6 +144,7 @@ OFFERED = (
     commands.latents,
     commands.inspect,
     commands.report,
+    commands.quality,
     commands.export,
 )
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {function.__name__: function for function in OFFERED}

@@ -132,3 +132,19 @@ def report(argv: Sequence[str]) -> None:
     from opencola import report as command
 
     command.report(argv, help_of(report))
+
+
+def quality(argv: Sequence[str]) -> None:
+    """Measure what a model writes, at several temperatures: perplexity under a judge, variety, likeness to texts.
+
+    Prints the figures; samples.jsonl holds the texts, quality.jsonl the figures with their intervals, and quality.svg
+    shows perplexity against entropy, where there is a judge. Held-out texts are measured beside them.
+
+    examples:
+      opencola quality
+      opencola quality --model runs/mine --judge openai-community/gpt2 --reference valid.txt --max-new-tokens 128
+      opencola quality --model runs/demo --temperatures 0 0.5 1 --num-samples 100 --prompted --out runs/demo/quality
+    """
+    from opencola import quality as command
+
+    command.quality(argv, help_of(quality))

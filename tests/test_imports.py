@@ -42,6 +42,7 @@ ALLOWED["inspect_text"] = {"flags", "console", "text", "vae", "flow", "models", 
 ALLOWED["chat"] = {"flags", "console", "text", "models"}
 ALLOWED["score"] = {"flags", "console", "text", "models", "interop"}
 ALLOWED["report"] = {"flags", "evaluation"}
+ALLOWED["quality"] = {"console", "score", "text", "models", "evaluation", "interop"}
 ALLOWED["demo"] = {"text", "models", "evaluation", "interop"}
 ALLOWED["commands"] = {*ALLOWED}
 ALLOWED["cli"] = {*ALLOWED}

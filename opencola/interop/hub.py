@@ -1,6 +1,7 @@
 """Models by name: a folder, or a repository of the Hugging Face Hub (`OWNER/NAME`), to load from and to upload to."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,8 +48,10 @@ def from_pretrained(
     return Pretrained(layout.load(folder, dtype).eval(), Tokenizer.load(folder), official.load_sampling(folder))
 
 
-def locate(name: str | Path, revision: str | None = None, token: str | None = None) -> Path:
-    """The folder of a model: `name` itself, or where its repository has been downloaded to. Errors as above."""
+def locate(
+    name: str | Path, revision: str | None = None, token: str | None = None, files: Sequence[str] = FILES
+) -> Path:
+    """The folder of a model: `name` itself, or where its repository's `files` are downloaded to. Errors as above."""
     folder, repo_id = Path(name), Path(name).as_posix()
     if folder.is_dir():
         if revision is not None:
@@ -57,7 +60,7 @@ def locate(name: str | Path, revision: str | None = None, token: str | None = No
     if not is_repo_id(repo_id):
         raise FileNotFoundError(f"no such folder: {name}")
     try:
-        return Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=FILES))
+        return Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=list(files)))
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"{name} is no folder, and cannot be had from the Hugging Face Hub: {reason(error)}"
