@@ -18,7 +18,7 @@ from opencola.interop import judge as judges
 from opencola.interop import llama
 from opencola.interop.judge import Judge
 from opencola.layers.llama import LlamaConfig
-from opencola.models.ar import AR, ARConfig
+from opencola.models.ar import AR, ARConfig, ARScoring
 from opencola.text.stories import story
 from opencola.text.tokenizer import Tokenizer
 
@@ -74,7 +74,7 @@ def test_both_ways_give_the_sum_of_log_softmax(
         assert other.nats == pytest.approx(by_hand, abs=1e-4)
         assert one.tokens == other.tokens == len(ids) and one.bytes == other.bytes == len(text.encode())
         if ids:
-            assert one.nats == pytest.approx(-float(model.score([[]], [ids]).total[0]), abs=1e-4)
+            assert one.nats == pytest.approx(-float(model.score([[]], [ids], ARScoring()).total[0]), abs=1e-4)
     assert first[0].nats > 100 and (first[1].nats, first[1].tokens) == (0, 0)
     assert (ours.context, theirs.context, ours.bos_id, ours.name) == (None, None, BOS, str(tmp_path / "ours"))
 
@@ -87,7 +87,7 @@ def test_prompts_are_given_and_not_judged(model: AR, tokenizer: Tokenizer, tmp_p
     assert found.nats == pytest.approx(whole.nats - alone.nats, abs=1e-4)
     assert found.tokens == whole.tokens - alone.tokens == len(tokenizer.encode(text))
     assert found.bytes == len(text)
-    score = model.score([tokenizer.encode(prompt)], [tokenizer.encode(text)])
+    score = model.score([tokenizer.encode(prompt)], [tokenizer.encode(text)], ARScoring())
     assert found.nats == pytest.approx(-float(score.total[0]), abs=1e-4)
 
 
@@ -101,7 +101,7 @@ def test_a_token_over_the_seam_counts(model: AR, tokenizer: Tokenizer, tmp_path:
             break
         common += 1
     assert 0 < common < len(whole)
-    score = model.score([whole[:common]], [whole[common:]])
+    score = model.score([whole[:common]], [whole[common:]], ARScoring())
     assert (found.tokens, found.bytes) == (len(whole) - common, 4)
     assert found.nats == pytest.approx(-float(score.total[0]), abs=1e-4)
 
@@ -195,7 +195,9 @@ def test_the_end_is_the_beginning_where_there_is_no_other(model: AR, tmp_path: P
     judge = judges.load(tmp_path / "ours")
     assert judge.bos_id == BOS
     ids = judge.tokenizer.encode(TEXTS[0])
-    assert judge([""], TEXTS[:1])[0].nats == pytest.approx(-float(model.score([[]], [ids]).total[0]), abs=1e-4)
+    assert judge([""], TEXTS[:1])[0].nats == pytest.approx(
+        -float(model.score([[]], [ids], ARScoring()).total[0]), abs=1e-4
+    )
 
 
 def test_a_model_that_sees_ahead_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
