@@ -53,7 +53,7 @@ def test_the_million_is_matched_within_two_percent(tmp_path: Path) -> None:
     [
         (("data", "length"), 40, "data is .* for cola, but .* for llada"),
         (("data", "batch_size"), 4, "data is"),
-        (("train", "learning_rate"), 1e-3, "optimiser is"),
+        (("train", "weight_decay"), 0.1, "optimiser is"),
         (("seed",), 5, "first batches is"),
         (("model", "trunk", "ffn_dim"), 400, "llada has [0-9,]+ core parameters, but cola"),
     ],
