@@ -186,7 +186,7 @@ class OpenCola(LM):
         label = f"{score.kind}: {score.estimator}"
         if label not in self.estimators:
             self.estimators.add(label)
-            Console(stderr=True).print(f"log-likelihoods in nats, {label}", highlight=False)
+            Console(stderr=True).print(f"log-likelihoods in nats, {label}", highlight=False, soft_wrap=True)
         return totals, score.kind == "exact"
 
     def _is_own(self, contexts: Sequence[str], continuations: Sequence[list[int]], ids: Sequence[int]) -> list[bool]:
@@ -232,11 +232,11 @@ def generation(sampling: Sampling, given: Mapping[str, Any]) -> Sampling:
     """
     asked = dict(normalize_gen_kwargs(dict(given), sampling.max_new_tokens))
     until = [string for string in asked.pop("until") if string]
-    changes = {"max_new_tokens": asked.pop("max_gen_toks"), "temperature": sampling.temperature}
+    changes: dict[str, Any] = {"max_new_tokens": asked.pop("max_gen_toks"), "temperature": sampling.temperature}
     if not asked.pop("do_sample"):
         changes["temperature"] = asked["temperature"] = 0.0
-    changes |= read_settings("generation_kwargs", asked, SAMPLING)
-    return replace(sampling, **changes, stop=(*until, *sampling.stop))
+    changes |= {"stop": sampling.stop} | read_settings("generation_kwargs", asked, SAMPLING)
+    return replace(sampling, **changes | {"stop": (*until, *changes["stop"])})
 
 
 def draw_ids(requests: Sequence[Instance]) -> list[int]:

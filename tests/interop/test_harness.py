@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,7 @@ def test_stop_strings_are_all_honoured(model: OpenCola) -> None:
         ({}, {"max_new_tokens": 256, "temperature": 0.0, "stop": ("zzz",)}),
         ({"until": "\n\n", "max_gen_toks": 7}, {"max_new_tokens": 7, "stop": ("\n\n", "zzz")}),
         ({"max_tokens": 7, "guidance": 3, "solver": "heun"}, {"max_new_tokens": 7, "guidance": 3, "solver": "heun"}),
+        ({"until": ["a", ""], "stop": ["b"]}, {"stop": ("a", "b")}),
         ({"do_sample": True}, {"temperature": 1.0}),
         ({"temperature": 0.5}, {"temperature": 0.5}),
         ({"do_sample": False, "temperature": 0.5}, {"temperature": 0.0}),
@@ -239,16 +241,28 @@ def test_generation_settings(model: OpenCola, given: dict[str, Any], expected: d
     assert harness.generation(model.sampling, given) == replace(base, **expected)
 
 
-def test_is_greedy_is_what_the_model_writes(folder: Path) -> None:
-    model = OpenCola(str(folder), greedy=True, batch_size=2, **ARGS)
-    settings = replace(model.sampling, temperature=0.0, max_new_tokens=6, stop=(), ignore_eos=True)
-    tokens: list[int] = []
-    for pieces in generate_text(model.model, model.tokenizer, ["The fox"], settings, [0]):
-        tokens += pieces[0].tokens
-    contexts, new = ["The fox", "The fox"], [tokens, [*tokens[:-1], (tokens[-1] + 1) % 256]]
-    assert model._is_own(contexts, new, [0, 0]) == [True, False]
-    assert model._is_own(contexts, [tokens[:2], []], [0, 0]) == [True, True]
-    assert [own for _, own in model.loglikelihood(requests("loglikelihood", ("The fox", " ran to")))] == [False]
+def test_is_greedy_is_what_the_model_writes(folder: Path, model: OpenCola) -> None:
+    asking = OpenCola(str(folder), greedy=True, batch_size=2, **ARGS, temperature=3.0, repetition_penalty=9.0)
+    tokenizer, settings = model.tokenizer, replace(model.sampling, temperature=0.0, max_new_tokens=6, stop=())
+    blocks = generate_text(model.model, tokenizer, PROMPTS, replace(settings, ignore_eos=True), [0] * len(PROMPTS))
+    written: list[list[int]] = [[] for _ in PROMPTS]
+    for pieces in blocks:
+        for piece in pieces:
+            written[piece.sample] += piece.tokens
+    others = [[*tokens[:-1], (tokens[-1] + 1) % 256] for tokens in written]
+    assert asking._is_own(PROMPTS, written, [0] * len(PROMPTS)) == [True] * len(PROMPTS)
+    assert asking._is_own(PROMPTS, others, [0] * len(PROMPTS)) == [False] * len(PROMPTS)
+    mixed = [others[0], written[1], [], written[3][:2], others[4]]
+    assert asking._is_own(PROMPTS, mixed, [0] * len(PROMPTS)) == [False, True, True, True, False]
+    # as text, which has to become the same tokens again
+    texts = [(prompt, tokenizer.decode(tokens[:2])) for prompt, tokens in zip(PROMPTS, written, strict=True)]
+    prompt, text = next(
+        (prompt, text)
+        for (prompt, text), tokens in zip(texts, written, strict=True)
+        if harness.encode_pair(tokenizer, *harness.move_space(prompt, text)) == (tokenizer.encode(prompt), tokens[:2])
+    )
+    asked = requests("loglikelihood", (prompt, text))
+    assert asking.loglikelihood(asked)[0][1] is True and model.loglikelihood(asked)[0][1] is False
 
 
 def test_context_and_continuation_share_their_tokens(model: OpenCola) -> None:
@@ -343,11 +357,18 @@ def test_no_chat_template(folder: Path, tasks: Path) -> None:
 
 
 def test_the_command(
-    folder: Path, tasks: Path, written: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    tasks: Path,
+    written: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     settings = ",".join(f"{name}={value}" for name, value in ARGS.items())
     argv = ["lm_eval", "--model", "opencola", "--model_args", f"pretrained={folder},{settings}", "--batch_size", "4"]
     argv += ["--tasks", "tiny_write", "--include_path", str(tasks), "--output_path", str(tmp_path / "out"), "-s"]
+    # the thousands of tasks that come with it take seconds to read
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
     before = sys.argv
     assert cli.main(argv) == 0 and sys.argv is before
     said = capsys.readouterr().out
@@ -359,7 +380,11 @@ def test_the_command(
     assert json.loads(file.read_text(encoding="utf-8"))["config"]["sampling"]["steps"] == 2
 
 
-def test_mistakes_at_the_command(tasks: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["lm_eval", "--model", "opencola", "--model_args", "pretrained=nowhere", "--tasks", "tiny_write"]
-    assert cli.main([*argv, "--include_path", str(tasks)]) == 2
-    assert capsys.readouterr().err.splitlines()[-1] == "error: no such folder: nowhere"
+def test_mistakes_at_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def evaluate() -> None:  # what the harness's own does after reading thousands of tasks
+        assert sys.argv == ["lm_eval", "--model", "opencola"]
+        OpenCola.create_from_arg_string("pretrained=nowhere")
+
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", evaluate)
+    assert cli.main(["lm_eval", "--model", "opencola"]) == 2
+    assert capsys.readouterr().err == "error: no such folder: nowhere\n"
