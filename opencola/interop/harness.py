@@ -273,7 +273,9 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
 
 def roll(tokens: list[int], max_length: int) -> list[Pair]:
     """The harness's windows: each token is scored once, the first from nothing, those of later windows after at least
-    one token."""
+    one token. No tokens are a window, too."""
+    if not tokens:
+        return [([], [])]
     windows = utils.get_rolling_token_windows(tokens, prefix_token=0, max_seq_len=max_length, context_len=1)
     pairs = [utils.make_disjoint_window(window) for window in windows]
     return [(list(context) if number else [], list(new)) for number, (context, new) in enumerate(pairs)]

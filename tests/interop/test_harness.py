@@ -282,10 +282,11 @@ def test_nothing_is_certain(model: OpenCola) -> None:
     assert found[0][0] == found[2][0] == 0 and found[1][0] < 0
     assert model.loglikelihood(requests("loglikelihood", ("The", "")))[0][0] == 0
     assert model.loglikelihood_rolling(requests("loglikelihood_rolling", ("",), ("A",), ("",)))[::2] == [0, 0]
+    assert model.loglikelihood_rolling(requests("loglikelihood_rolling", ("",))) == [0]
 
 
 def test_windows() -> None:
-    assert harness.roll([], 4) == []
+    assert harness.roll([], 4) == [([], [])]
     assert harness.roll([1, 2, 3], 4) == [([], [1, 2, 3])]
     assert harness.roll([*range(10)], 4) == [([], [0, 1, 2, 3]), ([3], [4, 5, 6, 7]), ([5, 6, 7], [8, 9])]
 
@@ -313,6 +314,53 @@ def test_cached_answers_are_kept_batch_by_batch(folder: Path, tasks: Path, tmp_p
         for said, expected in zip(answers(whole, name), answers(fresh, name), strict=True):
             for one, other in zip(said, expected, strict=True):
                 assert one == other if name == "tiny_write" else one[0] == pytest.approx(other[0], rel=1e-4)
+
+
+class Kept:
+    """What stands for the harness's cache."""
+
+    def __init__(self) -> None:
+        self.answers: list[tuple[Any, ...]] = []
+
+    def add_partial(self, kind: str, args: tuple[Any, ...], answer: Any) -> None:
+        self.answers.append((kind, args, answer))
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        ("generate_until", [(prompt, {"until": ["e"], "max_gen_toks": 5}) for prompt in PROMPTS]),
+        ("loglikelihood", [(prompt, " fox") for prompt in PROMPTS]),
+        ("loglikelihood_rolling", [(text,) for text in ("", *TEXTS, "A")]),
+    ],
+)
+def test_every_batch_goes_to_the_cache(
+    folder: Path, kind: str, arguments: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm, asked = OpenCola(str(folder), batch_size=2, **ARGS), requests(kind, *arguments)
+    lm.cache_hook = Kept()
+    found = getattr(lm, kind)(asked)
+    assert lm.cache_hook.answers == [(kind, request.args, answer) for request, answer in zip(asked, found, strict=True)]
+    everything, lm.cache_hook = lm.cache_hook.answers, Kept()
+    batches = lm._batches
+
+    def interrupted(*args: Any) -> Any:
+        yield next(batches(*args))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lm, "_batches", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        getattr(lm, kind)(asked)
+    kept = lm.cache_hook.answers
+    assert kept == everything[: len(kept)] and len(kept) == (1 if kind == "loglikelihood_rolling" else 2)
+
+
+def test_what_is_given_holds_over_the_commands_flags(folder: Path) -> None:
+    flags = {"batch_size": "8", "max_batch_size": None, "device": "cuda:0"}
+    lm = OpenCola.create_from_arg_string(f"pretrained={folder},batch_size=2,seed=5,guidance=3", flags)
+    assert (lm.batch_size, lm.sampling.seed, lm.scoring.seed, lm.sampling.guidance) == (2, 5, 5, 3)
+    assert lm.sampling.max_new_tokens == 256 and lm.sampling.temperature == 1.0  # the model's own
+    assert OpenCola.create_from_arg_obj({"pretrained": str(folder), "max_new_tokens": 9}, flags).batch_size == 8
 
 
 @pytest.mark.parametrize(
