@@ -252,7 +252,8 @@ def test_is_greedy_is_what_the_model_writes(folder: Path, model: OpenCola) -> No
     others = [[*tokens[:-1], (tokens[-1] + 1) % 256] for tokens in written]
     assert asking._is_own(PROMPTS, written, [0] * len(PROMPTS)) == [True] * len(PROMPTS)
     assert asking._is_own(PROMPTS, others, [0] * len(PROMPTS)) == [False] * len(PROMPTS)
-    mixed = [others[0], written[1], [], written[3][:2], others[4]]
+    mixed = [others[1], written[1], [], written[3][:2], others[4]]  # the first is wrong from its first block on
+    assert mixed[0][0] != written[0][0]
     assert asking._is_own(PROMPTS, mixed, [0] * len(PROMPTS)) == [False, True, True, True, False]
     # as text, which has to become the same tokens again
     texts = [(prompt, tokenizer.decode(tokens[:2])) for prompt, tokens in zip(PROMPTS, written, strict=True)]
