@@ -141,6 +141,7 @@ OFFERED = (
     train,
     commands.tokenize,
     commands.score,
+    commands.lm_eval,
     commands.latents,
     commands.inspect,
     commands.report,

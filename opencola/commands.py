@@ -148,3 +148,20 @@ def quality(argv: Sequence[str]) -> None:
     from opencola import quality as command
 
     command.quality(argv, help_of(quality))
+
+
+def lm_eval(argv: Sequence[str]) -> None:
+    """Evaluate a model on tasks of the lm-evaluation-harness (pip install 'opencola[harness]').
+
+    This is the harness's own command lm_eval, which by itself knows no models of other packages; here it has one named
+    opencola. --model_args: pretrained (a folder or OWNER/NAME), revision, max_length, greedy, and the settings of
+    `opencola generate` and `opencola score` by name, where generation's steps, solver, shift and tolerance keep their
+    names and scoring's are score_steps and so on. `opencola lm_eval run --help` shows what else there is.
+
+    examples:
+      opencola lm_eval --model opencola --model_args pretrained=runs/mine --tasks arc_easy,wikitext --batch_size 16
+      opencola lm_eval --model opencola --model_args pretrained=runs/mine,samples=4,seed=1 --tasks mine --include_path .
+    """
+    from opencola import harness
+
+    harness.lm_eval(argv, help_of(lm_eval))

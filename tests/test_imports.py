@@ -43,6 +43,7 @@ ALLOWED["chat"] = {"flags", "console", "text", "models"}
 ALLOWED["score"] = {"flags", "console", "text", "models", "interop"}
 ALLOWED["report"] = {"flags", "evaluation"}
 ALLOWED["quality"] = {"console", "score", "text", "models", "evaluation", "interop"}
+ALLOWED["harness"] = {"interop"}
 ALLOWED["demo"] = {"text", "models", "evaluation", "interop"}
 ALLOWED["commands"] = {*ALLOWED}
 ALLOWED["cli"] = {*ALLOWED}

@@ -40,8 +40,11 @@ def write_json(file: Path, values: Mapping[str, Any]) -> None:
     draft.replace(file)
 
 
-def checked(file: Path, key: str, value: Any, hint: Any) -> Any:
-    """`value` as the type `hint` of a configuration field asks for it. Raises ValueError naming file, key and value."""
+def checked(file: Path | str, key: str, value: Any, hint: Any) -> Any:
+    """`value` as the type `hint` of a configuration field asks for it. Raises ValueError naming file, key and value.
+
+    file: where the value stands, be it a file or not.
+    """
     if get_origin(hint) in (Union, types.UnionType):
         if value is None:
             return None
