@@ -463,16 +463,13 @@ def test_every_family_answers(tmp_path: Path, folder: Path, tasks: Path, family:
         log_samples=True,
     )
     settings = build.scoring_class(family)(**({} if family == "ar" else {"samples": 3, "seed": 3}))
-    for sample in found["samples"]["tiny_choose"]:
-        for (nats, greedy), (context, continuation) in zip(
-            (response[0] for response in sample["resps"]),
-            ((one["arg_0"], one["arg_1"]) for one in sample["arguments"].values()),
-            strict=True,
-        ):
-            prompt, rest = harness.encode_pair(tokenizer, *harness.move_space(context, continuation))
-            expected = model.score([prompt], [rest], settings, pad_id=tokenizer.eos_id, ids=[sample["doc_id"]])
-            assert float(nats) == pytest.approx(expected.total.item(), rel=1e-5)
-            assert family == "ar" or greedy in (False, "False")
+    for number, (question, choices, _) in enumerate(QUESTIONS):
+        prompt = tokenizer.encode(question.rstrip())
+        pairs = [harness.encode_pair(tokenizer, question.rstrip(), own_space(question) + choice) for choice in choices]
+        rest = [continuation for _, continuation in pairs]
+        expected = model.score([prompt] * len(rest), rest, settings, pad_id=tokenizer.eos_id, ids=[number] * len(rest))
+        said = answers(found, "tiny_choose")[number]
+        assert [total for total, _ in said] == pytest.approx(expected.total.tolist(), rel=1e-5)
     assert found["results"]["tiny_write"]["exact_match,none"] == 0
     kinds = found["config"]["log_likelihoods"]
     assert kinds == [{"ar": "exact: autoregressive", "llada": "bound: random masking, K = 3"}.get(family, kinds[0])]
