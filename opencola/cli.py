@@ -143,6 +143,7 @@ OFFERED = (
     commands.score,
     commands.latents,
     commands.inspect,
+    commands.diagnose,
     commands.export,
 )
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {function.__name__: function for function in OFFERED}
