@@ -1,5 +1,6 @@
 """The conditions of `opencola diagnose`: a model at a task, its links coming in one by one (model.md §§2-5)."""
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -70,8 +71,8 @@ def prepare(
     width = -(-max(map(len, rows)) // chunk) * chunk
     tokens = torch.tensor([row + [tokenizer.eos_id] * (width - len(row)) for row in rows], device=device())
     data, prior = diagnosis.first_spreads(model, tokens[:, :chunk], diagnosis.settings(own)["prior"])
-    if not torch.cat((data.mean, data.deviation, prior.mean, prior.deviation)).isfinite().all():
-        raise ValueError("the model's latents are not finite: its weights are damaged, or diverged")
+    if not all(0 < one.overall < math.inf for one in (data, prior)):
+        raise ValueError("the model's latents are not finite, or all alike: its weights are damaged, or diverged")
     fitted = diagnosis.renormalised(model, data, prior)
     lengths = torch.tensor([[len(row)] for row in rows], device=tokens.device)
     scored = torch.arange(width, device=tokens.device) < lengths
@@ -88,7 +89,8 @@ def prepare(
 def conditions(bench: Bench) -> Iterator[tuple[str, Tally]]:
     """Every condition by name, as it is measured. One whose settings are those of the one before has its figures."""
     model, own, cuts, chunk = bench.model, bench.sampling, bench.cuts, bench.chunk
-    yield "blind", bench.tally(cuts, [new[:1] for new in tasks.blind(cuts, own.seed)])
+    guessed = tasks.blind(cuts, own.seed)
+    yield "blind", bench.tally([cut for cut, _ in guessed], [[token] for _, token in guessed])
     _, sample = diagnosis.given_back(model, bench.tokens, own.seed)
     yield "decoded", bench.tally(cuts, [sample[cut.text, len(cut.before) :][:chunk].tolist() for cut in cuts])
     settings = diagnosis.settings(own)

@@ -140,9 +140,9 @@ class Loss:
 
 def tally(runs: Sequence[Run], num_texts: int) -> Tally:
     """The runs of a condition by text."""
-    texts = [run.text for run in runs]
-    failures = np.bincount(texts, [run.failed for run in runs], num_texts)
-    return Tally(failures.astype(int), np.bincount(texts, [run.tokens for run in runs], num_texts).astype(int))
+    texts = np.array([run.text for run in runs], dtype=int)
+    counts = ([run.failed for run in runs], [run.tokens for run in runs])
+    return Tally(*(np.bincount(texts, count, num_texts).astype(int) for count in counts))
 
 
 def loss(link: Link, before: Tally, after: Tally) -> Loss:

@@ -14,6 +14,8 @@ from opencola.text import brackets, story_prefix
 from opencola.text.stories import log_probability
 from opencola.text.tokenizer import UNFINISHED, Tokenizer
 
+BLIND = 400  # guesses at least
+
 
 @dataclass(frozen=True)
 class Task:
@@ -89,11 +91,15 @@ def beginnings(task: Task, tokenizer: Tokenizer) -> list[Cut]:
     return found
 
 
-def blind(cuts: Sequence[Cut], seed: int) -> list[tuple[int, ...]]:
-    """For each cut the tokens behind another one, drawn: the guess of a writer that does not read the text."""
-    others = [cut.after for cut in cuts]
-    random.Random(seed).shuffle(others)
-    return others
+def blind(cuts: Sequence[Cut], seed: int) -> list[tuple[Cut, int]]:
+    """Every cut with tokens that stand behind cuts, drawn: the guess of a writer that does not read the text.
+
+    As many for each cut as make some hundreds in all.
+    """
+    rng, found = random.Random(seed), []
+    for _ in range(1 + BLIND // max(1, len(cuts))):
+        found += [(cut, rng.choice(cuts).after[0]) for cut in cuts]
+    return found
 
 
 def judge(task: Task, tokenizer: Tokenizer, cut: Cut, written: Sequence[int]) -> Run:

@@ -156,7 +156,7 @@ def renormalised(model: Cola, data: Spread, prior: Spread) -> Cola:
     with torch.device("meta"):
         other = Cola(config)
     other.load_state_dict(model.state_dict(), assign=True, strict=False)
-    return other
+    return other.eval()
 
 
 @torch.inference_mode()
