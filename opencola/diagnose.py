@@ -57,9 +57,10 @@ class Findings:
 
     def records(self) -> Iterator[dict[str, Any]]:
         """Every figure."""
-        for measure, tallies in (("condition", self.conditions), ("setting", self.settings)):
-            for name, one in tallies.items():
-                yield {"measure": measure, "name": name, **asdict(one.rate)}
+        for name, one in self.conditions.items():
+            yield {"measure": "condition", "name": name, "label": CONDITIONS[name], **asdict(one.rate)}
+        for name, one in self.settings.items():
+            yield {"measure": "setting", "name": name, **asdict(one.rate)}
         for name, rate in self.round_trip.items():
             yield {"measure": "round_trip", "name": name, **asdict(rate)}
         for loss in losses(self.conditions):
