@@ -101,16 +101,16 @@ def diagnose(argv: Sequence[str], description: str) -> None:
         "seed": options.sampling.seed, "settings": asdict(options.sampling),
     }  # fmt: skip
     found: dict[str, Findings] = {}
-    with (options.out / FIGURES).open("w", encoding="utf-8") as file:
-        for task in (tasks.stories(options.num_stories), tasks.nests(options.num_stories)):
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-            with Progress(*columns, transient=True, console=Console(stderr=True)) as bar:
-                bench = prepare(model, tokenizer, task, options.sampling, options.places, options.batch_size)
-                found[task.name] = examine(bench, bar)
+    for task in (tasks.stories(options.num_stories), tasks.nests(options.num_stories)):
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        with Progress(*columns, transient=True, console=Console(stderr=True)) as bar:
+            bench = prepare(model, tokenizer, task, options.sampling, options.places, options.batch_size)
+            found[task.name] = examine(bench, bar)
+        # what is there of an earlier time stays until there is something to replace it
+        with (options.out / FIGURES).open("w" if len(found) == 1 else "a", encoding="utf-8") as file:
             for record in found[task.name].records():
                 file.write(json.dumps({"task": task.name, **record, **facts}, ensure_ascii=False) + "\n")
-            file.flush()
-            show(task.name, found[task.name])
+        show(task.name, found[task.name])
     panels = {name: losses(one.conditions) for name, one in found.items()}
     (options.out / DRAWING).write_text(standalone(draw(panels)), encoding="utf-8")
     print(f"All figures are in {options.out / FIGURES}, the losses drawn in {options.out / DRAWING}.")
