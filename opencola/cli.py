@@ -146,6 +146,7 @@ OFFERED = (
     commands.inspect,
     commands.report,
     commands.quality,
+    commands.diagnose,
     commands.export,
 )
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {function.__name__: function for function in OFFERED}

@@ -102,6 +102,23 @@ def inspect(argv: Sequence[str]) -> None:
     command.inspect(argv, help_of(inspect))
 
 
+def diagnose(argv: Sequence[str]) -> None:
+    """Find the link of a model that loses text: VAE, prior, normalisation, sampler, guidance, tokens, prompts, history.
+
+    Each is measured by two conditions that differ in it alone, on stories of the story world and on nests of brackets,
+    in failures per token. Prints them with their intervals, names the link at fault, and writes all of it to
+    diagnose.jsonl, and the losses as a drawing to diagnose.svg.
+
+    examples:
+      opencola diagnose
+      opencola diagnose --model runs/demo --num-stories 64 --out runs/demo/diagnose
+      opencola diagnose --model runs/demo --guidance 7 --steps 4
+    """
+    from opencola import diagnose as command
+
+    command.diagnose(argv, help_of(diagnose))
+
+
 def score(argv: Sequence[str]) -> None:
     """Score texts: log-probabilities, as bounds or estimates, labelled by how they were computed.
 

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from opencola.flow.ode import Solver
 
+FirstBlock = Literal["clean", "partial", "left_pad", "right_pad"]
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -36,7 +38,7 @@ class Sampling:
     """Time grid: t becomes shift t / (1 + (shift - 1) t), so that above 1 more steps are near the noise."""
     candidates: int = 1
     """Candidates per block; the one with the smallest round-trip error |z - mu(encode(decode(z)))|² is kept."""
-    first_block: Literal["clean", "partial", "left_pad", "right_pad"] = "clean"
+    first_block: FirstBlock = "clean"
     """A prompt that ends inside a block: pin its latents clean, re-noise them along, or pad the prompt."""
     repaint_repeats: int = 1
     """Times that `partial` does each step while it re-noises the known latents."""
