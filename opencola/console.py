@@ -5,8 +5,8 @@ import itertools
 import json
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -51,10 +51,13 @@ class GenerateFlags(ModelFlags):
     """Prompts to continue at a time; the texts do not depend on it."""
 
 
-def read_flags(target: type, argv: Sequence[str], **options: Any) -> Any:
-    """Parse a command's flags, whose defaults depend on the model that they name."""
+def read_flags(target: type, argv: Sequence[str], settings: Mapping[str, Any] | None = None, **options: Any) -> Any:
+    """Parse a command's flags, whose defaults depend on the model that they name.
+
+    settings: of generation, that are the command's own whatever the model.
+    """
     model = flags.parse(ModelFlags, argv, return_unknown_args=True, add_help=False)[0].model
-    sampling = official.load_sampling(locate(model))
+    sampling = replace(official.load_sampling(locate(model)), **settings or {})
     return flags.parse(target, argv, default=target(model=model, sampling=sampling), **options)
 
 

@@ -40,6 +40,7 @@ ALLOWED["tokenize"] = {"flags", "text"}
 ALLOWED["latents"] = {"flags", "console", "layers", "text", "vae", "models", "evaluation", "interop"}
 ALLOWED["inspect_text"] = {"flags", "console", "text", "vae", "flow", "models", "evaluation"}
 ALLOWED["score"] = {"flags", "console", "text", "models"}
+ALLOWED["evaluate"] = {"console", "text", "models", "evaluation", "interop", "export"}
 ALLOWED["report"] = {*ALLOWED} - {"serve"}
 ALLOWED["demo"] = {"text", "models", "evaluation", "interop"}
 ALLOWED["commands"] = {*ALLOWED}
