@@ -5,7 +5,8 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from opencola import console
 from opencola.evaluation import generative
 from opencola.evaluation.generative import Answers, Ask, Batch, Job, to_records
 from opencola.evaluation.pool import spread
-from opencola.evaluation.results import RESULTS, Results, delete
+from opencola.evaluation.records import RESULTS, Results, delete
 from opencola.evaluation.stories import (
     HELD_OUT_SEED,
     PROMPT_SENTENCES,
@@ -67,8 +68,8 @@ class EvaluateFlags(console.ModelFlags):
     """Folder for results.jsonl; the results of the same run that are there already are not made again."""
     likelihood: bool = False
     """Score the options of multiple choice, too: which has the largest log-probability, and the largest per byte."""
-    likelihood_samples: int = 8
-    """Posterior samples of every option's score."""
+    scoring: Scoring = field(default_factory=lambda: Scoring(solver="midpoint", steps=8, samples=2))
+    """How they are scored: less exactly than `opencola score` does, which would take days."""
     dtype: Literal["fp64", "fp32", "bf16"] = "fp64"
     """Type to compute in. With fp64 texts do not depend on what is computed together; with the others, which are faster
     on GPUs, two tokens that are nearly as probable as each other may swap with another --batch-size."""
@@ -80,7 +81,7 @@ class EvaluateFlags(console.ModelFlags):
     """Delete the results that are there, and start anew."""
 
     def __post_init__(self) -> None:
-        for name in ("limit", "likelihood_samples", "batch_size", "processes"):
+        for name in ("limit", "batch_size", "processes"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, but is {value}")
         for name in self.chosen:
@@ -95,11 +96,6 @@ class EvaluateFlags(console.ModelFlags):
     def chosen(self) -> tuple[str, ...]:
         """The tasks to do."""
         return self.tasks or ((*BENCHMARKS, *STORIES) if self.data is not None else tuple(STORIES))
-
-    @property
-    def scoring(self) -> Scoring | None:
-        """How options are scored, if they are."""
-        return Scoring(samples=self.likelihood_samples, seed=self.sampling.seed) if self.likelihood else None
 
 
 def evaluate(argv: Sequence[str], description: str) -> None:
@@ -116,7 +112,7 @@ def evaluate(argv: Sequence[str], description: str) -> None:
         "family": family(folder),
         "tasks": facts,
         "settings": asdict(options.sampling),
-        "likelihood": describe(options.scoring),
+        "likelihood": describe(options.scoring) if options.likelihood else None,
         "dtype": options.dtype,
         "seed": options.sampling.seed,
         "opencola": made_with(),
@@ -201,12 +197,12 @@ def digest(text: str) -> str:
 def hash_model(folder: Path) -> str:
     """SHA-256 over the names and the SHA-256 of a model's files: weights, their configurations, the tokenizer."""
     told = {official.EXTRAS, card.FACTS, card.CARD}  # settings are in the results, and words change nothing
-    files = sorted({file for pattern in hub.FILES for file in folder.glob(pattern)})
-    kept = [file for file in files if file.relative_to(folder).as_posix() not in told]
+    names = [file.relative_to(folder).as_posix() for file in folder.rglob("*")]
+    kept = [name for name in names if name not in told and any(fnmatchcase(name, pattern) for pattern in hub.FILES)]
     lines = []
-    for file in kept:
-        with file.open("rb") as content:
-            lines.append(f"{file.relative_to(folder).as_posix()} {hashlib.file_digest(content, 'sha256').hexdigest()}")
+    for name in sorted(kept):
+        with (folder / name).open("rb") as content:
+            lines.append(f"{name} {hashlib.file_digest(content, 'sha256').hexdigest()}")
     return digest("\n".join(lines))
 
 
@@ -216,8 +212,7 @@ def prepare(options: EvaluateFlags) -> Callable[[Batch], Answers]:
         torch.set_num_threads(max(1, torch.get_num_threads() // options.processes))
     model, tokenizer = console.load(options.model)
     model.to(DTYPES[options.dtype]).requires_grad_(False)
-    settings = options.scoring
-    score = functools.partial(score_options, model, tokenizer, settings) if settings is not None else None
+    score = functools.partial(score_options, model, tokenizer, options.scoring) if options.likelihood else None
 
     def work(batch: Batch) -> Answers:
         budget = batch.max_new_tokens or options.sampling.max_new_tokens
@@ -235,10 +230,8 @@ def family(folder: Path) -> str:
     return "cola"
 
 
-def describe(settings: Scoring | None) -> dict[str, Any] | None:
-    """What is to be told of how options are scored, if they are."""
-    if settings is None:
-        return None
+def describe(settings: Scoring) -> dict[str, Any]:
+    """What is to be told of how options are scored."""
     label = f"{settings.label()}, {settings.conditional}"
     return {"estimator": label, "kind": scoring.kind(settings, conditional=True), "settings": asdict(settings)}
 

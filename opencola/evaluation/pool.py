@@ -3,7 +3,8 @@
 import contextlib
 import multiprocessing
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
@@ -12,7 +13,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def spread(prepare: Callable[[], Callable[[Item], Result]], items: Sequence[Item], processes: int) -> Iterator[Result]:
+def spread(prepare: Callable[[], Callable[[Item], Result]], items: Sequence[Item], processes: int) -> Generator[Result]:
     """What becomes of every item, as it is ready, by so many processes (one: this one, in order).
 
     prepare: called once in each process, returns what works on an item; for several processes it must be picklable.
@@ -24,7 +25,7 @@ def spread(prepare: Callable[[], Callable[[Item], Result]], items: Sequence[Item
         yield from (work(item) for item in items if work is not None)
         return
     context = multiprocessing.get_context("spawn")
-    left = list(reversed(items))
+    left = deque(items)
     workers: dict[Connection, BaseProcess] = {}
     try:
         while left and len(workers) < processes:
@@ -33,14 +34,14 @@ def spread(prepare: Callable[[], Callable[[Item], Result]], items: Sequence[Item
             with _interrupts_held_back():
                 process.start()
             theirs.close()  # so that the end of the process is the end of what comes from it
-            ours.send(left.pop())
+            ours.send(left.popleft())
             workers[ours] = process
         while workers:
             for connection in wait(list(workers)):
                 assert isinstance(connection, Connection)
                 result: Result = _receive(connection)
                 if left:
-                    connection.send(left.pop())
+                    connection.send(left.popleft())
                 else:
                     connection.close()  # which ends the process
                     workers.pop(connection).join()
