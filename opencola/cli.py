@@ -142,6 +142,7 @@ OFFERED = (
     commands.tokenize,
     commands.score,
     commands.lm_eval,
+    commands.evaluate,
     commands.latents,
     commands.inspect,
     commands.report,
@@ -164,8 +165,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv[:1] in (["train"], ["demo"]):
             again = [word for word in argv if word not in ("--overwrite", "--resume")]
             print(f"go on: opencola {shlex.join(again)} --resume", file=sys.stderr)
-        if argv[:1] == ["tokenize"]:
-            print(f"go on: opencola {shlex.join(argv)}", file=sys.stderr)
+        if argv[:1] in (["tokenize"], ["evaluate"]):
+            again = [word for word in argv if word != "--overwrite"]
+            print(f"go on: opencola {shlex.join(again)}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever read the output has gone, as in `opencola generate ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -182,3 +182,20 @@ def lm_eval(argv: Sequence[str]) -> None:
     from opencola import harness
 
     harness.lm_eval(argv, help_of(lm_eval))
+
+
+def evaluate(argv: Sequence[str]) -> None:
+    """Have a model answer benchmarks and continue stories, and judge what it writes.
+
+    Every record goes to results.jsonl: prompt, generation, verdict. What depends on the order of work is not in there:
+    the file is the same at any --batch-size, by any number of --processes, and after any interruption, from which the
+    same command goes on. Settings of generation are the model's own, but for 32 new tokens at temperature 0.
+
+    examples:
+      opencola evaluate
+      opencola evaluate --model runs/mine --data benchmarks/ --out runs/mine/evaluation
+      opencola evaluate --model runs/mine --data benchmarks/ --tasks mmlu obqa --limit 100 --likelihood --processes 2
+    """
+    from opencola import evaluate as command
+
+    command.evaluate(argv, help_of(evaluate))

@@ -4,8 +4,8 @@ import contextlib
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -50,11 +50,16 @@ class GenerateFlags(ModelFlags):
     """Prompts to continue at a time; the texts do not depend on it."""
 
 
-def read_flags(target: type, argv: Sequence[str], **options: Any) -> Any:
-    """Parse a command's flags, whose defaults depend on the model that they name."""
+def read_flags(
+    target: type, argv: Sequence[str], settings: Mapping[str, Any] | None = None, given: Any = None, **options: Any
+) -> Any:
+    """Parse a command's flags, whose defaults depend on the model that they name.
+
+    settings: of generation, that are the command's own whatever the model; given: defaults of further fields.
+    """
     model = read_model(argv)
-    sampling = official.load_sampling(locate(model))
-    return flags.parse(target, argv, default=target(model=model, sampling=sampling), **options)
+    sampling = replace(official.load_sampling(locate(model)), **settings or {})
+    return flags.parse(target, argv, default=target(model=model, sampling=sampling, **given or {}), **options)
 
 
 def read_model(argv: Sequence[str]) -> Path:

@@ -31,6 +31,7 @@ from opencola.evaluation.stories import (
     mean_log_probability,
     predict_last_words,
     share,
+    token_budgets,
     write_records,
 )
 from opencola.interop import card, official
@@ -132,13 +133,8 @@ def write_stories(
     model: LanguageModel, tokenizer: Tokenizer, sampling: Sampling, stories: Sequence[Story], display: bool = True
 ) -> tuple[list[Continuation], list[LastWord], dict[str, int]]:
     """Have the model continue stories and find their last words; the third result is the token budgets of both."""
-    rest = [" ".join(["", *tale.sentences[PROMPT_SENTENCES:]]) for tale in stories]
-    ends = [" " + tale.text.split()[-1] for tale in stories]
-    # half as much again as the longest held-out continuation: enough for any story of the world
-    budget = {
-        "continuation": 3 * max(len(tokenizer.encode(text)) for text in rest) // 2,
-        "last_word": max(len(tokenizer.encode(text)) for text in ends),
-    }
+    budgets = token_budgets(stories, lambda text: len(tokenizer.encode(text)))
+    budget = dict(zip(("continuation", "last_word"), budgets, strict=True))
     with _progress(display) as progress:
         write = _writer(model, tokenizer, sampling, progress, "continuing stories", len(stories))
         continuations = continue_stories(stories, write, budget["continuation"])

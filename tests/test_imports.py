@@ -46,6 +46,7 @@ ALLOWED["quality"] = {"console", "score", "text", "models", "evaluation", "inter
 ALLOWED["harness"] = {"interop"}
 ALLOWED["conditions"] = {"text", "models", "evaluation"}
 ALLOWED["diagnose"] = {"console", "conditions", "text", "models", "evaluation"}
+ALLOWED["evaluate"] = {"console", "text", "models", "evaluation", "interop", "export"}
 ALLOWED["demo"] = {"text", "models", "evaluation", "interop"}
 ALLOWED["commands"] = {*ALLOWED}
 ALLOWED["cli"] = {*ALLOWED}

@@ -117,6 +117,14 @@ def share(hits: int, total: int) -> Share:
     return Share(hits / total if total else 0.0, *wilson(hits, total), total)
 
 
+def token_budgets(stories: Sequence[Story], count_tokens: Callable[[str], int]) -> tuple[int, int]:
+    """New tokens that suffice to continue any story of the world (half as many again as the longest continuation of
+    these takes), and to write any of their last words."""
+    rest = [" ".join(["", *tale.sentences[PROMPT_SENTENCES:]]) for tale in stories]
+    ends = [" " + tale.text.split()[-1] for tale in stories]
+    return 3 * max(map(count_tokens, rest)) // 2, max(map(count_tokens, ends))
+
+
 def continue_stories(stories: Sequence[Story], write: Writer, max_new_tokens: int) -> list[Continuation]:
     """Let the model continue each story after its first two sentences, and judge the result."""
     prompts = [" ".join(tale.sentences[:PROMPT_SENTENCES]) for tale in stories]

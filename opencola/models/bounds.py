@@ -19,6 +19,11 @@ class BoundScoring:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
 
+    @classmethod
+    def quick(cls) -> "BoundScoring":
+        """Settings that cost little."""
+        return cls(samples=16)
+
     @property
     def texts_at_a_time(self) -> int:
         """How many to score together."""

@@ -146,3 +146,42 @@ def test_damaged_files(main: Main, place: Path, family: str, old: str, new: str,
     weights.write_bytes(weights.read_bytes()[:-9])
     code, _, error = main("generate", "--model", f"runs/{family}", "--prompt", "x")
     assert code == 2 and "model.safetensors" in error
+
+
+@pytest.mark.parametrize("family", BASELINES)
+def test_evaluate_and_report(main: Main, place: Path, family: str) -> None:
+    """The same records at any batch size and with two processes; option scores are the model's own."""
+    assert main("train", written(place, family))[0] == 0
+    rows = [
+        {"id": n, "question": f"Where is the fox{'?' * n}", "choices": ["the hill", "a bear", "x", "ö"], "answer": "x"}
+        for n in range(5)
+    ]
+    (place / "data").mkdir()
+    (place / "data" / "obqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    extra = () if family == "ar" else ("--scoring.samples", "2")
+    command = (
+        "evaluate",
+        "--model",
+        f"runs/{family}",
+        "--data",
+        "data",
+        "--tasks",
+        "obqa",
+        "last_word",
+        "--limit",
+        "5",
+    )
+    for out, flags in {"one": ("--batch-size", "1"), "two": ("--processes", "2", "--batch-size", "3")}.items():
+        code, _, error = main(*command, "--out", out, "--likelihood", "--steps", "4", *extra, *flags)
+        assert code == 0, error
+    text = (place / "one" / "results.jsonl").read_text()
+    assert text == (place / "two" / "results.jsonl").read_text()
+    header, first, *_ = map(json.loads, text.splitlines())
+    assert header["family"] == family and header["likelihood"]["kind"] == ("exact" if family == "ar" else "bound")
+    model, tokenizer = load(Path("runs", family))
+    settings = scoring_class(family)(**header["likelihood"]["settings"])
+    prompt, answer = tokenizer.encode(first["prompt"]), tokenizer.encode(" the hill")
+    expected = model.score([prompt], [answer], settings, ids=[0]).total.item()
+    assert first["likelihood"]["sum"][0] == pytest.approx(expected, rel=1e-4)
+    assert main("report", "one/results.jsonl", "--out", "page")[0] == 0
+    assert header["likelihood"]["estimator"] in (place / "page" / "results.md").read_text()

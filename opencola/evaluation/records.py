@@ -1,0 +1,123 @@
+"""The file of results: a line about the run, and one for every record; written so that a run may be cut off anywhere.
+
+Records are appended to a draft as they are made, in any order. When all are there, the file is written in order, and
+renamed when it is whole: nothing in it tells how often, or where, the run was cut off.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+RESULTS, DRAFT = "results.jsonl", "results.draft.jsonl"
+SHOWN = 4
+"""Differences that a message names."""
+
+Key = tuple[str, int]
+"""Task, and place in it."""
+
+
+class Results:
+    """The results of a run in a folder, as far as they are there.
+
+    Attributes: `keys` of all records that there shall be, in order; `lines`, the records that there are, as written.
+    """
+
+    def __init__(self, folder: Path, header: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
+        """header: what is to be told of the run, JSON; sizes: how many records each task has, in the file's order.
+
+        Raises ValueError where the folder holds the results of a run that is told of otherwise, naming what differs.
+        """
+        self.folder = folder
+        self.header = dump(header)
+        self.keys: list[Key] = [(task, index) for task, size in sizes.items() for index in range(size)]
+        self.lines: dict[Key, str] = {}
+        for file in (folder / RESULTS, folder / DRAFT):
+            if file.exists():
+                self.lines |= self._read(file)
+
+    def _read(self, file: Path) -> dict[Key, str]:
+        """The records in a file; lines that are damaged or cut off are none."""
+        first, *rest = file.read_bytes().split(b"\n")
+        header = _parse(first)
+        if header is None and file.name == DRAFT and not any(rest):  # cut off in its first line
+            return {}
+        if header is None:
+            raise ValueError(f"{file}: line 1 is damaged, so that nobody knows of which run it is: --overwrite it")
+        if found := list(differences(header, json.loads(self.header))):
+            more = f", and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+            raise ValueError(
+                f"{file} is of another run: {'; '.join(found[:SHOWN])}{more}. Choose another --out, or --overwrite it"
+            )
+        wanted, lines = set(self.keys), {}
+        for line in rest[:-1]:  # what stands behind the last line's end was cut off
+            match _parse(line):
+                case {"task": str(task), "index": int(index)} if (task, index) in wanted:
+                    lines[task, index] = line.decode()
+        return lines
+
+    def open(self) -> TextIO:
+        """The draft, with the records that there are, open for more. Close it before `finish`."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _write(self.folder / DRAFT, [self.header, *self.lines.values()])
+        return (self.folder / DRAFT).open("a", encoding="utf-8", newline="\n")
+
+    def append(self, draft: TextIO, records: Sequence[Mapping[str, Any]]) -> None:
+        """Add records, and have the system know of them at once."""
+        lines = {(record["task"], record["index"]): dump(record) for record in records}
+        draft.write("".join(f"{line}\n" for line in lines.values()))
+        draft.flush()
+        self.lines |= lines
+
+    def finish(self) -> None:
+        """Write the file of results, all records being there, and delete the draft."""
+        _write(self.folder / RESULTS, [self.header, *(self.lines[key] for key in self.keys)])
+        (self.folder / DRAFT).unlink(missing_ok=True)
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """The records that there are, in order."""
+        return (json.loads(self.lines[key]) for key in self.keys if key in self.lines)
+
+
+def delete(folder: Path) -> None:
+    """Delete the results in a folder, if there are any."""
+    for name in (RESULTS, DRAFT):
+        (folder / name).unlink(missing_ok=True)
+
+
+def differences(there: Any, now: Any, name: str = "") -> Iterator[str]:
+    """In which fields two JSON values differ, in words."""
+    if isinstance(there, dict) and isinstance(now, dict):
+        for key in dict.fromkeys([*now, *there]):
+            yield from differences(there.get(key), now.get(key), f"{name}.{key}".removeprefix("."))
+    elif there != now:
+        yield f"{name} is {_short(there)} there, {_short(now)} now"
+
+
+def dump(value: Any) -> str:
+    """A value as one line of JSON."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def _short(value: Any) -> str:
+    text = dump(value)
+    return text if len(text) <= 40 else f"{text[:36]} ..."
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _write(file: Path, lines: Sequence[str]) -> None:
+    """Write a file, which is whole at every moment."""
+    new = file.with_suffix(".new")
+    with new.open("w", encoding="utf-8", newline="\n") as out:
+        out.writelines(f"{line}\n" for line in lines)
+        out.flush()
+        os.fsync(out.fileno())
+    new.replace(file)
