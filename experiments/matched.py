@@ -62,7 +62,7 @@ TRAIN = {"schedule": "linear", "decay": 0.1, "ema": 0.995}
 # Peak rates of AdamW and Muon. Of the baselines, those with the lowest validation loss after 1 500 steps among
 # (2.5e-3, 0.04), (2.5e-3, 0.02), (1.2e-3, 0.01) and (6e-4, 0.005): at Cola DLM's, which the demo has, LLaDA learns
 # nothing, so that a common rate would compare failures (docs/results.md).
-RATES = {"cola": (2.5e-3, 0.04), "ar": (6e-4, 0.005), "llada": (6e-4, 0.005), "plaid": (1.2e-3, 0.01)}
+RATES = {"cola": (2.5e-3, 0.04), "ar": (6e-4, 0.005), "llada": (6e-4, 0.005), "plaid": (6e-4, 0.005)}
 SAMPLING: dict[str, dict[str, Any]] = {
     "cola": {"solver": "stochastic", "steps": 8, "guidance": 2.5},
     "ar": {"guidance": 1},

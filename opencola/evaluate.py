@@ -184,7 +184,7 @@ def make_jobs(options: EvaluateFlags[Any], tokenizer: Tokenizer) -> tuple[dict[s
             console.check_text(json.dumps(asdict(record), ensure_ascii=False), f"{source}, record {record.id!r}")
         jobs[name] = generative.benchmark(task, records, shots)
         facts[name] = {
-            "file": source,
+            "file": Path(source).name,
             "sha256": hashlib.sha256(content).hexdigest(),
             "records": len(records),
             "demonstrations_sha256": digest(json.dumps([asdict(shot) for shot in shots])),
@@ -197,11 +197,11 @@ def find_records(options: EvaluateFlags[Any], task: Task) -> tuple[list[Record],
     assert options.data is not None
     if options.data == HUB:
         records = hub_tasks.read_hub(task, options.limit, options.story_cloze)
-        return records, f"{HUB}", json.dumps([asdict(record) for record in records]).encode()
+        return records, str(HUB), json.dumps([asdict(record) for record in records]).encode()
     file = options.data / f"{task.name}.jsonl"
     if not file.is_file():
         raise FileNotFoundError(f"no such file: {file}; put the records of {task.title} there, or choose --tasks")
-    return read_records(options.data, task)[: options.limit], file.name, file.read_bytes()
+    return read_records(options.data, task)[: options.limit], str(file), file.read_bytes()
 
 
 def digest(text: str) -> str:

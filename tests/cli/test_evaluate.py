@@ -17,6 +17,7 @@ from command_line import WEIGHTS, Main, command, environment
 
 from opencola import console, evaluate
 from opencola.evaluation.tasks import TASKS, find_task, read_demonstrations, read_records
+from opencola.models.scoring import Scoring
 from opencola.models.text_stream import generate_text
 from opencola.text import story_tasks
 
@@ -103,7 +104,7 @@ def test_the_file_depends_neither_on_batches_nor_on_processes(main: Main, place:
     assert (head["likelihood"]["estimator"], head["likelihood"]["kind"]) == (label, "estimate")
     assert head["likelihood"]["settings"]["samples"] == 2
     model, tokenizer = console.load(Path("runs/tiny"))
-    settings = evaluate.Scoring(solver="midpoint", steps=1, samples=2)
+    settings = Scoring(solver="midpoint", steps=1, samples=2)
     for record in records[:2]:
         pairs = [(record["prompt"], f" {option}") for option in record["options"]]
         prompts, options = ([tokenizer.encode(text) for text in texts] for texts in zip(*pairs, strict=True))
