@@ -4,10 +4,12 @@ import contextlib
 import multiprocessing
 import signal
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
+
+from opencola.text.processes import interrupts_held_back
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -31,7 +33,7 @@ def spread(prepare: Callable[[], Callable[[Item], Result]], items: Sequence[Item
         while left and len(workers) < processes:
             ours, theirs = context.Pipe()
             process: BaseProcess = context.Process(target=_work, args=(theirs, prepare), daemon=True)
-            with _interrupts_held_back():
+            with interrupts_held_back():
                 process.start()
             theirs.close()  # so that the end of the process is the end of what comes from it
             ours.send(left.popleft())
@@ -79,13 +81,3 @@ def _work(connection: Connection, prepare: Callable[[], Callable[[Item], Result]
             except (ValueError, OSError) as error:
                 result = error
             connection.send(result)
-
-
-@contextlib.contextmanager
-def _interrupts_held_back() -> Iterator[None]:
-    """A process begun here does not see Ctrl-C before it can ignore it; this one sees it at the end."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,6 +1,5 @@
 """Texts to token ids by several processes, in order, whatever their number."""
 
-import contextlib
 import functools
 import itertools
 import multiprocessing
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from opencola.text.processes import interrupts_held_back
 from opencola.text.tokenizer import Tokenizer
 
 CHUNK = 1 << 18  # characters that a process tokenises at a time
@@ -36,7 +36,7 @@ def encode_all(texts: Iterator[str], tokenizer: Path, dtype: str, workers: int) 
     ahead: deque[Future[Encoded]] = deque()
     try:
         for chunk in chunks:
-            with _interrupts_held_back():
+            with interrupts_held_back():
                 ahead.append(pool.submit(_encode_in_worker, chunk, tokenizer, dtype))
             if len(ahead) > 2 * workers:  # all have work, and what is read ahead stays little
                 yield ahead.popleft().result()
@@ -74,16 +74,6 @@ def _encode_in_worker(texts: list[str], tokenizer: Path, dtype: str) -> Encoded:
 
 
 _load = functools.cache(Tokenizer.load)  # once in the life of a worker
-
-
-@contextlib.contextmanager
-def _interrupts_held_back() -> Iterator[None]:
-    """Processes begun here do not see Ctrl-C before they can ignore it; this one sees it at the end."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start_worker() -> None:
