@@ -177,6 +177,7 @@ def evaluations(model: WholeModel, prompt: list[int], sampling: Sampling) -> int
 
 COLUMNS = (
     ("core", "core, M", lambda row: f"{row['core'] / 1e6:.2f}"),
+    ("parameters", "all parameters, M", lambda row: f"{row['parameters'] / 1e6:.2f}"),
     ("steps", "steps", lambda row: f"{row['steps']:,}"),
     ("tokens", "tokens, M", lambda row: f"{row['tokens'] / 1e6:.1f}"),
     ("flops", "counted, TFLOP", lambda row: f"{row['flops'] / 1e12:.1f}"),

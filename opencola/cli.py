@@ -52,7 +52,7 @@ class TrainFlags(RunFlags):
 
     recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE")]
     """Recipe file, or the name of a recipe that comes with the package: demo, text, tinystories, fairytales, sft,
-    paper, ladder/1m to ladder/1800m."""
+    ar, llada, plaid, paper, ladder/1m to ladder/1800m."""
     stage: str | None = None
     """Train only this stage of the recipe."""
     dry_run: bool = False

@@ -58,13 +58,13 @@ def render(root: Path, license_id: str = LICENSE) -> str:
     data = ModelCardData(
         license=license_id,
         library_name=LIBRARY,
-        tags=TAGS if layout.family_in(root) == "cola" else ["language-model"],
+        tags=["language-model"] if whole_part(root) else TAGS,
         pipeline_tag="text-generation" if writes else None,
         datasets=sorted({name for stage in facts["stages"] for name in hub_datasets(stage["recipe"])}) or None,
     )
     sections = [
         f"# {root.resolve().name}",
-        INTRODUCTIONS[layout.family_in(root) if writes else "vae"],
+        introduction(root),
         "## Use",
         USE if writes else USE_VAE,
         "## Model",
@@ -80,26 +80,27 @@ def render(root: Path, license_id: str = LICENSE) -> str:
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"))
 
 
-INTRODUCTIONS = {
-    "vae": (
-        "The Text VAE of a [Cola DLM](https://arxiv.org/abs/2605.06548): it turns tokens into continuous latents "
-        "and back. It writes nothing by itself: a prior over its latents does."
-    ),
-    "cola": (
-        "A [Cola DLM](https://arxiv.org/abs/2605.06548), a continuous latent diffusion language model: a Text VAE "
-        "turns tokens into latents and back, and a block-causal diffusion transformer, the prior, carries noise to the "
-        "next block of latents, given the blocks before it."
-    ),
-    "ar": "An autoregressive language model built as a LLaMA: it predicts each token from those before it.",
-    "llada": (
-        "A masked diffusion language model in the manner of [LLaDA](https://arxiv.org/abs/2502.09992): it writes by "
-        "unmasking, as a bidirectional transformer predicts masked tokens."
-    ),
-    "plaid": (
-        "A continuous diffusion language model in the manner of [Plaid](https://arxiv.org/abs/2305.18619): noise "
-        "becomes the embeddings of tokens, all of a text at once."
-    ),
-}
+def introduction(root: Path) -> str:
+    """What the model is."""
+    part = whole_part(root)
+    return part.about if part else COLA if layout.has_whole_model(root) else VAE
+
+
+def whole_part(root: Path) -> layout.Part | None:
+    """The part that is the whole model, where one is: not of a Cola DLM."""
+    part = layout.PARTS.get(layout.family_in(root))
+    return part if part is not None and not part.field else None
+
+
+VAE = (
+    "The Text VAE of a [Cola DLM](https://arxiv.org/abs/2605.06548): it turns tokens into continuous latents "
+    "and back. It writes nothing by itself: a prior over its latents does."
+)
+COLA = (
+    "A [Cola DLM](https://arxiv.org/abs/2605.06548), a continuous latent diffusion language model: a Text VAE "
+    "turns tokens into latents and back, and a block-causal diffusion transformer, the prior, carries noise to the "
+    "next block of latents, given the blocks before it."
+)
 USE = """```
 opencola generate --model FOLDER_OR_REPO_ID --prompt "Once upon a time"
 ```

@@ -10,7 +10,6 @@ from torch import nn
 
 from opencola.flow.dit import BlockCausalDiT, DiTConfig
 from opencola.interop import llama, official, own
-from opencola.interop.files import CONFIG, read_json
 from opencola.models.ar import AR, ARConfig
 from opencola.models.build import WholeModel
 from opencola.models.llada import LLaDA
@@ -35,6 +34,10 @@ class Part:
     has_vocabulary: bool = True
     essence: Callable[[Any], Any] = lambda config: config
     """A configuration without what may change while the weights stay the same."""
+    is_itself: Callable[[Path], bool] = lambda folder: False
+    """Whether a folder, which has no parts, is the part: as others than us give such models away."""
+    about: str = ""
+    """What it is, where it is the whole model."""
 
     @property
     def setting(self) -> str:
@@ -42,9 +45,9 @@ class Part:
         return f"model.{self.field}." if self.field else "model."
 
     def find(self, root: Path) -> Path | None:
-        """Its folder in a model's; None where that has no such part."""
+        """Its folder in a model's, or that itself; None where it has no such part."""
         places = (root / place for place in (self.folder, self.folder.name))
-        return next((place for place in places if place.is_dir()), None)
+        return next((place for place in places if place.is_dir()), root if self.is_itself(root) else None)
 
     def is_in(self, root: Path) -> bool:
         """Whether a model's folder has this part."""
@@ -114,17 +117,45 @@ PARTS = {
         has_vocabulary=False,
         essence=dit_essence,
     ),
-    "ar": Part("AR model", Path("ar_model"), llama.read_config, AR, llama.load, llama.save, essence=ar_essence),
-    "llada": Part("LLaDA", Path("llada_model"), own.read_config, LLaDA, own.load, own.save),
-    "plaid": Part("Plaid", Path("plaid_model"), own.read_config, Plaid, own.load, own.save),
+    "ar": Part(
+        "AR model",
+        Path("ar_model"),
+        llama.read_config,
+        AR,
+        llama.load,
+        llama.save,
+        essence=ar_essence,
+        is_itself=llama.is_folder,
+        about="An autoregressive language model built as a LLaMA: it predicts each token from those before it.",
+    ),
+    "llada": Part(
+        "LLaDA",
+        Path("llada_model"),
+        own.read_config,
+        LLaDA,
+        own.load,
+        own.save,
+        about="A masked diffusion language model in the manner of [LLaDA](https://arxiv.org/abs/2502.09992): it writes "
+        "by unmasking, as a bidirectional transformer predicts masked tokens.",
+    ),
+    "plaid": Part(
+        "Plaid",
+        Path("plaid_model"),
+        own.read_config,
+        Plaid,
+        own.load,
+        own.save,
+        about="A continuous diffusion language model in the manner of [Plaid](https://arxiv.org/abs/2305.18619): noise "
+        "becomes the embeddings of tokens, all of a text at once.",
+    ),
 }
 FOLDERS = tuple(dict.fromkeys(part.folder.parts[0] for part in PARTS.values()))
 """All that parts lie in."""
 
 
 def has_model(root: Path) -> bool:
-    """Whether a folder has a part of a model, or is the folder of a Hugging Face Llama."""
-    return any(part.is_in(root) for part in PARTS.values()) or _is_llama(root)
+    """Whether a folder has a part of a model, or is one."""
+    return any(part.is_in(root) for part in PARTS.values())
 
 
 def has_whole_model(root: Path) -> bool:
@@ -134,8 +165,8 @@ def has_whole_model(root: Path) -> bool:
 
 def family_in(root: Path) -> str:
     """Family of the whole model in a folder; "cola" where there is none, whose loader then says what is missing."""
-    found = [name for name in ("ar", "llada", "plaid") if PARTS[name].is_in(root)]
-    return found[0] if found else "ar" if _is_llama(root) else "cola"
+    whole = (name for name, part in PARTS.items() if not part.field and part.find(root))
+    return next(whole, "cola")
 
 
 def load(root: Path, dtype: torch.dtype = torch.float32) -> WholeModel:
@@ -147,16 +178,11 @@ def load(root: Path, dtype: torch.dtype = torch.float32) -> WholeModel:
     family = family_in(root)
     if family == "cola":
         return official.load(root, dtype)
-    return cast(WholeModel, PARTS[family].load(PARTS[family].find(root) or root, dtype))
+    return cast(WholeModel, PARTS[family].load(PARTS[family].find(root), dtype))
 
 
 def copy(source: Path, to: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write the parts in a folder to another one, with weights of this type. Errors as `load`."""
-    for name, part in PARTS.items():
-        place = part.find(source) or (source if name == "ar" and _is_llama(source) else None)
-        if place is not None:
+    for part in PARTS.values():
+        if place := part.find(source):
             part.save(part.load(place), to / part.folder, dtype=dtype)
-
-
-def _is_llama(root: Path) -> bool:
-    return (root / CONFIG).is_file() and read_json(root / CONFIG).get("model_type") == llama.HEADER["model_type"]

@@ -62,6 +62,11 @@ def table(groups: int) -> Table:
     }
 
 
+def is_folder(folder: Path) -> bool:
+    """Whether a folder is that of a Llama."""
+    return (folder / CONFIG).is_file() and read_json(folder / CONFIG).get("model_type") == HEADER["model_type"]
+
+
 def load(folder: str | Path, dtype: torch.dtype = torch.float32, bos_id: int | None = None) -> AR:
     """Load a Llama from its folder; parameters get `dtype`.
 
