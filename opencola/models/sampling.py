@@ -1,5 +1,6 @@
 """How to sample: the settings of generation, and the choice of tokens from logits (model.md §5, official-format §6)."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -73,8 +74,10 @@ class Sampling:
         for name in ("max_new_tokens", "steps", "candidates", "repaint_repeats", "guidance_every", "block_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0:
-            raise ValueError("temperature and top_k must be at least 0, top_p in (0, 1], repetition_penalty above 0")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be a number of at least 0, not {self.temperature}")
+        if self.top_k < 0 or not 0 < self.top_p <= 1 or not self.repetition_penalty > 0:
+            raise ValueError("top_k must be at least 0, top_p in (0, 1], repetition_penalty above 0")
         if self.shift <= 0:
             raise ValueError(f"shift must be above 0, not {self.shift}")
         if not 0 <= self.eta <= 1 or not 0 <= self.repaint_fraction <= 1:

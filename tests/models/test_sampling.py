@@ -121,3 +121,9 @@ def test_every_sample_has_its_own_generator() -> None:
 def test_impossible_settings_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(fields))):
         replace(Sampling(), **fields)
+
+
+@pytest.mark.parametrize("temperature", [-0.1, float("nan"), float("inf")])
+def test_impossible_temperatures(temperature: float) -> None:
+    with pytest.raises(ValueError, match=f"temperature must be a number of at least 0, not {temperature}"):
+        Sampling(temperature=temperature)
