@@ -110,9 +110,13 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
-    """Token ids (B, R) from logits (B, R, V), every sample with its own generator."""
+    """Token ids (B, R) from logits (B, R, V), every sample with its own generator.
+
+    Drawn in float64, so that no improbable token is lost to rounding; in the logits' own type where the release does.
+    """
     if sampling.temperature < 1e-5:
         return logits.argmax(-1)
-    weights = probabilities(logits, sampling).cpu()
+    wide = logits if sampling.compatibility == "release" else logits.double()
+    weights = probabilities(wide, sampling).cpu()
     drawn = [torch.multinomial(w, 1, generator=g)[:, 0] for w, g in zip(weights, generators, strict=True)]
     return torch.stack(drawn).to(logits.device)
