@@ -24,6 +24,9 @@ from opencola.text.corpus import Batch
 
 # Multiples of either, without their whole parts, are spread evenly over [0, 1), and pairs of both over the square.
 GOLDEN, SILVER = (math.sqrt(5) - 1) / 2, math.sqrt(2) - 1
+SHAPE_SCALE = 1e-3
+"""Of the gradient of the schedule's shape: at full size its outliers decide the norm that all gradients are clipped by,
+and the trunk does not learn from the very batches that it is wrong about. To AdamW the scale is nothing."""
 
 
 @dataclass(frozen=True)
@@ -199,9 +202,11 @@ class Plaid(nn.Module):
         estimate = self.estimate(z, shape, first, pattern(documents))
         slope = slope * self.schedule.log_span.exp()
         diffusion = scored * diffusion_integrand(x, estimate, gamma, slope)
-        # The bound does not depend on the shape, only the variance of this estimate does. The gradient of its square,
-        # but for a factor 2, is each sequence's own times its value; the ends keep the bound's (§3.1).
-        factor = (diffusion.sum(1) / scored.sum(1).clamp(min=1)).detach().to(t.dtype)
+        # The bound does not depend on the shape, only how much this estimate x of it varies with t. Its square, which
+        # the paper has the shape descend, has tails so heavy that the shape collapses; x log x, as convex, is least for
+        # the same shape. Its gradient is each sequence's own times log x + 1; the ends keep the bound's (§3.1).
+        value = (diffusion.sum(1) / scored.sum(1).clamp(min=1)).detach().clamp(min=1e-6)
+        factor = (SHAPE_SCALE * (value.log() + 1)).to(t.dtype)
         z_0 = noised(x, noise[0], self.schedule.gamma(torch.zeros_like(t)))
         chosen = self.decoder(z_0).gather(-1, tokens[..., None])[..., 0]
         prior = prior_kl(x, self.schedule.gamma(torch.ones_like(t[0])))
@@ -230,5 +235,6 @@ class Plaid(nn.Module):
         return {"tokens": batch.is_scored().sum()}
 
     def learning_rate_ratios(self) -> dict[str, float]:
-        """The schedule's ends learn slowly: at the full rate Adam drives gamma(1) far beyond where the bound gains."""
-        return {"schedule.start": 0.1, "schedule.log_span": 0.01}
+        """The schedule learns slowly: at the full rate Adam drives gamma(1) far beyond where the bound gains."""
+        shape = ("log_line", "log_weight", "log_steepness", "centre")
+        return {f"schedule.{name}": 0.1 for name in ("start", *shape)} | {"schedule.log_span": 0.01}
