@@ -74,16 +74,18 @@ def log_prior(
     keys: of every row, such as (text, sample), for its probes; free (B, N) bool: latents that are scored; others are
     clean, at time 0, and do not move. Raises ValueError where N is not a number of whole blocks.
     """
-    batch, num_latents, _ = z_0.shape
+    num_latents = z_0.shape[1]
     size = model.dit.config.block_size
     if num_latents % size:
         raise ValueError(f"{num_latents} latents are not a multiple of block_size {size}")
     free = torch.ones_like(z_0[..., 0], dtype=torch.bool) if free is None else free
 
+    first = int(free.any(0).unflatten(0, (-1, size)).any(-1).int().argmax())  # block that anything moves in
+    given = model.dit.given(z_0, ~free, first * size)
+
     def velocity(z: Tensor, t: float) -> Tensor:
-        times = z.new_full((batch, 1, 1), t)
-        v = model.dit.packed(z_0, z.flatten(1, 2)[:, None], times, pinned=~free[:, None])
-        return v[:, 0].unflatten(1, (-1, size))
+        v = given(z[:, first:].flatten(1, 2), t)
+        return torch.nn.functional.pad(v.unflatten(1, (-1, size)), (0, 0, 0, 0, first, 0))
 
     z = z_0.unflatten(1, (-1, size))
     moves = free.unflatten(1, (-1, size))[..., None].expand_as(z)
@@ -143,7 +145,8 @@ def evaluate(
         prefixes.append(Text(list(prompt)) if settings.conditional == "joint" and prompt else None)
     step = settings.texts_at_a_time
     jobs = [(place, text) for place, pair in enumerate(zip(texts, prefixes, strict=True)) for text in pair if text]
-    jobs.sort(key=lambda job: len(job[1].tokens))  # texts of like length are filled up little
+    # together are solved the blocks from the first that any text scores to the end of the longest
+    jobs.sort(key=lambda job: (job[1].known // chunk, len(job[1].tokens)))
     found: dict[tuple[int, bool], tuple[Terms, int]] = {}
     for first in range(0, len(jobs), step):
         some = jobs[first : first + step]
