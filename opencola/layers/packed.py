@@ -43,7 +43,8 @@ def packed(
         return flexible(predicate, num_clean, copies, history, documents, past, first)
     parts = [range(num_clean if past is None else 0), *[range(first, num_latents)] * copies]
     place = torch.cat([torch.arange(part.start, part.stop, device=device) for part in parts])
-    blind = (place[:, None] // block_size <= place[None, :num_clean] // block_size)[None]  # (1, R, Nc)
+    clean = torch.arange(num_clean, device=device)
+    blind = (place[:, None] // block_size <= clean // block_size)[None]  # (1, R, Nc)
     if history is not None:
         noisy = torch.arange(len(place), device=device) >= len(parts[0])
         blind = blind | (noisy[:, None] & ~history[:, None, None])
