@@ -6,7 +6,7 @@ bound on the text alone, though a looser one.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -64,6 +64,10 @@ class Text:
 
     tokens: list[int]
     known: int = 0
+
+    def blocks(self, chunk: int) -> range:
+        """The blocks, of `chunk` tokens each, that are scored."""
+        return range(self.known // chunk, -(-len(self.tokens) // chunk))
 
 
 def log_prior(
@@ -143,13 +147,9 @@ def evaluate(
             tokens = tokens[: (known // chunk + 1) * chunk]
         texts.append(Text(tokens, known))
         prefixes.append(Text(list(prompt)) if settings.conditional == "joint" and prompt else None)
-    step = settings.texts_at_a_time
     jobs = [(place, text) for place, pair in enumerate(zip(texts, prefixes, strict=True)) for text in pair if text]
-    # together are solved the blocks from the first that any text scores to the end of the longest
-    jobs.sort(key=lambda job: (job[1].known // chunk, len(job[1].tokens)))
     found: dict[tuple[int, bool], tuple[Terms, int]] = {}
-    for first in range(0, len(jobs), step):
-        some = jobs[first : first + step]
+    for some in _batches(jobs, chunk, settings.texts_at_a_time):
         results = text_terms(model, [text for _, text in some], [ids[place] for place, _ in some], settings, pad_id)
         found |= {(place, text is prefixes[place]): result for (place, text), result in zip(some, results, strict=True)}
     evaluations = []
@@ -207,6 +207,20 @@ def kind(settings: Scoring, conditional: bool) -> Literal["bound", "estimate"]:
     """What a score is: a difference of bounds is none, nor is an IWAE of weights with a random divergence."""
     noisy = settings.divergence == "hutchinson" and settings.estimator == "iwae" and settings.samples > 1
     return "estimate" if noisy or (conditional and settings.conditional == "joint") else "bound"
+
+
+def _batches(jobs: Sequence[tuple[int, Text]], chunk: int, most: int) -> Iterator[list[tuple[int, Text]]]:
+    """Jobs to solve together: from the first block that any scores to the last, at most twice what they need alone."""
+    some: list[tuple[int, Text]] = []
+    for job in sorted(jobs, key=lambda job: (job[1].blocks(chunk).start, len(job[1].tokens))):
+        alone = [text.blocks(chunk) for _, text in (*some, job)]
+        solved = len(alone) * (max(blocks.stop for blocks in alone) - alone[0].start)
+        if some and (len(some) == most or solved > 2 * sum(len(blocks) for blocks in alone)):
+            yield some
+            some = []
+        some.append(job)
+    if some:
+        yield some
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ import torch
 from tiny import one_block, tiny_cola, tiny_vae
 from torch import Tensor
 
-from opencola.flow.likelihood import Density, Likelihood, draw_probes, log_density
-from opencola.models import scoring
+from opencola.flow.likelihood import Likelihood, log_density
 from opencola.models.cola import Cola
 from opencola.models.importance import estimate
 from opencola.models.language_model import Score
@@ -148,56 +147,6 @@ def test_packed_equals_every_block_alone_with_its_history() -> None:
             alone = log_density(velocity, z_0[sample, rows][None, None], settings, free=mask).log_prob
             assert packed[sample, block].item() == pytest.approx(alone.item(), abs=1e-9)
     assert packed[1, 0] == 0 and packed[1, 1] != 0
-
-
-def with_all_rows(cola: Cola, z_0: Tensor, keys: Any, settings: Likelihood, free: Tensor) -> Density:
-    """`log_prior` with all rows, clean and noisy, in every evaluation."""
-    size = cola.dit.config.block_size
-    z, moves = (x.unflatten(1, (-1, size)) for x in (z_0, free[..., None].expand_as(z_0)))
-
-    def velocity(z: Tensor, t: float) -> Tensor:
-        times = z.new_full((len(z), 1, 1), t)
-        v = cola.dit.packed(z_0, z.flatten(1, 2)[:, None], times, pinned=~free[:, None])
-        return v[:, 0].unflatten(1, (-1, size))
-
-    return log_density(velocity, z, settings, draw_probes(z, keys, settings), moves)
-
-
-@pytest.mark.parametrize(
-    ("fields", "dtype", "rtol"),
-    [
-        ({}, torch.float64, 1e-12),
-        ({}, torch.float32, 1e-6),
-        ({"divergence": "hutchinson", "probes": 2}, torch.float64, 1e-12),
-        ({"divergence": "hutchinson", "solver": "dopri5"}, torch.float64, 1e-12),  # its steps amplify rounding
-    ],
-)
-@pytest.mark.parametrize(("size", "length"), [(1, 12), (4, 12), (1, 140), (4, 144)])
-def test_rows_that_are_left_out_change_nothing(
-    size: int, length: int, fields: dict[str, Any], dtype: torch.dtype, rtol: float
-) -> None:
-    cola = tiny_cola(dit={"block_size": size})
-    cola.dit.velocity_out.weight.data *= 0.1
-    cola, z_0, keys = cola.to(dtype), normal(3, length, 4).to(dtype), [(5, 0), (5, 1), (6, 0)]
-    settings = replace(FAST, tolerance=0.1, **fields)
-    for begin, end in ((0, 0), (2, 0), (6, 3), (length - 1, 0)):
-        free = torch.zeros(3, length, dtype=torch.bool)
-        free[:2, begin:], free[2, begin + (length - begin) // 2 : length - end] = True, True
-        found, expected = (f(cola, z_0, keys, settings, free) for f in (log_prior, with_all_rows))
-        assert found.evaluations == expected.evaluations
-        for name in ("log_prob", "by_probe", "z_1"):
-            ours, all_rows = getattr(found, name), getattr(expected, name)
-            torch.testing.assert_close(ours, all_rows, rtol=rtol, atol=rtol * all_rows.abs().max().item())
-        assert (found.log_prob[:, : begin // size] == 0).all() and (found.log_prob[:2, -1] != 0).all()
-
-
-@pytest.mark.parametrize("conditional", ["joint", "blockwise", "first_block"])
-def test_scores_are_those_with_all_rows(conditional: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    cola, settings = tiny_cola(vae={"patch_size": 2}), replace(FAST, conditional=conditional, rows=100)
-    prompts = [PROMPTS[0] * 4, *PROMPTS[1:]]
-    found = cola.score(prompts, TEXTS, settings).total
-    monkeypatch.setattr(scoring, "log_prior", with_all_rows)
-    torch.testing.assert_close(found, cola.score(prompts, TEXTS, settings).total, rtol=1e-12, atol=0)
 
 
 def test_hutchinson_agrees_with_the_exact_divergence_of_the_model() -> None:
