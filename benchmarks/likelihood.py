@@ -4,8 +4,8 @@
 
 A DiT of width 128, 4 layers, blocks of one latent (the demo's); 128 latents of 16 channels, 4 samples, RK4 with 4
 steps, one probe; then one of these changed at a time. One JSON line a point. Tokens are latents of one text (patch size
-1), however many samples K are drawn for it. Memory is what the solve adds to the process's peak, each point in a
-process of its own.
+1), those behind its prompt, however many samples K are drawn for it. Memory is what the solve adds to the process's
+peak, each point in a process of its own.
 """
 
 import argparse
@@ -24,11 +24,12 @@ from opencola.models.cola import Cola, ColaConfig
 from opencola.models.scoring import Scoring, log_prior
 from opencola.vae.text_vae import TextVAEConfig
 
-BASE = {"num_latents": 128, "latent_dim": 16, "block_size": 1}
+BASE = {"num_latents": 128, "latent_dim": 16, "block_size": 1, "prompt": 0}
 SCORING = Scoring(solver="rk4", steps=4, samples=4)
 POINTS: list[tuple[str, dict[str, int], dict[str, Any]]] = [
     ("base", {}, {}),
     *(("N", {"num_latents": n}, {}) for n in (32, 512)),
+    ("prompt", {"num_latents": 512, "prompt": 504}, {}),
     *(("K", {}, {"samples": k}) for k in (1, 16)),
     *(("probes", {}, {"probes": m}) for m in (4, 16)),
     *(("d, exact", {"latent_dim": d}, {"divergence": "exact"}) for d in (4, 16, 64)),
@@ -53,14 +54,15 @@ def point(axis: str, sizes: dict[str, int], fields: dict[str, Any], threads: int
             torch.nn.init.normal_(weight, std=0.02)
     cola.requires_grad_(False)
     z_0 = torch.randn(settings.samples, sizes["num_latents"], dim)
+    free = (torch.arange(sizes["num_latents"]) >= sizes["prompt"]).expand(settings.samples, -1)
     keys = [(0, sample) for sample in range(settings.samples)]
     warm = replace(settings, solver="euler", steps=1, divergence="hutchinson", probes=1)
     log_prior(cola, z_0[:1, :block], keys[:1], warm)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    evaluations = log_prior(cola, z_0, keys, settings).evaluations
+    evaluations = log_prior(cola, z_0, keys, settings, free).evaluations
     peak = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-    seconds = best_seconds(lambda: log_prior(cola, z_0, keys, settings), repeats)
-    tokens = sizes["num_latents"]
+    seconds = best_seconds(lambda: log_prior(cola, z_0, keys, settings, free), repeats)
+    tokens = sizes["num_latents"] - sizes["prompt"]
     line: dict[str, Any] = {"axis": axis, **sizes, "samples": settings.samples, "settings": Likelihood.label(settings)}
     line |= {"evaluations": evaluations, "evaluations_per_token": round(evaluations / tokens, 3)}
     line |= {"ms_per_token": round(1e3 * seconds / tokens, 3), "bytes_per_token": round(peak / tokens)}

@@ -1,5 +1,6 @@
 """The block-causal diffusion transformer: the velocity of the latent prior (model.md §3, official-format §3)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from opencola.layers.attention import Attend, rotary, turns
 from opencola.layers.cache import KVCache
-from opencola.layers.packed import packed
+from opencola.layers.packed import Past, packed
 from opencola.layers.transformer import AdaptiveBlock, LayerNorm, Linear, TimeEmbedding, initialise, modulate
 
 Modulation = list[Tensor]
@@ -140,6 +141,31 @@ class BlockCausalDiT(nn.Module):
         attend = packed(num_clean, num_latents, block_size, copies, history, documents, z_t.device)
         velocity = self(rows, modulation, index, self.turns(positions), attend, num_clean, recompute)
         return velocity.unflatten(1, (copies, num_latents))
+
+    def given(self, z_0: Tensor, pinned: Tensor, first: int = 0) -> Callable[[Tensor, float], Tensor]:
+        """Velocity (B, N - first, d) of latents z_t like it at time t: `packed` of one copy, for many z_t and one z_0.
+
+        z_0 (B, N, d) is read once, and carries no gradient; pinned (B, N) bool: rows that are clean, at time 0; first:
+        the latent, the first of a block, with which z_t begins.
+        """
+        block_size, num_latents = self.config.block_size, z_0.shape[1]
+        if num_latents % block_size or first % block_size:
+            raise ValueError(f"{num_latents} latents from {first} on are not whole blocks of block_size {block_size}")
+        place = torch.arange(num_latents, device=z_0.device)
+        clean = packed(num_latents, num_latents, block_size, 0, device=z_0.device)
+        num_clean, past = num_latents - block_size, Past()
+
+        def record(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            past.append((k[:, :num_clean], v[:, :num_clean]))
+            return clean(layer, q, k, v)
+
+        with torch.no_grad():
+            self(z_0, self.modulation(z_0.new_zeros(1)), place.new_zeros(1, 1), self.turns(place), record)
+        attend = packed(num_clean, num_latents, block_size, 1, device=z_0.device, past=past, first=first)
+        turn, free = self.turns(place[first:]), ~pinned[:, first:]
+        # without pinned rows there is one time for all, which need not be gathered row by row
+        still, index = ([], torch.zeros_like(free).long()) if free.all() else ([0.0], free.long())
+        return lambda z_t, t: self(z_t, self.modulation(z_t.new_tensor([*still, t])), index, turn, attend)
 
     def empty_cache(self, batch: int, capacity: int) -> KVCache:
         """Cache for `capacity` latents a sample."""

@@ -6,7 +6,7 @@ bound on the text alone, though a looser one.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -65,6 +65,10 @@ class Text:
     tokens: list[int]
     known: int = 0
 
+    def blocks(self, chunk: int) -> range:
+        """The blocks, of `chunk` tokens each, that are scored."""
+        return range(self.known // chunk, -(-len(self.tokens) // chunk))
+
 
 def log_prior(
     model: "Cola", z_0: Tensor, keys: Sequence[tuple[int, ...]], settings: Likelihood, free: Tensor | None = None
@@ -74,16 +78,18 @@ def log_prior(
     keys: of every row, such as (text, sample), for its probes; free (B, N) bool: latents that are scored; others are
     clean, at time 0, and do not move. Raises ValueError where N is not a number of whole blocks.
     """
-    batch, num_latents, _ = z_0.shape
+    num_latents = z_0.shape[1]
     size = model.dit.config.block_size
     if num_latents % size:
         raise ValueError(f"{num_latents} latents are not a multiple of block_size {size}")
     free = torch.ones_like(z_0[..., 0], dtype=torch.bool) if free is None else free
 
+    first = int(free.any(0).unflatten(0, (-1, size)).any(-1).int().argmax())  # block that anything moves in
+    given = model.dit.given(z_0, ~free, first * size)
+
     def velocity(z: Tensor, t: float) -> Tensor:
-        times = z.new_full((batch, 1, 1), t)
-        v = model.dit.packed(z_0, z.flatten(1, 2)[:, None], times, pinned=~free[:, None])
-        return v[:, 0].unflatten(1, (-1, size))
+        v = given(z[:, first:].flatten(1, 2), t)
+        return torch.nn.functional.pad(v.unflatten(1, (-1, size)), (0, 0, 0, 0, first, 0))
 
     z = z_0.unflatten(1, (-1, size))
     moves = free.unflatten(1, (-1, size))[..., None].expand_as(z)
@@ -141,12 +147,9 @@ def evaluate(
             tokens = tokens[: (known // chunk + 1) * chunk]
         texts.append(Text(tokens, known))
         prefixes.append(Text(list(prompt)) if settings.conditional == "joint" and prompt else None)
-    step = settings.texts_at_a_time
     jobs = [(place, text) for place, pair in enumerate(zip(texts, prefixes, strict=True)) for text in pair if text]
-    jobs.sort(key=lambda job: len(job[1].tokens))  # texts of like length are filled up little
     found: dict[tuple[int, bool], tuple[Terms, int]] = {}
-    for first in range(0, len(jobs), step):
-        some = jobs[first : first + step]
+    for some in _batches(jobs, chunk, settings.texts_at_a_time):
         results = text_terms(model, [text for _, text in some], [ids[place] for place, _ in some], settings, pad_id)
         found |= {(place, text is prefixes[place]): result for (place, text), result in zip(some, results, strict=True)}
     evaluations = []
@@ -204,6 +207,20 @@ def kind(settings: Scoring, conditional: bool) -> Literal["bound", "estimate"]:
     """What a score is: a difference of bounds is none, nor is an IWAE of weights with a random divergence."""
     noisy = settings.divergence == "hutchinson" and settings.estimator == "iwae" and settings.samples > 1
     return "estimate" if noisy or (conditional and settings.conditional == "joint") else "bound"
+
+
+def _batches(jobs: Sequence[tuple[int, Text]], chunk: int, most: int) -> Iterator[list[tuple[int, Text]]]:
+    """Jobs to solve together: from the first block that any scores to the last, at most twice what they need alone."""
+    some: list[tuple[int, Text]] = []
+    for job in sorted(jobs, key=lambda job: (job[1].blocks(chunk).start, len(job[1].tokens))):
+        alone = [text.blocks(chunk) for _, text in (*some, job)]
+        solved = len(alone) * (max(blocks.stop for blocks in alone) - alone[0].start)
+        if some and (len(some) == most or solved > 2 * sum(len(blocks) for blocks in alone)):
+            yield some
+            some = []
+        some.append(job)
+    if some:
+        yield some
 
 
 @dataclass(frozen=True)

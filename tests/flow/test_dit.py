@@ -167,6 +167,26 @@ def test_the_history_carries_no_gradient(copies: int) -> None:
     assert (dit.packed(z_0 + 0.1, z_t, t) - out).abs().max() > 1e-3  # though it is seen
 
 
+@pytest.mark.parametrize("pinned", [False, True])
+@pytest.mark.parametrize(
+    ("size", "length", "first"), [(4, 12, 0), (4, 12, 8), (4, 4, 0), (1, 12, 5), (4, 144, 4), (1, 140, 0), (1, 140, 70)]
+)
+def test_given_a_history_is_as_packed_in_values_and_derivatives(
+    size: int, length: int, first: int, pinned: bool
+) -> None:
+    dit, z_0 = tiny_dit(block_size=size), torch.randn(B, length, D).double()
+    clean = torch.rand(B, length) < 0.3 if pinned else torch.zeros(B, length).bool()
+    velocity = dit.given(z_0, clean, first)
+    for t in (0.0, 0.4, 1.0):
+        z_t = torch.randn(B, length, D).double().requires_grad_()
+        weight = torch.randn(B, length - first, D).double()
+        packed = dit.packed(z_0, z_t[:, None], z_t.new_full((B, 1, 1), t), pinned=clean[:, None])[:, 0, first:]
+        alone = velocity(z_t[:, first:], t)
+        torch.testing.assert_close(alone, packed, rtol=1e-12, atol=1e-12)
+        products = [torch.autograd.grad((v * weight).sum(), z_t)[0] for v in (alone, packed)]
+        torch.testing.assert_close(*products, rtol=1e-12, atol=1e-11)
+
+
 def test_the_initial_velocity_is_zero() -> None:
     dit, (z_0, z_t, t) = BlockCausalDiT(dit_config()).double(), inputs()
     assert (dit.packed(z_0, z_t, t) == 0).all()
@@ -180,6 +200,8 @@ def test_wrong_sizes_are_named() -> None:
     z_0, z_t, t = inputs()
     with pytest.raises(ValueError, match="12 latents are not a multiple of block_size 5"):
         tiny_dit(block_size=5).packed(z_0, z_t, t)
+    with pytest.raises(ValueError, match="12 latents from 2 on are not whole blocks of block_size 4"):
+        tiny_dit().given(z_0, torch.zeros(B, N).bool(), 2)
     good = dit_config()
     for fields, message in (
         ({"rope_dim": 5}, "dit.rope_dim 5 must be even"),

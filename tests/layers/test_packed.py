@@ -78,3 +78,35 @@ def test_packed_noisy_rows_without_history_do_not_depend_on_the_clean_ones() -> 
     after = attend(0, q, k, v)
     assert torch.equal(before[0, 8:], after[0, 8:])
     assert not torch.equal(before[1, 12:], after[1, 12:])
+
+
+@pytest.mark.parametrize("way", [1, 5, 64, flexible], ids=["span1", "span5", "span64", "flex"])
+@pytest.mark.parametrize("bounded", [False, True])
+@pytest.mark.parametrize(
+    ("num_clean", "num_latents", "block_size", "copies", "first"),
+    [(8, 12, 4, 1, 0), (8, 12, 4, 2, 4), (8, 12, 4, 3, 8), (11, 12, 1, 2, 5), (12, 12, 4, 2, 4), (0, 4, 4, 2, 0)],
+)
+def test_noisy_rows_behind_past_ones_are_those_of_the_whole_pattern(
+    num_clean: int, num_latents: int, block_size: int, copies: int, first: int, bounded: bool, way: Any
+) -> None:
+    qkv = torch.randn(3, 3, num_clean + copies * num_latents, 2, 8).double().requires_grad_()
+    history = documents = None
+    if bounded:
+        history, documents = torch.tensor([True, False, True]), torch.randint(0, 2, (3, num_latents)).cumsum(1)
+    whole = packed(num_clean, num_latents, block_size, copies, history, documents)(0, *qkv)
+    asking = [num_clean + c * num_latents + row for c in range(copies) for row in range(first, num_latents)]
+    past = [(qkv[1, :, :num_clean], qkv[2, :, :num_clean])]
+    if way is flexible:
+        predicate = clean_beside_noisy(num_clean, num_latents, block_size, first)
+        attend = flexible(
+            predicate, num_clean, copies, history, documents, [(k.detach(), v.detach()) for k, v in past], first
+        )
+        torch.testing.assert_close(attend(0, *qkv[:, :, asking].detach()), whole[:, asking], rtol=0, atol=1e-12)
+        return
+    attend = packed(num_clean, num_latents, block_size, copies, history, documents, None, way, past, first)
+    out = attend(0, *qkv[:, :, asking])
+    torch.testing.assert_close(out, whole[:, asking], rtol=0, atol=1e-12)
+    weight = torch.randn_like(out)
+    by_past, expected = (torch.autograd.grad((x * weight).sum(), qkv)[0] for x in (out, whole[:, asking]))
+    torch.testing.assert_close(by_past[:, :, asking], expected[:, :, asking], rtol=0, atol=1e-12)
+    assert (by_past[:, :, :num_clean] == 0).all()
