@@ -47,8 +47,11 @@ def measure_all(options: "Options", recipes: Mapping[str, "Stages"], tokenizer: 
             print(f"measuring {family}", flush=True)
             rows = list(measure(family, options, recipes[family], tokenizer))
             note.write_text(json.dumps({"settings": settings, "rows": rows}, indent=2) + "\n", encoding="utf-8")
-    notes = [options.out / family / "measures.json" for family in FAMILIES]
-    rows = [row for note in notes if note.is_file() for row in json.loads(note.read_text())["rows"]]
+    rows: list[dict[str, Any]] = []
+    for folder in (options.out / family for family in FAMILIES):
+        if (folder / "measures.json").is_file():
+            fast = speed(folder)  # one after another: only what is measured together compares
+            rows += [row | fast for row in json.loads((folder / "measures.json").read_text())["rows"]]
     rows.append(the_world(options, tokenizer))
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (options.out / "results.jsonl").write_text(lines, encoding="utf-8")
@@ -68,7 +71,6 @@ def measure(family: str, options: "Options", stages: "Stages", tokenizer: Tokeni
         "family": family,
         **training(folder, stages, tokenizer),
         **bits_per_token(family, model, tokenizer, held_out(options.scored)),
-        **speed(model, tokenizer, own),
     }
     for temperature in (0.0, 1.0) if family in ("ar", "llada") else (0.0,):
         sampling = replace(own, temperature=temperature)
@@ -144,8 +146,11 @@ def the_world(options: "Options", tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def speed(model: WholeModel, tokenizer: Tokenizer, sampling: Sampling) -> dict[str, Any]:
+def speed(folder: Path) -> dict[str, Any]:
     """Tokens a second, alone and 16 at a time, the best of three; and evaluations that wait for each other, a token."""
+    model, tokenizer = load(folder)
+    model.requires_grad_(False)
+    sampling = official.load_sampling(folder)
     prompt = tokenizer.encode(held_out(1)[0].sentences[0])
     settings = replace(sampling, max_new_tokens=SPEED_TOKENS, ignore_eos=True)
     rates = {}
