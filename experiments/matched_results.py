@@ -45,8 +45,8 @@ def measure_all(options: "Options", recipes: Mapping[str, "Stages"], tokenizer: 
         settings = {"stories": options.stories, "scored": options.scored, "scoring": asdict(SCORING[family])}
         if not note.is_file() or json.loads(note.read_text())["settings"] != settings:
             print(f"measuring {family}", flush=True)
-            rows = list(measure(family, options, recipes[family], tokenizer))
-            note.write_text(json.dumps({"settings": settings, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+            found = {"settings": settings, "rows": list(measure(family, options, recipes[family], tokenizer))}
+            note.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     rows: list[dict[str, Any]] = []
     for folder in (options.out / family for family in FAMILIES):
         if (folder / "measures.json").is_file():
