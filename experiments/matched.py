@@ -166,8 +166,6 @@ def sketch(family: str, options: Options) -> dict[str, Any]:
         "sampling": {"max_new_tokens": size.length, **SAMPLING[family]},
     }
     if family != "cola":
-        if family == "plaid":  # whose bound is heavy-tailed: single batches look like a divergence
-            plan["train"]["divergence"] = 0
         return plan | {"family": family, "model": {"trunk": trunk(family, size)}}
     head_dim = size.width // size.num_heads
     dit = {"width": size.width, "num_layers": size.num_layers, "num_heads": size.num_heads, "head_dim": head_dim}
