@@ -6,15 +6,15 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from experiments.matched import FAMILIES, Options, Stages, num_parameters, step_flops
 from opencola.console import load
 from opencola.demo import write_stories
-from opencola.evaluation.stories import Share, continuation_shares, held_out, last_word_scores
+from opencola.evaluation.stories import continuation_shares, held_out, last_word_scores
 from opencola.interop import official
-from opencola.models import build
 from opencola.models.ar import ARScoring
 from opencola.models.bounds import BoundScoring
 from opencola.models.build import WholeModel
@@ -22,9 +22,6 @@ from opencola.models.sampling import Sampling
 from opencola.models.scoring import Scoring
 from opencola.text.stories import Story, log_probability
 from opencola.text.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from experiments.matched import Options, Stages
 
 SCORING: dict[str, Any] = {
     "cola": Scoring(solver="heun", steps=12, samples=8, divergence="hutchinson", estimator="iwae", rows=32),
@@ -36,10 +33,8 @@ TITLES = {"cola": "Cola DLM", "ar": "AR", "llada": "LLaDA", "plaid": "Plaid"}
 SPEED_TOKENS = 64
 
 
-def measure_all(options: "Options", recipes: Mapping[str, "Stages"], tokenizer: Tokenizer) -> None:
+def measure_all(options: Options, recipes: Mapping[str, Stages], tokenizer: Tokenizer) -> None:
     """Measure the families that were asked for, and render what is known of all."""
-    from experiments.matched import FAMILIES
-
     for family in options.families:
         note = options.out / family / "measures.json"
         settings = {"stories": options.stories, "scored": options.scored, "scoring": asdict(SCORING[family])}
@@ -61,7 +56,7 @@ def measure_all(options: "Options", recipes: Mapping[str, "Stages"], tokenizer: 
     print(table)
 
 
-def measure(family: str, options: "Options", stages: "Stages", tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
+def measure(family: str, options: Options, stages: Stages, tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
     """A row for each way in which a family writes: greedily and by drawing, where it has tokens to draw."""
     folder = options.out / family
     model, _ = load(folder)
@@ -81,16 +76,13 @@ def measure(family: str, options: "Options", stages: "Stages", tokenizer: Tokeni
         }
 
 
-def training(folder: Path, stages: "Stages", tokenizer: Tokenizer) -> dict[str, Any]:
+def training(folder: Path, stages: Stages, tokenizer: Tokenizer) -> dict[str, Any]:
     """What training took, stages together; 6 N D and counted operations (model.md §7), seconds by the clock."""
-    from experiments.matched import num_parameters, step_flops
-
     core, total = num_parameters(stages, tokenizer)
     found = {"steps": 0, "tokens": 0, "flops": 0, "flops_6nd": 0, "seconds": 0.0}
     for name, recipe in stages:
         last = json.loads((recipe.out / "metrics.jsonl").read_text().splitlines()[-1])
-        with torch.device("meta"):
-            count = build.num_core(build.build(build.sized(recipe.model, tokenizer)))
+        count, _ = num_parameters([(name, recipe)], tokenizer)
         found["steps"] += last["step"]
         found["tokens"] += last["tokens"]
         found["flops"] += last["step"] * step_flops(name, recipe, tokenizer)
@@ -130,7 +122,7 @@ def extra(others: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {"elbo": others["elbo"]} if "elbo" in others else {}
 
 
-def the_world(options: "Options", tokenizer: Tokenizer) -> dict[str, Any]:
+def the_world(options: Options, tokenizer: Tokenizer) -> dict[str, Any]:
     """The row of the generator of the stories, whose log-probabilities are exact."""
     stories = held_out(options.scored)
     nats = torch.tensor([log_probability(tale.text) for tale in stories], dtype=torch.float64)
@@ -201,10 +193,9 @@ COLUMNS = (
 )
 
 
-def percent(share: Mapping[str, float] | Share) -> str:
+def percent(share: Mapping[str, float]) -> str:
     """A share and its interval."""
-    found = share if isinstance(share, Mapping) else asdict(share)
-    return f"{100 * found['value']:.1f} ({100 * found['low']:.1f}–{100 * found['high']:.1f})"
+    return f"{100 * share['value']:.1f} ({100 * share['low']:.1f}–{100 * share['high']:.1f})"
 
 
 def name_of(row: Mapping[str, Any]) -> str:

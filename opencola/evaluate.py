@@ -34,8 +34,7 @@ from opencola.export import made_with
 from opencola.interop import card, hub, layout, official
 from opencola.models import build
 from opencola.models.language_model import LanguageModel
-from opencola.models.sampling import Sampling
-from opencola.models.text_stream import generate_text
+from opencola.models.text_stream import whole_texts
 from opencola.text.tokenizer import Tokenizer
 
 BENCHMARKS = tuple(task.name for task in TASKS)
@@ -231,7 +230,11 @@ def prepare(options: EvaluateFlags[Any]) -> Callable[[Batch], Answers]:
 
     def work(batch: Batch) -> Answers:
         budget = batch.max_new_tokens or options.sampling.max_new_tokens
-        write = functools.partial(write_texts, model, tokenizer, replace(options.sampling, max_new_tokens=budget))
+        settings = replace(options.sampling, max_new_tokens=budget)
+
+        def write(prompts: Sequence[str], ids: Sequence[int]) -> list[str]:
+            return whole_texts(model, tokenizer, prompts, settings, ids)
+
         return generative.answer(batch, write, score)
 
     return work
@@ -242,17 +245,6 @@ def describe(options: EvaluateFlags[Any]) -> dict[str, Any]:
     model, tokenizer = console.load(options.model)
     found = model.score([[tokenizer.eos_id]], [[tokenizer.eos_id]], options.scoring, pad_id=tokenizer.eos_id)
     return {"estimator": found.estimator, "kind": found.kind, "settings": asdict(options.scoring)}
-
-
-def write_texts(
-    model: LanguageModel, tokenizer: Tokenizer, sampling: Sampling, prompts: Sequence[str], ids: Sequence[int]
-) -> list[str]:
-    """What the model writes after each prompt."""
-    texts = [""] * len(prompts)
-    for pieces in generate_text(model, tokenizer, prompts, sampling, ids):
-        for piece in pieces:
-            texts[piece.sample] += piece.text
-    return texts
 
 
 def score_options(

@@ -12,9 +12,8 @@ from statistics import fmean
 import numpy as np
 
 from opencola.evaluation.diagnosis_tasks import Run
-from opencola.evaluation.stories import Share, share
+from opencola.evaluation.stories import Share, Z, share
 
-Z = 1.959964
 ALLOWED = 0.01
 """Failures per token that a link may cost: with one more in a hundred, every third text of forty tokens breaks."""
 TOLERANCE = 1.25

@@ -12,9 +12,8 @@ from torch import Tensor
 from opencola.evaluation import latent_space as space
 from opencola.evaluation.latents import Documents
 from opencola.evaluation.robustness import VAE, Draw, Robustness, most_frequent
-from opencola.evaluation.stories import share
+from opencola.evaluation.stories import Z, share
 
-Z = 1.959964
 MAX_INFORMATION = 4096
 """Latents that the information is estimated from: its cost grows with their square."""
 KINDS = {

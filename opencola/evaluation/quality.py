@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from opencola.evaluation.latent_report import Entry, Z, ratio
+from opencola.evaluation.latent_report import Entry, ratio
 from opencola.evaluation.mauve import mauve
-from opencola.evaluation.stories import Share, continuation_shares, judge, share
+from opencola.evaluation.stories import Share, Z, continuation_shares, judge, share
 
 NGRAMS = (1, 2, 3, 4)
 STORY_LABELS = {

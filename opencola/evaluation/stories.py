@@ -20,6 +20,8 @@ Writer = Callable[[Sequence[str], int], Sequence[str]]
 HELD_OUT_SEED = -1
 """Corpora are made of the non-negative seeds' stories."""
 PROMPT_SENTENCES = 2
+Z = 1.959964
+"""Standard errors on either side of a value in its 95 % interval."""
 
 _LAST_WORD = re.compile(r"(.*?)\s*(\w+)[.!?]", re.DOTALL)
 _FIRST_WORD = re.compile(r"\s+(\w+)")
@@ -102,7 +104,7 @@ def held_out(count: int, seed: int = HELD_OUT_SEED) -> list[Story]:
     return [story(seed, index) for index in range(count)]
 
 
-def wilson(hits: int, total: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson(hits: int, total: int, z: float = Z) -> tuple[float, float]:
     """Wilson's score interval for a share of `hits` in `total` cases (95 % by default); (0, 1) without cases."""
     if total == 0:
         return 0.0, 1.0

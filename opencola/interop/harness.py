@@ -25,7 +25,7 @@ from opencola.interop import hub, layout
 from opencola.interop.files import checked
 from opencola.models import build
 from opencola.models.sampling import Sampling
-from opencola.models.text_stream import generate_text
+from opencola.models.text_stream import generate_text, whole_texts
 from opencola.text.tokenizer import Tokenizer
 
 Pair = tuple[list[int], list[int]]
@@ -120,13 +120,8 @@ class OpenCola(LM):
         texts: list[str] = []
         for sampling, places in groupby(range(len(requests)), key=lambda place: settings[place]):
             for some in self._batches(list(places), "generating", disable_tqdm):
-                found = [""] * len(some)
-                prompts = [requests[place].args[0] for place in some]
-                for pieces in generate_text(
-                    self.model, self.tokenizer, prompts, sampling, [ids[place] for place in some]
-                ):
-                    for piece in pieces:
-                        found[piece.sample] += piece.text
+                prompts, keys = [requests[place].args[0] for place in some], [ids[place] for place in some]
+                found = whole_texts(self.model, self.tokenizer, prompts, sampling, keys)
                 for place, text in zip(some, found, strict=True):
                     self.cache_hook.add_partial("generate_until", requests[place].args, text)
                 texts += found

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from opencola.interop.configs import Values, build, check_fixed, check_type, required
 from opencola.interop.files import CONFIG, StoredTensors, checked, read_json, write_json, write_tensors
-from opencola.interop.names import Table, release_views
+from opencola.interop.names import Table, fill, release_views
 from opencola.interop.official import MAX_SHARD_BYTES
 from opencola.layers.llama import LlamaConfig
 from opencola.models.ar import AR, ARConfig
@@ -78,24 +78,17 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32, bos_id: int | N
     with torch.device("meta"):
         model = AR(config)
     stored = StoredTensors(file.parent)
-    names = table(config.trunk.num_heads // config.trunk.kv_heads)
-    state: dict[str, Tensor] = {}
     # constants that old files hold: the rotary frequencies, which rope_theta gives
     expected = {name for name in stored.files if re.fullmatch(r"model\.layers\.\d+\.self_attn\.rotary_emb\..*", name)}
-    for name, parameter in model.named_parameters():
-        state[name] = torch.empty(parameter.shape, dtype=dtype)
-        for their_name, view in release_views(names, name, state[name]).items():
-            view.copy_(stored.read(their_name, view.shape))
-            expected.add(their_name)
+    expected |= fill(model, table(config.trunk.num_heads // config.trunk.kv_heads), stored, dtype)
     if config.tied and HEAD in stored.files:  # some files hold the tied matrix twice
         expected.add(HEAD)
-        embedding = state["embedding.weight"]
+        embedding = model.embedding.weight
         if not torch.equal(stored.read(HEAD, embedding.shape).to(dtype), embedding):
             raise ValueError(
                 f"{stored.files[HEAD]}: tensor {HEAD} is not {EMBEDDING}, but {CONFIG} says tie_word_embeddings"
             )
     stored.refuse_others(expected)
-    model.load_state_dict(state, assign=True)
     return model
 
 

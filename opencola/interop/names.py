@@ -4,7 +4,9 @@ import re
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from opencola.interop.files import StoredTensors
 
 # Module of ours -> module of the release; weights and biases move together. A fused module of ours is several of
 # theirs, one below the other, each with its share of the rows. `#` is a layer's number.
@@ -72,6 +74,19 @@ def release_views(table: Table, name: str, tensor: Tensor) -> dict[str, Tensor]:
     if name == "patch.weight":  # a strided convolution (out, in, P) that we write as a matrix product
         views = {theirs: view.unflatten(1, (len(view), -1)) for theirs, view in views.items()}
     return views
+
+
+def fill(model: nn.Module, table: Table, stored: StoredTensors, dtype: torch.dtype) -> set[str]:
+    """Give a model on the meta device its stored parameters, one at a time, as `dtype`; the release's names of them."""
+    state: dict[str, Tensor] = {}
+    read: set[str] = set()
+    for name, parameter in model.named_parameters():
+        state[name] = torch.empty(parameter.shape, dtype=dtype)
+        for release_name, view in release_views(table, name, state[name]).items():
+            view.copy_(stored.read(release_name, view.shape))
+            read.add(release_name)
+    model.load_state_dict(state, assign=True)
+    return read
 
 
 def rotary_frequencies(num_layers: int, rope_dim: int) -> dict[str, Tensor]:

@@ -156,23 +156,15 @@ def _find(folder: Path, place: Path) -> Path:
 
 
 def _fill(model: Model, table: names.Table, constants: Mapping[str, Tensor], folder: Path, dtype: torch.dtype) -> Model:
-    """Give a model on the meta device its stored parameters, one at a time."""
+    """Give a model on the meta device its stored parameters."""
     stored = StoredTensors(folder)
-    state: dict[str, Tensor] = {}
-    expected: set[str] = set(constants)
     for name, value in constants.items():
         found = stored.read(name, value.shape)
         if not torch.allclose(found.float(), value, rtol=1e-2):  # they may be stored in half precision
             raise ValueError(
                 f"{stored.files[name]}: tensor {name} is not 10000^(-2j / rope_dim), the only supported values"
             )
-    for name, parameter in model.named_parameters():
-        state[name] = torch.empty(parameter.shape, dtype=dtype)
-        for release_name, view in names.release_views(table, name, state[name]).items():
-            view.copy_(stored.read(release_name, view.shape))
-            expected.add(release_name)
-    stored.refuse_others(expected)
-    model.load_state_dict(state, assign=True)
+    stored.refuse_others({*constants, *names.fill(model, table, stored, dtype)})
     return model
 
 

@@ -12,7 +12,7 @@ from opencola.layers.attention import masked
 from opencola.layers.cache import ROUND, KVCache
 from opencola.layers.llama import Llama, LlamaConfig
 from opencola.layers.transformer import Linear
-from opencola.models.inputs import checked_prompts, checked_texts
+from opencola.models.inputs import checked_prompts, checked_texts, sample_ids
 from opencola.models.language_model import Loss, Score
 from opencola.models.sampling import Sampling, choose, penalise
 from opencola.models.stopping import OwnStop, StopRule, TokenBlock
@@ -152,7 +152,7 @@ class AR(nn.Module):
         if not prompts:
             return
         texts = checked_prompts(prompts, self.config.vocab_size)
-        ids = list(range(len(texts))) if ids is None else list(ids)
+        ids = sample_ids(texts, ids)
         policy = OwnStop([[] for _ in texts], sampling, eos_ids, stop)
         cache = self._prefill(texts, sampling.max_new_tokens, pad_id)
         active = list(range(len(texts)))

@@ -12,6 +12,7 @@ from opencola.layers import randomness
 from opencola.layers.cache import KVCache
 from opencola.layers.transformer import prepacked
 from opencola.models.denoising import Block, Clock, denoise
+from opencola.models.inputs import sample_ids
 from opencola.models.prompts import Prompts, encode_prompts
 from opencola.models.sampling import Sampling, choose, penalise
 from opencola.models.stopping import OwnStop, ReleaseStop, StopRule, TokenBlock
@@ -63,7 +64,7 @@ def generate(
     if not prompts:
         return
     encoded = encode_prompts(vae, prompts, sampling, size, pad_id)
-    ids = list(range(len(prompts))) if ids is None else list(ids)
+    ids = sample_ids(prompts, ids)
     clock = Clock(dit, sampling, encoded.latents)
     policy: OwnStop | ReleaseStop = OwnStop(encoded.known, sampling, eos_ids, stop)
     if release:

@@ -3,6 +3,11 @@
 from collections.abc import Sequence
 
 
+def sample_ids(prompts: Sequence[object], ids: Sequence[int] | None) -> list[int]:
+    """The samples' ids, which decide their draws: their places in the list when not given."""
+    return list(range(len(prompts))) if ids is None else list(ids)
+
+
 def checked_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> list[list[int]]:
     """The prompts (token ids, maybe none) as lists. Raises ValueError, naming the prompt, for other ids."""
     texts = [list(prompt) for prompt in prompts]

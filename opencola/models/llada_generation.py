@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from opencola.layers import randomness
-from opencola.models.inputs import checked_prompts
+from opencola.models.inputs import checked_prompts, sample_ids
 from opencola.models.sampling import Sampling, penalise, probabilities
 from opencola.models.stopping import OwnStop, StopRule, TokenBlock
 
@@ -72,7 +72,7 @@ def generate(
     """
     if not prompts:
         return
-    ids = list(range(len(prompts))) if ids is None else list(ids)
+    ids = sample_ids(prompts, ids)
     budget, size, mask = sampling.max_new_tokens, sampling.block_length, model.mask_id
     canvas = Canvas.of(prompts, budget, mask, pad_id, model.head.weight.device)
     policy = OwnStop(canvas.known, sampling, eos_ids, stop)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from opencola.layers import randomness
 from opencola.models.bounds import BoundScoring
-from opencola.models.inputs import checked_texts
+from opencola.models.inputs import checked_texts, sample_ids
 from opencola.models.language_model import Score
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def score(
     the vocabulary.
     """
     samples, rows = settings.samples, settings.rows
-    ids = list(range(len(prompts))) if ids is None else list(ids)
+    ids = sample_ids(prompts, ids)
     texts = checked_texts(prompts, continuations, model.mask_id)
     device = model.head.weight.device
     found = torch.empty(len(texts), samples, dtype=torch.float64)

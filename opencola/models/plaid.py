@@ -66,16 +66,18 @@ class NoiseSchedule(nn.Module):
         self.log_steepness = nn.Parameter(torch.full((units,), math.log(8.0)))
         self.centre = nn.Parameter((torch.arange(units) + 0.5) / units)
 
-    def _raw(self, t: Tensor) -> Tensor:
+    def _raw(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """s(t) before it is shifted and scaled, and ds/dt."""
         steps = torch.sigmoid(self.log_steepness.exp() * (t[..., None] - self.centre))
-        return self.log_line.exp() * t + (self.log_weight.exp() * steps).sum(-1)
+        slopes = (self.log_weight + self.log_steepness).exp() * steps * (1 - steps)
+        line = self.log_line.exp()
+        return line * t + (self.log_weight.exp() * steps).sum(-1), line + slopes.sum(-1)
 
     def shape(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """s(t) and ds/dt for times t of any shape."""
-        steps = torch.sigmoid(self.log_steepness.exp() * (t[..., None] - self.centre))
-        slopes = (self.log_weight + self.log_steepness).exp() * steps * (1 - steps)
-        low, high = self._raw(torch.zeros_like(t)), self._raw(torch.ones_like(t))
-        return (self._raw(t) - low) / (high - low), (self.log_line.exp() + slopes.sum(-1)) / (high - low)
+        raw, slope = self._raw(t)
+        low, high = self._raw(t.new_tensor([0.0, 1.0]))[0]
+        return (raw - low) / (high - low), slope / (high - low)
 
     def gamma(self, shape: Tensor) -> Tensor:
         """gamma where the shape has the value `shape`: 0 at the data's end, 1 at the noise's."""

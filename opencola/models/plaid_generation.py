@@ -8,7 +8,7 @@ from torch import Tensor
 
 from opencola.layers import randomness
 from opencola.layers.attention import masked
-from opencola.models.inputs import checked_prompts
+from opencola.models.inputs import checked_prompts, sample_ids
 from opencola.models.sampling import Sampling, choose, penalise
 from opencola.models.stopping import OwnStop, StopRule, TokenBlock
 
@@ -34,7 +34,7 @@ def generate(
     changes nothing: no prompt is filled up. Of the sampling, `steps`, `shift`, `guidance` (1: none) and what concerns
     tokens and the end count. Raises ValueError for prompts with ids beyond the vocabulary.
     """
-    ids = list(range(len(prompts))) if ids is None else list(ids)
+    ids = sample_ids(prompts, ids)
     texts = checked_prompts(prompts, model.config.vocab_size)
     policy = OwnStop(texts, sampling, eos_ids, stop)
     for length in sorted({len(text) for text in texts}):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from opencola.layers import randomness
 from opencola.models.bounds import BoundScoring
-from opencola.models.inputs import checked_texts
+from opencola.models.inputs import checked_texts, sample_ids
 from opencola.models.language_model import Score
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def score(
     prior, diffusion, which add up to the total. Raises ValueError for empty continuations and for ids beyond the
     vocabulary.
     """
-    ids = list(range(len(prompts))) if ids is None else list(ids)
+    ids = sample_ids(prompts, ids)
     texts = checked_texts(prompts, continuations, model.config.vocab_size)
     drawn = [_draws(model, text, len(prompt), i, settings) for text, prompt, i in zip(texts, prompts, ids, strict=True)]
     parts = {name: torch.stack([one[name].mean() for one in drawn]) for name in drawn[0]}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from opencola.models.language_model import LanguageModel, Sample
 from opencola.models.sampling import Sampling
-from opencola.models.text_stream import generate_text
+from opencola.models.text_stream import whole_texts
 from opencola.text.conversations import ChatML
 from opencola.text.tokenizer import Tokenizer
 from opencola.vae.text_vae import TextVAE
@@ -30,11 +30,8 @@ def continuations(model: LanguageModel, tokenizer: Tokenizer, tokens: Tensor, sa
         prompts = list(map(ChatML(tokenizer).question, rows))
     else:
         prompts = [first_words(longest_document(tokenizer, row)) for row in rows]
-    texts = [""] * len(prompts)
     settings = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, MAX_NEW_TOKENS))
-    for pieces in generate_text(model, tokenizer, prompts, settings):
-        for piece in pieces:
-            texts[piece.sample] += piece.text
+    texts = whole_texts(model, tokenizer, prompts, settings)
     return [Sample("continuation", prompt, text, {}) for prompt, text in zip(prompts, texts, strict=True)]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from opencola.flow.likelihood import Density, Likelihood, draw_groups, draw_probes, log_density
 from opencola.models.importance import Estimator, Evaluation, Terms
-from opencola.models.inputs import checked_texts
+from opencola.models.inputs import checked_texts, sample_ids
 from opencola.models.language_model import Score
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def evaluate(
     A text's figures do not depend on the others, but for rounding. Raises ValueError for empty continuations, ids
     beyond the vocabulary, and an encoder without a variance.
     """
-    ids = list(range(len(prompts))) if ids is None else list(ids)
+    ids = sample_ids(prompts, ids)
     chunk = model.vae.config.patch_size * model.dit.config.block_size
     if not model.vae.config.variational:
         raise ValueError("model.vae.variational is false: without a posterior there is no likelihood")

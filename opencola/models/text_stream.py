@@ -64,6 +64,21 @@ def generate_text(
         yield [texts[block.sample].take(block) for block in pieces]
 
 
+def whole_texts(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str | Sequence[Message]],
+    sampling: Sampling,
+    ids: Sequence[int] | None = None,
+) -> list[str]:
+    """The texts of `generate_text` when they are done, one for each prompt. Arguments and errors as there."""
+    texts = [""] * len(prompts)
+    for pieces in generate_text(model, tokenizer, prompts, sampling, ids):
+        for piece in pieces:
+            texts[piece.sample] += piece.text
+    return texts
+
+
 def encode(
     tokenizer: Tokenizer, prompts: Sequence[str | Sequence[Message]], chat: bool
 ) -> tuple[list[list[int]], tuple[int, ...]]:

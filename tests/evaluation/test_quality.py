@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from opencola.evaluation.latent_report import Entry, Z
+from opencola.evaluation.latent_report import Entry
 from opencola.evaluation.mauve import mauve
 from opencola.evaluation.quality import (
     Judged,
@@ -24,6 +24,7 @@ from opencola.evaluation.quality import (
     variety,
 )
 from opencola.evaluation.quality_figures import frontier
+from opencola.evaluation.stories import Z
 from opencola.text.stories import story
 
 
