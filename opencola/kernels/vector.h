@@ -1,0 +1,74 @@
+/* Vectors of floats of this processor's width, by the compilers' vector extensions, and the functions of them. */
+
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+enum { WIDTH = 16 };
+#elif defined(__AVX__)
+enum { WIDTH = 8 };
+#else
+enum { WIDTH = 4 };
+#endif
+
+typedef float vec __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t ints __attribute__((vector_size(4 * WIDTH)));
+typedef float unaligned __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE vec load(const float *from) { return *(const unaligned *)from; }
+
+INLINE void store(float *to, vec x) { *(unaligned *)to = x; }
+
+INLINE vec all(float x) { return x - (vec){}; }
+
+/* The first n of WIDTH floats, zeros behind them. */
+INLINE vec load_some(const float *from, long n) {
+    if (n >= WIDTH) return load(from);
+    vec x = {};
+    memcpy(&x, from, sizeof(float) * n);
+    return x;
+}
+
+INLINE void store_some(float *to, vec x, long n) {
+    if (n >= WIDTH) store(to, x);
+    else memcpy(to, &x, sizeof(float) * n);
+}
+
+INLINE float sum(vec x) {
+    float total = 0;
+    for (int i = 0; i < WIDTH; i++) total += x[i];
+    return total;
+}
+
+INLINE vec choose(ints condition, vec a, vec b) { return (vec)((condition & (ints)a) | (~condition & (ints)b)); }
+
+/* e^x: 2^n (1 + polynomial) with x = n log 2 + r; 0 below -87. At most 2 units in the last place wrong. */
+INLINE vec exponential(vec x) {
+    const vec shifter = all(12582912.0f); /* 1.5 * 2^23: adding it rounds to a whole number */
+    ints tiny = x < all(-87.0f);
+    x = choose(x > all(88.0f), all(88.0f), x);
+    vec n = x * all(1.44269504f) + shifter;
+    ints whole = (ints)n - (ints)shifter;
+    n -= shifter;
+    vec r = x - n * all(0.693359375f) + n * all(2.12194440e-4f);
+    vec p = all(1.9875691500e-4f);
+    p = p * r + all(1.3981999507e-3f);
+    p = p * r + all(8.3334519073e-3f);
+    p = p * r + all(4.1665795894e-2f);
+    p = p * r + all(1.6666665459e-1f);
+    p = p * r + all(5.0000001201e-1f);
+    p = p * r * r + r + all(1.0f);
+    vec result = (vec)((ints)p + (whole << 23));
+    return choose(tiny, (vec){}, result);
+}
+
+/* GELU in its tanh form is x s(x) with this s = sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3). */
+INLINE vec gelu_gate(vec x) {
+    vec u2 = x * (all(1.5957691216f) + all(0.0713548162f) * x * x);
+    return all(1.0f) / (all(1.0f) + exponential(-u2));
+}
