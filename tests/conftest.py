@@ -3,12 +3,14 @@
 import os
 import random
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+from opencola import kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -46,3 +48,21 @@ def golden() -> Path:
         return folder
     shared_with_us = ROOT.parent / "shared" / "golden"
     return shared_with_us if shared_with_us.is_dir() else ROOT / "tests" / "golden"
+
+
+@pytest.fixture
+def need_kernels() -> None:
+    """Skip where no C compiler has made the kernels; `python -m opencola.kernels` says why."""
+    if kernels.library() is None:
+        pytest.skip("no kernels: python -m opencola.kernels says why")
+
+
+@pytest.fixture(params=[True, False], ids=["kernels", "torch"])
+def with_kernels(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """Run a test with the kernels and without them; whether it is with them."""
+    if request.param:
+        request.getfixturevalue("need_kernels")
+        yield True
+    else:
+        with kernels.switched_off():
+            yield False

@@ -13,8 +13,9 @@ import platform
 import shlex
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -66,6 +67,20 @@ def library() -> ctypes.CDLL | None:
     with contextlib.suppress(NotCompiled, OSError):
         return ctypes.CDLL(str(compile_library()))
     return None
+
+
+def function(name: str, arguments: str, result: type | None = None) -> Callable[..., Any]:
+    """The kernel of this name, a letter an argument: p pointer (or None), n whole number, f float.
+
+    Raises NotCompiled where there are no kernels.
+    """
+    kernels = library()
+    if kernels is None:
+        raise NotCompiled("no kernels: ask kernels.usable first")
+    kernel: Any = kernels[name]  # each look-up makes an object of its own, so that nobody else's types are changed
+    types = {"p": ctypes.c_void_p, "n": ctypes.c_long, "f": ctypes.c_float}
+    kernel.argtypes, kernel.restype = [types[letter] for letter in arguments], result
+    return cast(Callable[..., Any], kernel)
 
 
 _off = False

@@ -3,7 +3,7 @@
 #include "vector.h"
 
 /* y = x s(x), n numbers. */
-void gelu(const float *x, float *y, long n, int threads) {
+void gelu(const float *x, float *y, long n, long threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (long i = 0; i < n; i += WIDTH) {
         vec v = load_some(x + i, n - i);

@@ -6,8 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opencola import kernels
+from opencola.kernels.generation import prefix_attention
 from opencola.layers.attention import Attend, attention
 
+FEW = 8  # rows below which the kernel, which takes 16 side by side, is slower than torch
 ROUND = 48  # key counts are rounded up to whole steps of matrix kernels, so that padding never changes a sum's order
 
 
@@ -29,8 +32,8 @@ class KVCache:
         cls, like: Tensor, batch: int, num_layers: int, num_heads: int, head_dim: int, capacity: int
     ) -> "KVCache":
         """Room for `capacity` rows a sample, with the dtype and device of `like`."""
-        shape = (batch, -(-capacity // ROUND) * ROUND, num_heads, head_dim)
-        keys, values = ([like.new_zeros(shape) for _ in range(num_layers)] for _ in range(2))
+        shape = (batch, num_heads, -(-capacity // ROUND) * ROUND, head_dim)  # a head's rows one after another: read so
+        keys, values = ([like.new_zeros(shape).transpose(1, 2) for _ in range(num_layers)] for _ in range(2))
         return cls(keys, values, torch.zeros(batch, dtype=torch.long, device=like.device))
 
     def append(self, counts: Tensor | int) -> "KVCache":
@@ -61,15 +64,22 @@ class KVCache:
             place = (slice(None), slice(first, length))
         length = -(-length // ROUND) * ROUND
         key = torch.arange(length, device=slots.device)
-        end = self.lengths[:, None] + num_rows
-        seen = (slots[..., None] // block_size >= key // block_size) & (key < end)[:, None]
+        limits = torch.minimum((slots // block_size + 1) * block_size, self.lengths[:, None] + num_rows)
+        unseen = key >= limits[..., None]
         dtype = self.keys[0].dtype if self.keys else None
-        bias = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)[:, None]
+        bias = torch.zeros(unseen.shape, dtype=dtype, device=unseen.device).masked_fill_(unseen, -torch.inf)[:, None]
+        own = limits.new_full((alone, num_rows), num_rows)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = self.keys[layer], self.values[layer]
             batch = len(q) - alone
             keys[place], values[place] = k[:batch].to(keys.dtype), v[:batch].to(values.dtype)
+            if num_rows >= FEW and not torch.is_grad_enabled() and kernels.usable(q, keys):
+                seen = torch.empty_like(q, memory_format=torch.contiguous_format)
+                prefix_attention(q[:batch], keys, values, limits, seen[:batch])
+                if alone:
+                    prefix_attention(q[batch:], k[batch:], v[batch:], own, seen[batch:])
+                return seen
             k_seen, v_seen = keys[:, :length].to(q.dtype), values[:, :length].to(q.dtype)
             out = attention(q[:batch], k_seen, v_seen, bias.to(q.dtype))
             if not alone:

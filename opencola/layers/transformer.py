@@ -3,11 +3,10 @@
 Norms are computed in float32 (or wider) under autocast, too.
 """
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 
 from opencola.layers.attention import Attend, Rotary, rotate_halves, rotate_pairs
 
-PACKED_BYTES = 1 << 30
 Activation = Literal["swiglu", "gelu", "silu"]
 
 
@@ -27,41 +25,6 @@ class Linear(nn.Linear):
         wider = torch.promote_types(x.dtype, self.weight.dtype) != self.weight.dtype
         x = super().forward(x.to(self.weight.dtype) if wider else x)
         return x if activation == "none" else gelu_tanh(x)
-
-
-class PackedLinear(nn.Module):
-    """A linear layer with a copy of its weight in oneDNN's order, for use without gradients.
-
-    Products of a few rows (about `rows`) are half as fast again: plain ones spend their time on ordering the weights.
-    """
-
-    def __init__(self, layer: Linear, rows: int) -> None:
-        super().__init__()
-        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows), layer.bias
-
-    def forward(self, x: Tensor, activation: Literal["none", "gelu"] = "none") -> Tensor:
-        """As `Linear`."""
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, activation, [], "tanh")
-
-
-Model = TypeVar("Model", bound=nn.Module)
-
-
-def prepacked(model: Model, blocks: str, rows: int) -> Model:
-    """A copy of a model that shares its parameters, with packed linear layers in its module list named `blocks`.
-
-    The model itself where that does not pay or cannot be: other weights than float32 on a CPU, or PACKED_BYTES of them.
-    """
-    named = model.get_submodule(blocks).named_modules()  # modulations are computed once for all times: not worth it
-    chosen = {name: m for name, m in named if isinstance(m, Linear) and not name.endswith("modulation")}
-    weights = [layer.weight for layer in chosen.values()]
-    fit = all(weight.is_cpu and weight.dtype == torch.float32 for weight in weights)
-    if not fit or sum(w.nbytes for w in weights) >= PACKED_BYTES or not torch.backends.mkldnn.is_available():
-        return model
-    copied = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
-    for name, layer in chosen.items():
-        copied.set_submodule(f"{blocks}.{name}", PackedLinear(layer, rows))
-    return copied
 
 
 class LayerNorm(nn.LayerNorm):

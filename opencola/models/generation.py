@@ -10,7 +10,7 @@ from torch import Tensor
 from opencola.flow.dit import BlockCausalDiT, Modulation
 from opencola.layers import randomness
 from opencola.layers.cache import KVCache
-from opencola.layers.transformer import prepacked
+from opencola.layers.few_rows import prepacked
 from opencola.models.denoising import Block, Clock, denoise
 from opencola.models.inputs import sample_ids
 from opencola.models.prompts import Prompts, encode_prompts

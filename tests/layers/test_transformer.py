@@ -8,16 +8,7 @@ from tiny import dit_config, randomise, vae_config
 from torch import Tensor, nn
 
 from opencola.layers.attention import masked, rotary, rotate_halves, rotate_pairs, turns
-from opencola.layers.transformer import (
-    AdaptiveBlock,
-    Block,
-    LayerNorm,
-    Linear,
-    PackedLinear,
-    TimeEmbedding,
-    modulate,
-    prepacked,
-)
+from opencola.layers.transformer import AdaptiveBlock, Block, LayerNorm, TimeEmbedding, modulate
 
 
 def norm(x: Tensor, eps: float, module: nn.Module | None = None) -> Tensor:
@@ -54,38 +45,6 @@ def test_a_single_modulation_is_for_all_rows() -> None:
     expected = modulate(x, shift, scale, torch.zeros(2, 3, dtype=torch.long))
     gathered = modulate(x, shift.repeat(2, 1), scale.repeat(2, 1), torch.ones(2, 3, dtype=torch.long))
     assert torch.equal(expected, gathered)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("rows", [1, 32])
-@pytest.mark.parametrize("bias", [True, False])
-def test_prepacked_products_are_the_plain_ones(rows: int, bias: bool) -> None:
-    layer, x = Linear(24, 40, bias=bias), torch.randn(2, rows, 24)
-    plain = layer(x), layer(x, "gelu")
-    layer_packed = PackedLinear(layer, 32)
-    packed = layer_packed(x), layer_packed(x, "gelu")
-    for one, other in zip(packed, plain, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
-    exact = x.double() @ layer.weight.double().T + (layer.bias.double() if bias else 0)
-    exact = 0.5 * exact * (1 + torch.tanh(math.sqrt(2 / math.pi) * (exact + 0.044715 * exact**3)))
-    torch.testing.assert_close(packed[1].double(), exact, rtol=0, atol=1e-5)
-
-
-def test_prepacking_makes_a_copy_that_shares_parameters_and_leaves_wide_and_large_weights(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    model = nn.ModuleDict({"blocks": nn.ModuleList([nn.ModuleDict({"a": Linear(8, 8), "modulation": Linear(8, 8)})])})
-    model["outside"] = Linear(8, 8)
-    copied = prepacked(model, "blocks", 4)
-    kinds = {name: type(module) for name, module in copied.named_modules() if "Linear" in type(module).__name__}
-    assert kinds == {"blocks.0.a": PackedLinear, "blocks.0.modulation": Linear, "outside": Linear}
-    assert type(model.get_submodule("blocks.0.a")) is Linear
-    ours = dict(model.named_parameters())
-    assert all(parameter is ours[name] for name, parameter in copied.named_parameters())
-    monkeypatch.setattr("opencola.layers.transformer.PACKED_BYTES", 8 * 8 * 4)
-    assert prepacked(model, "blocks", 4) is model
-    monkeypatch.undo()
-    assert prepacked(model.double(), "blocks", 4) is model
 
 
 @pytest.mark.parametrize("skip", [0, 2])

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 from tiny import VOCABULARY, one_block, tiny_cola
-from torch import Tensor
+from torch import Tensor, nn
 
 from opencola.layers import randomness
-from opencola.layers.transformer import Linear, PackedLinear
+from opencola.layers.few_rows import FewRowsBlock, PackedLinear
 from opencola.models.cola import Cola
 from opencola.models.sampling import Sampling
 
@@ -223,22 +223,23 @@ def test_a_known_token_of_a_partial_patch_is_forced_and_not_given_out(generate: 
     assert run.ids[0, 0][2] != text[10]  # what the latent says, and what is overruled
 
 
-def test_generation_in_float32_has_packed_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_cola().float()
-    made: list[int] = []
-    init = PackedLinear.__init__
+def test_generation_in_float32_has_packed_weights(monkeypatch: pytest.MonkeyPatch, with_kernels: bool) -> None:
+    model, kind = tiny_cola().float(), FewRowsBlock if with_kernels else PackedLinear
+    made: list[nn.Module] = []
+    init = kind.__init__
 
-    def count(self: PackedLinear, layer: Linear, rows: int) -> None:
-        made.append(rows)
-        init(self, layer, rows)
+    def count(self: nn.Module, *arguments: Any) -> None:
+        made.append(self)
+        init(self, *arguments)
 
-    monkeypatch.setattr(PackedLinear, "__init__", count)
+    monkeypatch.setattr(kind, "__init__", count)
     texts, settings = [prompt(7), prompt(4)], Sampling(max_new_tokens=12, steps=2)
     fast = [[out.tokens for out in blocks] for blocks in model.generate(texts, settings)]
-    assert made == [2 * 4 * 2] * 4 * len(model.dit.blocks)  # qkv, attention_out, mlp_in, mlp_out
-    monkeypatch.setattr("opencola.layers.transformer.PACKED_BYTES", 0)
+    number = (1 if with_kernels else 4) * len(model.dit.blocks)  # qkv, attention_out, mlp_in, mlp_out
+    assert len(made) == number
+    monkeypatch.setattr("opencola.layers.few_rows.PACKED_BYTES", 0)
     assert [[out.tokens for out in blocks] for blocks in model.generate(texts, settings)] == fast
-    assert len(made) == 4 * len(model.dit.blocks)
+    assert len(made) == number
 
 
 @pytest.mark.parametrize("patch", [1, 2])

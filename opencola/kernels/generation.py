@@ -1,0 +1,75 @@
+"""The kernels of generation, whose rows are few: products with packed weights, attention to prefixes."""
+
+import ctypes
+import functools
+
+import torch
+from torch import Tensor
+
+from opencola.kernels import function
+
+_packed_size = functools.cache(lambda: function("packed_size", "nn", ctypes.c_long))
+_pack = functools.cache(lambda: function("pack", "ppnn"))
+_product = functools.cache(lambda: function("product", "pppnnnppppppnfnn"))
+_prefix = functools.cache(lambda: function("prefix_attention", "pppppnnnnnppn"))
+
+
+def pack(weight: Tensor) -> Tensor:
+    """A weight (N, K) in the order in which `product` reads it: one row of numbers."""
+    weight = weight.detach().contiguous()
+    packed = weight.new_empty(_packed_size()(*weight.shape))
+    _pack()(weight.data_ptr(), packed.data_ptr(), *weight.shape)
+    return packed
+
+
+def product(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    columns: int,
+    index: Tensor,
+    *,
+    norm: tuple[Tensor, Tensor, float] | None = None,
+    gelu: bool = False,
+    residual: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """x (..., K) times a packed weight, plus bias: (..., columns). Every number is summed alike, however many rows.
+
+    norm: (shift, scale, eps), with which x is first normalised (without gain), times 1 + scale, plus shift; gelu: the
+    tanh form, of the result; residual: (h, gate), h (..., columns): the result is h + gate * product. Shift, scale and
+    gate (M, ·) belong to distinct times, of which a row takes the one at its index (int64, a number a row; not read
+    where M is 1), and may be parts of one tensor's rows.
+    """
+    x, index = x.contiguous(), index.contiguous()
+    depth = x.shape[-1]
+    out = x.new_empty(*x.shape[:-1], columns)
+    shift, scale, eps = norm or (None, None, 0.0)
+    h, gate = (None, None) if residual is None else (residual[0].contiguous(), residual[1])
+    several = gate if shift is None else shift
+    stride = 0 if several is None or len(several) == 1 else several.stride(0)
+    _product()(
+        x.data_ptr(), packed.data_ptr(), out.data_ptr(), x.numel() // depth, columns, depth, _address(shift),
+        _address(scale), _address(gate), _address(h), index.data_ptr() if stride else None, _address(bias), stride, eps,
+        gelu, torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def prefix_attention(q: Tensor, k: Tensor, v: Tensor, limits: Tensor, out: Tensor) -> None:
+    """softmax(q kᵀ / sqrt(Dh)) v into out (B, R, H, Dh), contiguous, where a row sees the first `limits` keys.
+
+    q (B, R, H, Dh); k, v (B, T, H or fewer that divide H, Dh); limits (B, R) int64, each from 1 to T.
+    """
+    if k.stride() != v.stride() or k.stride(-1) != 1:
+        k, v = k.contiguous(), v.contiguous()
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    batch, rows, heads, width = q.shape
+    strides = ctypes.c_int64 * 3
+    _prefix()(
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), limits.data_ptr(), batch, rows, heads, k.shape[2],
+        width, strides(*q.stride()[:3]), strides(*k.stride()[:3]), torch.get_num_threads(),
+    )  # fmt: skip
