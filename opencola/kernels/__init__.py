@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared")
 SOURCES = Path(__file__).parent
@@ -83,7 +84,9 @@ def switched_off() -> Iterator[None]:
 
 
 def usable(*tensors: Tensor) -> bool:
-    """Whether kernels can take these tensors: float32 on a CPU, outside of autocast and torch.compile."""
-    if _off or library() is None or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+    """Whether kernels can take these tensors: float32 on a CPU, outside autocast, torch.compile and forward-mode AD."""
+    if torch.compiler.is_compiling() or _off or library() is None or torch.is_autocast_enabled("cpu"):
+        return False
+    if forward_ad._current_level >= 0:  # torch has no public name for it
         return False
     return all(x.dtype == torch.float32 and x.is_cpu for x in tensors)
