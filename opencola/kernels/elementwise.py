@@ -116,8 +116,10 @@ def _residual_norm(
     index: Tensor,
     eps: float,
 ) -> tuple[Any, Any]:
-    given = gate if shift is None else shift
-    places = None if given is None or len(given) == 1 else index.expand(h.shape[:-1]).contiguous()
+    counts = {len(x) for x in (gate, shift, scale) if x is not None}
+    if len(counts) > 1:
+        raise ValueError(f"gate, shift and scale are of different numbers of times: {sorted(counts)}")
+    places = None if counts == {1} else index.expand(h.shape[:-1]).contiguous()
     if _wanted(h, y, bias, gate, shift, scale):
         both: tuple[Any, Any] = _ResidualNorm.apply(h, y, bias, gate, shift, scale, places, eps)
         return both
@@ -162,10 +164,19 @@ class _ResidualNorm(torch.autograd.Function):
     """(h, y, bias, gate, shift, scale, index, eps) -> (out or none, u or none)."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor | None, Tensor | None]:
-        h, y, bias, gate, _, scale, index, _ = inputs
+    def forward(
+        ctx: Any,
+        h: Tensor,
+        y: Tensor | None,
+        bias: Tensor | None,
+        gate: Tensor | None,
+        shift: Tensor | None,
+        scale: Tensor | None,
+        index: Tensor | None,
+        eps: float,
+    ) -> tuple[Tensor | None, Tensor | None]:
         stats = None if scale is None else h.new_empty(*h.shape[:-1], 2)
-        out, u = _residual_norm_forward(*inputs, stats)
+        out, u = _residual_norm_forward(h, y, bias, gate, shift, scale, index, eps, stats)
         ctx.save_for_backward(h if out is None else out, stats, scale, y, bias, gate, index)
         ctx.set_materialize_grads(False)
         return out, u
@@ -179,7 +190,7 @@ class _ResidualNorm(torch.autograd.Function):
         out, gate, scale = out.contiguous(), _rows(gate), _rows(scale)
         dout, du, y = (None if x is None else x.contiguous() for x in (dout, du, y))
         width, threads, needs = out.shape[-1], _threads(out), ctx.needs_input_grad
-        count = len(scale) if gate is None else len(gate)
+        count = next(len(x) for x in (gate, scale) if x is not None)
         dh, dy = dout if du is None else torch.empty_like(out), torch.empty_like(out) if needs[1] else None
         sums = out.new_zeros(threads, 4, count + 1, width) if any(needs[2:6]) else None
         came = (_at(dout), _at(du), _at(out), _at(stats), _at(scale), _stride(scale))
