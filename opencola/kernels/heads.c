@@ -4,7 +4,7 @@
 
 typedef uint64_t pairs __attribute__((vector_size(4 * WIDTH)));
 
-enum { BLOCK = 16 };
+enum { BLOCK = 64 }; /* rows whose sums are added up aside, as in elementwise.c */
 
 INLINE vec swap_pairs(vec x) { return (vec)(((pairs)x >> 32) | ((pairs)x << 32)); }
 

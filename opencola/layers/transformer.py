@@ -178,7 +178,7 @@ class AdaptiveBlock(nn.Module):
         """
         # gathered for the rows one by one: all six at once would be the largest tensor of a block
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation.chunk(6, dim=-1)
-        u = self.modulated_norm(h, shift_1, scale_1, index)
+        u = modulated_norm(self.norm, h, shift_1, scale_1, index)
         q, k, v = self.split_heads(self.qkv(u), turn, skip)
         if skip:
             h, index = h[:, skip:], index[:, skip:]
@@ -189,12 +189,6 @@ class AdaptiveBlock(nn.Module):
             return elementwise.gated(h, gate_2, self.mlp_out.product(u), index, self.mlp_out.bias)
         return torch.addcmul(h, take(gate_2, index), self.mlp_out(u).to(h.dtype))
 
-    def modulated_norm(self, h: Tensor, shift: Tensor, scale: Tensor, index: Tensor) -> Tensor:
-        """`modulate` of the normalised h."""
-        if usable(h, shift, scale):
-            return elementwise.modulated_norm(h, shift, scale, index, self.norm.eps)
-        return modulate(self.norm(h), shift, scale, index)
-
     def gated_norm(
         self, h: Tensor, gate: Tensor, attended: Tensor, shift: Tensor, scale: Tensor, index: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -203,7 +197,7 @@ class AdaptiveBlock(nn.Module):
         if usable(h, gate, update, shift, scale):
             return elementwise.gated_norm(h, gate, update, shift, scale, index, self.norm.eps)
         h = torch.addcmul(h, take(gate, index), update.to(h.dtype))
-        return h, self.modulated_norm(h, shift, scale, index)
+        return h, modulated_norm(self.norm, h, shift, scale, index)
 
     def split_heads(self, qkv: Tensor, turn: Tensor, skip: int) -> tuple[Tensor, Tensor, Tensor]:
         """qkv (B, R, 3 H Dh) -> normalised and turned q, without the first `skip` rows, and k; v: (B, R, H, Dh).
@@ -235,6 +229,16 @@ def gelu_tanh(x: Tensor) -> Tensor:
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, index: Tensor) -> Tensor:
     """x * (1 + scale) + shift: x (B, R, D); shift, scale (M, D), of which a row takes the one at its index."""
     return torch.addcmul(take(shift, index), x, take(1 + scale, index))
+
+
+def modulated_norm(norm: LayerNorm, h: Tensor, shift: Tensor, scale: Tensor, index: Tensor) -> Tensor:
+    """`modulate` of the normalised h."""
+    if not usable(h, shift, scale):
+        return modulate(norm(h), shift, scale, index)
+    if norm.weight is not None:  # for the few times rather than the many rows
+        factor = norm.weight * (1 + scale)
+        shift, scale = torch.addcmul(shift, norm.bias, 1 + scale), factor - 1
+    return elementwise.modulated_norm(h, shift, scale, index, norm.eps)
 
 
 def take(values: Tensor, index: Tensor) -> Tensor:

@@ -146,16 +146,16 @@ class TestResidualNorm:
 
 
 def test_tensors_may_be_strided() -> None:
-    h, y, shift, scale, gate = numbers((4, 6, 3), (6, 4, 3), (5, 3), (3, 5), (3, 5))
+    h, y, shift, scale, gate = numbers((4, 6, 3), (6, 4, 3), (5, 3), (5, 6), (3, 5))
     index = torch.randint(5, (5, 4)).T[:, :4]
 
     def kernel(h: Tensor, y: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Several:
         of_h, of_y = h[:, 2:], y.transpose(0, 1)[:, 2:]
-        return elementwise.gated_norm(of_h, gate.T, of_y, shift, scale.T, index, EPS)
+        return elementwise.gated_norm(of_h, gate.T, of_y, shift, scale[:, 2:5], index, EPS)
 
     def plain(h: Tensor, y: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Several:
         out = h[:, 2:] + gate.T[index] * y.transpose(0, 1)[:, 2:]
-        return out, F.layer_norm(out, (3,), eps=EPS) * (1 + scale.T[index]) + shift[index]
+        return out, F.layer_norm(out, (3,), eps=EPS) * (1 + scale[:, 2:5][index]) + shift[index]
 
     agree(kernel, plain, [h, y, shift, scale, gate])
 
@@ -166,13 +166,21 @@ def test_different_numbers_of_times_are_refused() -> None:
         elementwise.gated_norm(h, one, h, two, two, torch.ones(2, 3).long(), EPS)
 
 
-def test_long_sums_keep_float32s_precision() -> None:
-    """The rows' numbers have a mean, so that a plain running sum would lose the last ones."""
-    (y,) = numbers((1, 50_000, 2))
-    gate = torch.zeros(1, 2, requires_grad=True)
-    out = elementwise.gated(torch.zeros_like(y), gate, y + 3, torch.zeros(1, 1).long())
-    (gradient,) = torch.autograd.grad(out.sum(), gate)
-    torch.testing.assert_close(gradient[0].double(), (y + 3).double().sum((0, 1)), rtol=5e-7, atol=0)
+@pytest.mark.parametrize("kernel", ["gelu", "gated", "heads"])
+def test_long_sums_keep_float32s_precision(kernel: str) -> None:
+    """The rows' numbers have a mean, so that a plain running sum would lose their last places."""
+    rows = 100_000
+    weights, (zero,) = numbers((1, rows, 2))[0] + 3, numbers((2,))
+    zero.zero_().requires_grad_()
+    if kernel == "gelu":  # of a slope of 1
+        out = elementwise.gelu(torch.full((1, rows, 2), 30.0), zero)
+    elif kernel == "gated":
+        out = elementwise.gated(torch.zeros_like(weights), torch.ones(1, 2), weights, torch.zeros(1, 1).long(), zero)
+    else:
+        turn, gain = torch.ones(rows, 1, 1, dtype=torch.complex64), torch.ones(2)
+        out = elementwise.split_heads(torch.rand(1, rows, 6), 1, (gain, zero, gain, gain), turn, EPS)[0].squeeze(2)
+    (gradient,) = torch.autograd.grad((out * weights).sum(), zero)
+    torch.testing.assert_close(gradient.double(), weights.double().sum((0, 1)), rtol=2e-6, atol=0)
 
 
 @pytest.mark.parametrize("skip", [0, 2])
@@ -232,7 +240,7 @@ def test_the_dit_uses_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         dit.packed(z.detach(), z[:, None], t).sum().backward()
         return sorted(called)
 
-    names = ["gelu", "residual_norm", "residual_norm", "residual_norm", "split_heads"]
+    names = ["gelu", *["residual_norm"] * 4, "split_heads"]
     assert run(z.double()) == []
     dit.float()
     assert run(z) == sorted([*names, *(f"{name}_backward" for name in names)])
