@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from opencola.layers.attention import Attend, rotary, turns
 from opencola.layers.cache import KVCache
 from opencola.layers.packed import Past, packed
-from opencola.layers.transformer import AdaptiveBlock, LayerNorm, Linear, TimeEmbedding, initialise, modulate
+from opencola.layers.transformer import AdaptiveBlock, LayerNorm, Linear, TimeEmbedding, initialise, modulated_norm
 
 Modulation = list[Tensor]
 
@@ -105,7 +105,7 @@ class BlockCausalDiT(nn.Module):
 
             h = checkpoint(through, h, use_reentrant=False) if recompute else through(h)
         shift, scale = modulation[-1].chunk(2, dim=-1)
-        return self.velocity_out(modulate(self.final_norm(h), shift, scale, index[:, skip:]))
+        return self.velocity_out(modulated_norm(self.final_norm, h, shift, scale, index[:, skip:]))
 
     def packed(
         self,

@@ -19,6 +19,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared")
 SOURCES = Path(__file__).parent
@@ -69,18 +70,24 @@ def library() -> ctypes.CDLL | None:
     return None
 
 
+@functools.cache
 def function(name: str, arguments: str, result: type | None = None) -> Callable[..., Any]:
-    """The kernel of this name, a letter an argument: p pointer (or None), n whole number, f float.
+    """The kernel of this name; a letter an argument: p pointer or None, l long, f float.
 
     Raises NotCompiled where there are no kernels.
     """
     kernels = library()
     if kernels is None:
-        raise NotCompiled("no kernels: ask kernels.usable first")
-    kernel: Any = kernels[name]  # each look-up makes an object of its own, so that nobody else's types are changed
-    types = {"p": ctypes.c_void_p, "n": ctypes.c_long, "f": ctypes.c_float}
-    kernel.argtypes, kernel.restype = [types[letter] for letter in arguments], result
+        raise NotCompiled("there are no kernels here: ask kernels.usable first")
+    kernel: Any = kernels[name]
+    types = {"p": ctypes.c_void_p, "l": ctypes.c_long, "f": ctypes.c_float}
+    kernel.argtypes, kernel.restype = [types[letter] for letter in arguments.replace(" ", "")], result
     return cast(Callable[..., Any], kernel)
+
+
+def address(x: Tensor | None) -> int | None:
+    """Of a tensor's first number, for a kernel."""
+    return None if x is None else x.data_ptr()
 
 
 _off = False
@@ -98,7 +105,9 @@ def switched_off() -> Iterator[None]:
 
 
 def usable(*tensors: Tensor) -> bool:
-    """Whether kernels can take these tensors: float32 on a CPU, outside of autocast and torch.compile."""
-    if _off or library() is None or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+    """Whether kernels can take these tensors: float32 on a CPU, outside autocast, torch.compile and forward-mode AD."""
+    if torch.compiler.is_compiling() or _off or library() is None or torch.is_autocast_enabled("cpu"):
+        return False
+    if forward_ad._current_level >= 0:  # torch has no public name for it
         return False
     return all(x.dtype == torch.float32 and x.is_cpu for x in tensors)

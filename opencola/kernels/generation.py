@@ -1,24 +1,18 @@
 """The kernels of generation, whose rows are few: products with packed weights, attention to prefixes."""
 
 import ctypes
-import functools
 
 import torch
 from torch import Tensor
 
-from opencola.kernels import function
-
-_packed_size = functools.cache(lambda: function("packed_size", "nn", ctypes.c_long))
-_pack = functools.cache(lambda: function("pack", "ppnn"))
-_product = functools.cache(lambda: function("product", "pppnnnppppppnfnn"))
-_prefix = functools.cache(lambda: function("prefix_attention", "pppppnnnnnppn"))
+from opencola.kernels import address, function
 
 
 def pack(weight: Tensor) -> Tensor:
     """A weight (N, K) in the order in which `product` reads it: one row of numbers."""
     weight = weight.detach().contiguous()
-    packed = weight.new_empty(_packed_size()(*weight.shape))
-    _pack()(weight.data_ptr(), packed.data_ptr(), *weight.shape)
+    packed = weight.new_empty(function("packed_size", "ll", ctypes.c_long)(*weight.shape))
+    function("pack", "pp ll")(weight.data_ptr(), packed.data_ptr(), *weight.shape)
     return packed
 
 
@@ -47,16 +41,12 @@ def product(
     h, gate = (None, None) if residual is None else (residual[0].contiguous(), residual[1])
     several = gate if shift is None else shift
     stride = 0 if several is None or len(several) == 1 else several.stride(0)
-    _product()(
-        x.data_ptr(), packed.data_ptr(), out.data_ptr(), x.numel() // depth, columns, depth, _address(shift),
-        _address(scale), _address(gate), _address(h), index.data_ptr() if stride else None, _address(bias), stride, eps,
+    function("product", "ppp lll pppppp lfll")(
+        x.data_ptr(), packed.data_ptr(), out.data_ptr(), x.numel() // depth, columns, depth, address(shift),
+        address(scale), address(gate), address(h), index.data_ptr() if stride else None, address(bias), stride, eps,
         gelu, torch.get_num_threads(),
     )  # fmt: skip
     return out
-
-
-def _address(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
 
 
 def prefix_attention(q: Tensor, k: Tensor, v: Tensor, limits: Tensor, out: Tensor) -> None:
@@ -69,7 +59,7 @@ def prefix_attention(q: Tensor, k: Tensor, v: Tensor, limits: Tensor, out: Tenso
     q = q if q.stride(-1) == 1 else q.contiguous()
     batch, rows, heads, width = q.shape
     strides = ctypes.c_int64 * 3
-    _prefix()(
+    function("prefix_attention", "ppppp lllll pp l")(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), limits.data_ptr(), batch, rows, heads, k.shape[2],
         width, strides(*q.stride()[:3]), strides(*k.stride()[:3]), torch.get_num_threads(),
     )  # fmt: skip

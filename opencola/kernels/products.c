@@ -13,8 +13,6 @@ enum {
     CHUNK = 384                 /* rows for which the left side stays in the second */
 };
 
-INLINE long least(long a, long b) { return a < b ? a : b; }
-
 /* Floats that `pack` writes. */
 long packed_size(long columns, long depth) { return (columns + COLUMNS - 1) / COLUMNS * COLUMNS * depth; }
 

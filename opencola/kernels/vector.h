@@ -20,6 +20,10 @@ typedef float unaligned __attribute__((vector_size(4 * WIDTH), aligned(4), may_a
 
 #define INLINE static inline __attribute__((always_inline))
 
+INLINE long least(long a, long b) { return a < b ? a : b; }
+
+INLINE long most(long a, long b) { return a > b ? a : b; }
+
 INLINE vec load(const float *from) { return *(const unaligned *)from; }
 
 INLINE void store(float *to, vec x) { *(unaligned *)to = x; }
@@ -40,9 +44,19 @@ INLINE void store_some(float *to, vec x, long n) {
 }
 
 INLINE float sum(vec x) {
-    float total = 0;
-    for (int i = 0; i < WIDTH; i++) total += x[i];
-    return total;
+    float part[WIDTH];
+    memcpy(part, &x, sizeof part);
+    for (int n = WIDTH / 2; n; n /= 2)
+        for (int i = 0; i < n; i++) part[i] += part[i + n];
+    return part[0];
+}
+
+/* The first n of WIDTH floats kept, zeros behind them. */
+INLINE vec first(vec x, long n) {
+    if (n >= WIDTH) return x;
+    vec kept = {};
+    memcpy(&kept, &x, sizeof(float) * n);
+    return kept;
 }
 
 INLINE vec choose(ints condition, vec a, vec b) { return (vec)((condition & (ints)a) | (~condition & (ints)b)); }
@@ -71,4 +85,16 @@ INLINE vec exponential(vec x) {
 INLINE vec gelu_gate(vec x) {
     vec u2 = x * (all(1.5957691216f) + all(0.0713548162f) * x * x);
     return all(1.0f) / (all(1.0f) + exponential(-u2));
+}
+
+/* Mean and 1 / sqrt(variance + eps) of n floats. */
+INLINE void moments(const float *x, long n, float eps, float *mean, float *rstd) {
+    vec total = {}, squares = {};
+    for (long i = 0; i < n; i += WIDTH) total += load_some(x + i, n - i);
+    *mean = sum(total) / n;
+    for (long i = 0; i < n; i += WIDTH) {
+        vec off = first(load_some(x + i, n - i) - all(*mean), n - i);
+        squares += off * off;
+    }
+    *rstd = 1.0f / sqrtf(sum(squares) / n + eps);
 }

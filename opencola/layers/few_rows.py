@@ -51,6 +51,10 @@ class PackedLinear(nn.Module):
         """As `Linear`."""
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, activation, [], "tanh")
 
+    def product(self, x: Tensor) -> Tensor:
+        """Without the bias."""
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "tanh")
+
 
 class FewRowsBlock(nn.Module):
     """An AdaptiveBlock by kernels: norms, modulations, GELU and residuals are done beside the products."""

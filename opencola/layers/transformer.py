@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opencola.kernels import elementwise, usable
 from opencola.layers.attention import Attend, Rotary, rotate_halves, rotate_pairs
 
 Activation = Literal["swiglu", "gelu", "silu"]
@@ -23,8 +24,15 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor, activation: Literal["none", "gelu"] = "none") -> Tensor:
         """x (..., in) -> (..., out); gelu is the tanh form."""
         wider = torch.promote_types(x.dtype, self.weight.dtype) != self.weight.dtype
-        x = super().forward(x.to(self.weight.dtype) if wider else x)
+        x = x.to(self.weight.dtype) if wider else x
+        if activation == "gelu" and usable(x, self.weight):  # the kernel adds the bias on its way
+            return elementwise.gelu(self.product(x), self.bias)
+        x = super().forward(x)
         return x if activation == "none" else gelu_tanh(x)
+
+    def product(self, x: Tensor) -> Tensor:
+        """Without the bias."""
+        return F.linear(x, self.weight)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -129,19 +137,39 @@ class AdaptiveBlock(nn.Module):
         """
         # gathered for the rows one by one: all six at once would be the largest tensor of a block
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation.chunk(6, dim=-1)
-        u = modulate(self.norm(h), shift_1, scale_1, index)
-        # heads before rows, the order of attention's products: the norms copy anyhow
-        q, k, v = self.qkv(u).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        turn = turn.transpose(-3, -2)
-        q = rotate_pairs(self.norm_q(q), turn).to(v.dtype)
-        k = rotate_pairs(self.norm_k(k), turn).to(v.dtype)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        u = modulated_norm(self.norm, h, shift_1, scale_1, index)
+        q, k, v = self.split_heads(self.qkv(u), turn, skip)
         if skip:
-            q, h, index = (x[:, skip:] for x in (q, h, index))
-        attended = self.attention_out(attend(layer, q, k, v).flatten(-2)).to(h.dtype)
-        h = torch.addcmul(h, take(gate_1, index), attended)
-        u = modulate(self.norm(h), shift_2, scale_2, index)
-        return torch.addcmul(h, take(gate_2, index), self.mlp_out(self.mlp_in(u, "gelu")).to(h.dtype))
+            h, index = h[:, skip:], index[:, skip:]
+        attended = attend(layer, q, k, v).flatten(-2)
+        h, u = self.gated_norm(h, gate_1, attended, shift_2, scale_2, index)
+        u = self.mlp_in(u, "gelu")
+        if usable(h, gate_2, u):  # the kernel adds the bias on its way
+            return elementwise.gated(h, gate_2, self.mlp_out.product(u), index, self.mlp_out.bias)
+        return torch.addcmul(h, take(gate_2, index), self.mlp_out(u).to(h.dtype))
+
+    def gated_norm(
+        self, h: Tensor, gate: Tensor, attended: Tensor, shift: Tensor, scale: Tensor, index: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """h with what was attended to (B, R, H Dh) added through the gate (M, D), and `modulated_norm` of that."""
+        update = self.attention_out(attended)
+        if usable(h, gate, update, shift, scale):
+            return elementwise.gated_norm(h, gate, update, shift, scale, index, self.norm.eps)
+        h = torch.addcmul(h, take(gate, index), update.to(h.dtype))
+        return h, modulated_norm(self.norm, h, shift, scale, index)
+
+    def split_heads(self, qkv: Tensor, turn: Tensor, skip: int) -> tuple[Tensor, Tensor, Tensor]:
+        """qkv (B, R, 3 H Dh) -> normalised and turned q, without the first `skip` rows, and k; v: (B, R, H, Dh).
+
+        In memory heads come before rows, the order of attention's products.
+        """
+        norms = self.norm_q.weight, self.norm_q.bias, self.norm_k.weight, self.norm_k.bias
+        if turn.dtype == torch.complex64 and usable(qkv, *norms):
+            return elementwise.split_heads(qkv, self.num_heads, norms, turn, self.norm_q.eps, skip)
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        turn = turn.transpose(-3, -2)
+        q, k = rotate_pairs(self.norm_q(q), turn).to(v.dtype), rotate_pairs(self.norm_k(k), turn).to(v.dtype)
+        return q.transpose(1, 2)[:, skip:], k.transpose(1, 2), v.transpose(1, 2)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -149,6 +177,8 @@ def gelu_tanh(x: Tensor) -> Tensor:
 
     Without gradients on a CPU by the latter: 2.5 times as fast as torch's, which calls a slow tanh.
     """
+    if usable(x):
+        return elementwise.gelu(x)
     if x.requires_grad or not x.is_cpu:
         return F.gelu(x, approximate="tanh")
     c = math.sqrt(8 / math.pi)
@@ -158,6 +188,16 @@ def gelu_tanh(x: Tensor) -> Tensor:
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, index: Tensor) -> Tensor:
     """x * (1 + scale) + shift: x (B, R, D); shift, scale (M, D), of which a row takes the one at its index."""
     return torch.addcmul(take(shift, index), x, take(1 + scale, index))
+
+
+def modulated_norm(norm: LayerNorm, h: Tensor, shift: Tensor, scale: Tensor, index: Tensor) -> Tensor:
+    """`modulate` of the normalised h."""
+    if not usable(h, shift, scale):
+        return modulate(norm(h), shift, scale, index)
+    if norm.weight is not None:  # for the few times rather than the many rows
+        factor = norm.weight * (1 + scale)
+        shift, scale = torch.addcmul(shift, norm.bias, 1 + scale), factor - 1
+    return elementwise.modulated_norm(h, shift, scale, index, norm.eps)
 
 
 def take(values: Tensor, index: Tensor) -> Tensor:
