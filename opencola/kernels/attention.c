@@ -1,0 +1,351 @@
+/* Attention of packed training rows [clean | copy 1 | copy 2 ...], forward and backward (opencola/layers/packed.py).
+
+A row sees the clean rows of the blocks before its own, and its own block of its own part. Worked on is one head of one
+sample at a time, and of it a tile of TILE rows of one part, which meets one or two spans of keys. Weights lie as
+[key][row of the tile], so that a maximum or a sum over keys needs no sum across a vector. The backward pass computes them
+again, from the logarithms of their sums. */
+
+#include "vector.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static long omp_get_thread_num(void) { return 0; }
+#endif
+
+enum {
+    TILE = 16,                   /* rows of queries at once */
+    VECS = TILE / WIDTH,         /* vectors of them */
+    SUMS = WIDTH == 16 ? 16 : 8, /* vectors that a product sums up in registers */
+    KEYS = SUMS / VECS,          /* keys whose products with a tile are computed at once */
+};
+
+/* Rows [sample][row][head][channel]: steps in floats, 1 between channels. */
+typedef struct {
+    float *start;
+    long sample, row, head;
+} tensor;
+
+/* A call (kernels/attention.py). */
+typedef struct {
+    tensor q, k, v, past_k, past_v, out;          /* past: clean rows, where they are not the first rows of k and v */
+    tensor gradient, dq, dk, dv;                  /* of the backward pass */
+    float *log_sums;                              /* [sample][head][row of q] */
+    long samples, heads, channels, asking;        /* channels: a multiple of TILE; asking: rows of q, the last ones */
+    long block, clean, copies, length, first;     /* rows of a block, clean rows, copies, rows of each, its first place */
+    const uint8_t *history;                       /* [sample], or none: whether noisy rows see clean ones */
+    const int32_t *documents;                     /* [sample][first + length], or none: rows see only their own */
+    float *scratch;                               /* scratch_each floats for every thread */
+    long scratch_each, threads;
+    float scale;                                  /* of scores */
+} call;
+
+/* Rows of one head. */
+typedef struct {
+    float *start;
+    long step;
+} matrix;
+
+/* One head of one sample. */
+typedef struct {
+    const call *call;
+    matrix q, k, v, clean_k, clean_v, out, gradient, dq, dk, dv;
+    float *log_sums, scale;
+    const int32_t *documents;
+    int sees_history;
+    float *rows, *gradients, *sums, *weights, *slopes; /* scratch: [channels][TILE] thrice, [key][TILE] twice */
+} head;
+
+/* Keys that rows of a tile see. */
+typedef struct {
+    matrix k, v, dk, dv; /* dk.start may be 0: no gradient */
+    long n;
+    const int32_t *documents;
+    int32_t from[TILE], to[TILE]; /* those of them that each row sees */
+    long all_from, all_to;        /* those that all rows see */
+    float *weights, *slopes;      /* [n][TILE] */
+} span;
+
+/* Rows of one part, from row `at` of q on. */
+typedef struct {
+    long at, rows, spans;
+    span span[2];
+    int32_t documents[TILE];
+} tile;
+
+INLINE long least(long a, long b) { return a < b ? a : b; }
+
+INLINE long most(long a, long b) { return a > b ? a : b; }
+
+INLINE matrix from_row(matrix x, long row) { return (matrix){x.start ? x.start + row * x.step : 0, x.step}; }
+
+/* to[j][i] = a_j . b_i for `num` rows a and a transposed tile b [dim][TILE]. */
+INLINE void some_products(const int num, const float *a, long step, const float *b, long dim, float *to) {
+    vec total[SUMS] = {};
+#pragma GCC unroll 4
+    for (long d = 0; d < dim; d++)
+#pragma GCC unroll 16
+        for (int i = 0; i < num * VECS; i++)
+            total[i] += all(a[i / VECS * step + d]) * load(b + d * TILE + i % VECS * WIDTH);
+#pragma GCC unroll 16
+    for (int i = 0; i < num * VECS; i++) store(to + i * WIDTH, total[i]);
+}
+
+INLINE void all_products(const float *a, long step, long n, const float *b, long dim, float *to) {
+    for (long j = 0; n >= KEYS && j < n; j += KEYS) {
+        long at = least(j, n - KEYS);
+        some_products(KEYS, a + at * step, step, b, dim, to + at * TILE);
+    }
+    for (long j = 0; n < KEYS && j < n; j++) some_products(1, a + j * step, step, b, dim, to + j * TILE);
+}
+
+static void products(matrix a, long n, const float *b, long dim, float *to) {
+    /* the usual steps as constants, which are parts of addresses: a fifth faster */
+    if (a.step == 16) all_products(a.start, 16, n, b, dim, to);
+    else if (a.step == 32) all_products(a.start, 32, n, b, dim, to);
+    else if (a.step == 64) all_products(a.start, 64, n, b, dim, to);
+    else if (a.step == 128) all_products(a.start, 128, n, b, dim, to);
+    else all_products(a.start, a.step, n, b, dim, to);
+}
+
+/* The rows and columns below of to[r] += sum_i w[r step_r + i step_i] x[i], i < n; columns in vectors. */
+INLINE void add_some(
+    const int rows, const int columns, float *to, long to_step, const float *w, long step_r, long step_i, const float *x,
+    long x_step, long n
+) {
+    vec total[SUMS], of[2];
+#pragma GCC unroll 16
+    for (int i = 0; i < rows * columns; i++) total[i] = load(to + i / columns * to_step + i % columns * WIDTH);
+    for (long k = 0; k < n; k++) {
+        for (int c = 0; c < columns; c++) of[c] = load(x + k * x_step + c * WIDTH);
+#pragma GCC unroll 16
+        for (int i = 0; i < rows * columns; i++) total[i] += all(w[i / columns * step_r + k * step_i]) * of[i % columns];
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < rows * columns; i++) store(to + i / columns * to_step + i % columns * WIDTH, total[i]);
+}
+
+INLINE void add_products(
+    matrix to, long rows, const float *w, long step_r, long step_i, matrix x, long n, long dim
+) {
+    for (long c = 0; c < dim;) {
+        int two = dim - c >= 2 * WIDTH;
+        for (long r = 0; r < rows;) {
+            float *at = to.start + r * to.step + c;
+#define ADD(num, columns) \
+    (add_some(num, columns, at, to.step, w + r * step_r, step_r, step_i, x.start + c, x.step, n), r += num)
+            if (two && rows - r >= SUMS / 2) ADD(SUMS / 2, 2);
+            else if (two && rows - r >= 4) ADD(4, 2);
+            else if (two) ADD(1, 2);
+            else if (rows - r >= SUMS) ADD(SUMS, 1);
+            else if (rows - r >= 4) ADD(4, 1);
+            else ADD(1, 1);
+#undef ADD
+        }
+        c += two ? 2 * WIDTH : WIDTH;
+    }
+}
+
+/* A tile's rows to += sum_j w[j][row] x_j over keys j. */
+static void add_over_keys(matrix to, long rows, const float *w, matrix x, long n, long dim) {
+    add_products(to, rows, w, 1, TILE, x, n, dim);
+}
+
+/* Keys' rows to_j += sum_i w[j][i] x_i over the rows i of a tile. */
+static void add_over_rows(matrix to, long n, const float *w, matrix x, long rows, long dim) {
+    add_products(to, n, w, TILE, 1, x, rows, dim);
+}
+
+/* to [dim][TILE] = factor times rows, zeros behind them. */
+static void transpose(matrix x, long rows, long dim, float factor, float *to) {
+    for (long d = 0; d < dim; d++)
+        for (long i = 0; i < TILE; i++) to[d * TILE + i] = i < rows ? factor * x.start[i * x.step + d] : 0;
+}
+
+INLINE ints some(const int32_t *from, int v) {
+    ints x;
+    memcpy(&x, from + v * WIDTH, sizeof x);
+    return x;
+}
+
+/* Whether rows of the tile see a key. */
+INLINE ints visible(const tile *t, const span *s, long j, int v) {
+    const ints key = (int32_t)j - (ints){};
+    const ints seen = (key >= some(s->from, v)) & (key < some(s->to, v));
+    return s->documents ? seen & (some(t->documents, v) == s->documents[j] - (ints){}) : seen;
+}
+
+INLINE int seen_by_all(const span *s, long j) { return !s->documents && j >= s->all_from && j < s->all_to; }
+
+/* For each key of a tile and each vector of its rows. */
+#define FOR_WEIGHTS(t)                                                                                                 \
+    for (span *s = (t)->span; s < (t)->span + (t)->spans; s++)                                                         \
+        for (long j = 0; j < s->n; j++)                                                                                \
+            for (int v = 0; v < VECS; v++)
+
+/* Scores become their exponentials over the largest's of the row; `total` their sums. */
+static void exponentials(tile *t, vec *top, vec *total) {
+    for (int v = 0; v < VECS; v++) top[v] = all(-INFINITY), total[v] = all(0);
+    FOR_WEIGHTS(t) {
+        float *at = s->weights + j * TILE + v * WIDTH;
+        vec x = load(at);
+        if (!seen_by_all(s, j)) store(at, x = choose(visible(t, s, j, v), x, all(-INFINITY)));
+        top[v] = choose(x > top[v], x, top[v]);
+    }
+    FOR_WEIGHTS(t) {
+        float *at = s->weights + j * TILE + v * WIDTH;
+        vec x = exponential(load(at) - top[v]);
+        store(at, x);
+        total[v] += x;
+    }
+}
+
+/* Scores become weights, and the weights' gradients those of the scores, times `scale`. */
+static void backward_softmax(tile *t, const float *log_sums, float scale) {
+    vec mean[VECS] = {};
+    FOR_WEIGHTS(t) {
+        float *at = s->weights + j * TILE + v * WIDTH;
+        vec x = exponential(load(at) - load(log_sums + v * WIDTH));
+        if (!seen_by_all(s, j)) x = choose(visible(t, s, j, v), x, all(0));
+        store(at, x);
+        mean[v] += x * load(s->slopes + j * TILE + v * WIDTH);
+    }
+    FOR_WEIGHTS(t) {
+        float *at = s->slopes + j * TILE + v * WIDTH;
+        store(at, all(scale) * load(s->weights + j * TILE + v * WIDTH) * (load(at) - mean[v]));
+    }
+}
+
+/* Leave out the first keys, which are of other documents than the tile's rows. */
+static void skip_documents(span *s, const tile *t) {
+    long skipped = 0;
+    for (int met = 0; skipped < s->n; skipped++) {
+        for (int i = 0; i < TILE; i++) met |= s->documents[skipped] == t->documents[i];
+        if (met) break;
+    }
+    s->k = from_row(s->k, skipped), s->v = from_row(s->v, skipped);
+    s->dk = from_row(s->dk, skipped), s->dv = from_row(s->dv, skipped);
+    s->n -= skipped, s->documents += skipped;
+    for (int i = 0; i < TILE; i++) s->to[i] -= skipped;
+}
+
+/* The tile from `row` on of a part, of which `start` is the row among all and `first` the place of the first row. */
+static tile make_tile(const head *h, int noisy, long start, long first, long length, long row) {
+    const call *c = h->call;
+    const long own_start = row / c->block * c->block; /* of the first row's block */
+    tile t = {.at = start + row, .rows = least(TILE, length - row)};
+    span clean = {h->clean_k, h->clean_v, .documents = h->documents, .all_to = c->clean};
+    if (!c->past_k.start) clean.dk = h->dk, clean.dv = h->dv;
+    span own = {
+        from_row(h->k, start + own_start), from_row(h->v, start + own_start),
+        from_row(h->dk, start + own_start), from_row(h->dv, start + own_start),
+        .documents = h->documents ? h->documents + first + own_start : 0, .all_to = length,
+    };
+    for (long i = 0; i < TILE; i++) { /* what is beyond its rows is as its last row */
+        const long at = least(row + i, length - 1), block = at / c->block * c->block;
+        if (h->documents) t.documents[i] = h->documents[first + at];
+        /* to a clean row its own block is the next of the clean ones */
+        clean.to[i] = !noisy ? least(block + c->block, length) : h->sees_history ? least(first + block, c->clean) : 0;
+        own.from[i] = block - own_start, own.to[i] = least(block + c->block, length) - own_start;
+        clean.all_to = least(clean.all_to, clean.to[i]);
+        own.all_from = most(own.all_from, own.from[i]), own.all_to = least(own.all_to, own.to[i]);
+    }
+    clean.n = clean.to[TILE - 1], own.n = own.to[TILE - 1];
+    if (h->documents) skip_documents(&clean, &t);
+    if (clean.n) t.span[t.spans++] = clean;
+    if (noisy) t.span[t.spans++] = own;
+    float *weights = h->weights, *slopes = h->slopes;
+    for (span *s = t.span; s < t.span + t.spans; s++) {
+        s->weights = weights, s->slopes = slopes;
+        weights += s->n * TILE, slopes += s->n * TILE;
+    }
+    return t;
+}
+
+static void forward(const head *h, tile *t) {
+    const long channels = h->call->channels;
+    const matrix sums = {h->sums, channels}, out = from_row(h->out, t->at);
+    vec top[VECS], total[VECS];
+    float inverse[TILE];
+    transpose(from_row(h->q, t->at), t->rows, channels, h->scale, h->rows);
+    for (span *s = t->span; s < t->span + t->spans; s++) products(s->k, s->n, h->rows, channels, s->weights);
+    exponentials(t, top, total);
+    memset(h->sums, 0, sizeof(float) * TILE * channels);
+    for (span *s = t->span; s < t->span + t->spans; s++)
+        add_over_keys(sums, t->rows, s->weights, s->v, s->n, channels);
+    for (int v = 0; v < VECS; v++) store(inverse + v * WIDTH, all(1) / total[v]);
+    for (long i = 0; i < t->rows; i++) {
+        h->log_sums[t->at + i] = top[i / WIDTH][i % WIDTH] + logf(total[i / WIDTH][i % WIDTH]);
+        for (long d = 0; d < channels; d += WIDTH)
+            store(out.start + i * out.step + d, all(inverse[i]) * load(h->sums + i * channels + d));
+    }
+}
+
+static void backward(const head *h, tile *t) {
+    const long channels = h->call->channels;
+    const matrix q = from_row(h->q, t->at), gradient = from_row(h->gradient, t->at), dq = from_row(h->dq, t->at);
+    float log_sums[TILE] = {};
+    memcpy(log_sums, h->log_sums + t->at, sizeof(float) * t->rows);
+    transpose(q, t->rows, channels, h->scale, h->rows);
+    transpose(gradient, t->rows, channels, 1, h->gradients);
+    for (span *s = t->span; s < t->span + t->spans; s++) {
+        products(s->k, s->n, h->rows, channels, s->weights);
+        products(s->v, s->n, h->gradients, channels, s->slopes);
+    }
+    backward_softmax(t, log_sums, h->scale);
+    for (long i = 0; i < t->rows; i++) memset(dq.start + i * dq.step, 0, sizeof(float) * channels);
+    for (span *s = t->span; s < t->span + t->spans; s++) {
+        add_over_keys(dq, t->rows, s->slopes, s->k, s->n, channels);
+        if (!s->dk.start) continue;
+        add_over_rows(s->dk, s->n, s->slopes, q, t->rows, channels);
+        add_over_rows(s->dv, s->n, s->weights, gradient, t->rows, channels);
+    }
+}
+
+INLINE matrix of_head(tensor x, long sample, long head) {
+    return (matrix){x.start ? x.start + sample * x.sample + head * x.head : 0, x.row};
+}
+
+static head make_head(const call *c, long sample, long number, float *scratch) {
+    const long tile = TILE * c->channels;
+    head h = {
+        .call = c,
+        .k = of_head(c->k, sample, number), .v = of_head(c->v, sample, number),
+        .q = of_head(c->q, sample, number), .out = of_head(c->out, sample, number),
+        .gradient = of_head(c->gradient, sample, number), .dq = of_head(c->dq, sample, number),
+        .dk = of_head(c->dk, sample, number), .dv = of_head(c->dv, sample, number),
+        .log_sums = c->log_sums + (sample * c->heads + number) * c->asking,
+        .documents = c->documents ? c->documents + sample * (c->first + c->length) : 0,
+        .sees_history = !c->history || c->history[sample],
+        .scale = c->scale,
+    };
+    h.rows = scratch, h.gradients = h.rows + tile, h.sums = h.gradients + tile;
+    h.weights = h.sums + tile, h.slopes = h.weights + (c->scratch_each - 3 * tile) / 2;
+    h.clean_k = c->past_k.start ? of_head(c->past_k, sample, number) : h.k;
+    h.clean_v = c->past_v.start ? of_head(c->past_v, sample, number) : h.v;
+    return h;
+}
+
+static void each_tile(const call *c, void (*work)(const head *, tile *)) {
+    const long clean = c->past_k.start ? 0 : c->clean, all = clean + c->copies * c->length, skipped = all - c->asking;
+#pragma omp parallel for num_threads(c->threads) if (c->threads > 1)
+    for (long i = 0; i < c->samples * c->heads; i++) {
+        head h = make_head(c, i / c->heads, i % c->heads, c->scratch + omp_get_thread_num() * c->scratch_each);
+        for (long row = 0; work == backward && row < all; row++) {
+            memset(h.dk.start + row * h.dk.step, 0, sizeof(float) * c->channels);
+            memset(h.dv.start + row * h.dv.step, 0, sizeof(float) * c->channels);
+        }
+        for (long part = 0; part <= c->copies; part++) {
+            const long start = part ? clean + (part - 1) * c->length : 0, length = part ? c->length : clean;
+            for (long row = most(0, skipped - start); row < length; row += TILE) {
+                tile t = make_tile(&h, part > 0, start, part ? c->first : 0, length, row);
+                t.at -= skipped;
+                work(&h, &t);
+            }
+        }
+    }
+}
+
+void attend_packed(const call *c) { each_tile(c, forward); }
+
+void attend_packed_backward(const call *c) { each_tile(c, backward); }
