@@ -116,6 +116,8 @@ INLINE void add_some(
     vec total[SUMS], of[2];
 #pragma GCC unroll 16
     for (int i = 0; i < rows * columns; i++) total[i] = load(to + i / columns * to_step + i % columns * WIDTH);
+    for (int i = 0; i < rows * columns && step_i == 1; i++) /* what is next, as the sums here are short */
+        __builtin_prefetch(to + (i / columns + rows) * to_step + i % columns * WIDTH, 1);
     for (long k = 0; k < n; k++) {
         for (int c = 0; c < columns; c++) of[c] = load(x + k * x_step + c * WIDTH);
 #pragma GCC unroll 16
@@ -128,21 +130,22 @@ INLINE void add_some(
 INLINE void add_products(
     matrix to, long rows, const float *w, long step_r, long step_i, matrix x, long n, long dim
 ) {
-    for (long c = 0; c < dim;) {
-        int two = dim - c >= 2 * WIDTH;
-        for (long r = 0; r < rows;) {
-            float *at = to.start + r * to.step + c;
-#define ADD(num, columns) \
-    (add_some(num, columns, at, to.step, w + r * step_r, step_r, step_i, x.start + c, x.step, n), r += num)
-            if (two && rows - r >= SUMS / 2) ADD(SUMS / 2, 2);
-            else if (two && rows - r >= 4) ADD(4, 2);
-            else if (two) ADD(1, 2);
-            else if (rows - r >= SUMS) ADD(SUMS, 1);
-            else if (rows - r >= 4) ADD(4, 1);
+    for (long r = 0; r < rows;) {
+        const int some = rows - r >= SUMS / 2 ? SUMS / 2 : rows - r >= 4 ? 4 : 1;
+        for (long c = 0; c < dim;) {
+            const int columns = dim - c >= 2 * WIDTH ? 2 : 1;
+#define ADD(rows, columns) \
+    add_some(rows, columns, to.start + r * to.step + c, to.step, w + r * step_r, step_r, step_i, x.start + c, x.step, n)
+            if (columns == 2 && some == SUMS / 2) ADD(SUMS / 2, 2);
+            else if (columns == 2 && some == 4) ADD(4, 2);
+            else if (columns == 2) ADD(1, 2);
+            else if (some == SUMS / 2) ADD(SUMS / 2, 1);
+            else if (some == 4) ADD(4, 1);
             else ADD(1, 1);
 #undef ADD
+            c += columns * WIDTH;
         }
-        c += two ? 2 * WIDTH : WIDTH;
+        r += some;
     }
 }
 
@@ -156,10 +159,38 @@ static void add_over_rows(matrix to, long n, const float *w, matrix x, long rows
     add_products(to, n, w, TILE, 1, x, rows, dim);
 }
 
+/* Lanes of a and, from WIDTH on, of b. */
+INLINE vec pick(vec a, vec b, ints lanes) {
+#if __has_builtin(__builtin_shuffle)
+    return __builtin_shuffle(a, b, lanes);
+#else
+    vec x;
+    for (int i = 0; i < WIDTH; i++) x[i] = lanes[i] < WIDTH ? a[lanes[i]] : b[lanes[i] - WIDTH];
+    return x;
+#endif
+}
+
 /* to [dim][TILE] = factor times rows, zeros behind them. */
 static void transpose(matrix x, long rows, long dim, float factor, float *to) {
-    for (long d = 0; d < dim; d++)
-        for (long i = 0; i < TILE; i++) to[d * TILE + i] = i < rows ? factor * x.start[i * x.step + d] : 0;
+    ints lane;
+    for (int i = 0; i < WIDTH; i++) lane[i] = i;
+    for (long d = 0; d < dim; d += WIDTH)
+        for (long first = 0; first < TILE; first += WIDTH) {
+            vec square[WIDTH];
+            for (long i = 0; i < WIDTH; i++)
+                square[i] = first + i < rows ? load(x.start + (first + i) * x.step + d) * all(factor) : all(0);
+#pragma GCC unroll 4
+            for (int step = 1; step < WIDTH; step *= 2) /* exchange what is off the diagonal of every 2 step x 2 step */
+#pragma GCC unroll 16
+                for (int i = 0; i < WIDTH; i++) {
+                    if (i & step) continue;
+                    const vec above = square[i], below = square[i + step];
+                    const ints left = (lane & step) == 0;
+                    square[i] = pick(above, below, (left & lane) | (~left & (lane - step + WIDTH)));
+                    square[i + step] = pick(above, below, (left & (lane + step)) | (~left & (lane + WIDTH)));
+                }
+            for (int i = 0; i < WIDTH; i++) store(to + (d + i) * TILE + first, square[i]);
+        }
 }
 
 INLINE ints some(const int32_t *from, int v) {
@@ -175,44 +206,62 @@ INLINE ints visible(const tile *t, const span *s, long j, int v) {
     return s->documents ? seen & (some(t->documents, v) == s->documents[j] - (ints){}) : seen;
 }
 
-INLINE int seen_by_all(const span *s, long j) { return !s->documents && j >= s->all_from && j < s->all_to; }
+INLINE vec larger(vec a, vec b) { /* in a form that compilers know as one instruction */
+    vec x;
+    for (int i = 0; i < WIDTH; i++) x[i] = a[i] > b[i] ? a[i] : b[i];
+    return x;
+}
 
-/* For each key of a tile and each vector of its rows. */
-#define FOR_WEIGHTS(t)                                                                                                 \
-    for (span *s = (t)->span; s < (t)->span + (t)->spans; s++)                                                         \
-        for (long j = 0; j < s->n; j++)                                                                                \
-            for (int v = 0; v < VECS; v++)
-
-/* Scores become their exponentials over the largest's of the row; `total` their sums. */
-static void exponentials(tile *t, vec *top, vec *total) {
-    for (int v = 0; v < VECS; v++) top[v] = all(-INFINITY), total[v] = all(0);
-    FOR_WEIGHTS(t) {
-        float *at = s->weights + j * TILE + v * WIDTH;
-        vec x = load(at);
-        if (!seen_by_all(s, j)) store(at, x = choose(visible(t, s, j, v), x, all(-INFINITY)));
-        top[v] = choose(x > top[v], x, top[v]);
+/* Scores of keys that a row may not see become -infinity. */
+static void hide(const tile *t) {
+    for (const span *s = t->span; s < t->span + t->spans; s++) {
+        const long skipped = s->documents ? 0 : s->all_from, on = s->documents ? 0 : most(s->all_from, s->all_to);
+        for (long j = skipped ? 0 : on; j < s->n; j = j + 1 == skipped ? on : j + 1)
+            for (int v = 0; v < VECS; v++) {
+                float *at = s->weights + j * TILE + v * WIDTH;
+                store(at, choose(visible(t, s, j, v), load(at), all(-INFINITY)));
+            }
     }
-    FOR_WEIGHTS(t) {
-        float *at = s->weights + j * TILE + v * WIDTH;
-        vec x = exponential(load(at) - top[v]);
-        store(at, x);
-        total[v] += x;
+}
+
+/* Scores become their exponentials, of which the largest of a row is 1; `total`: their sums. */
+static void exponentials(const tile *t, vec *top, vec *total) {
+    for (int v = 0; v < VECS; v++) {
+        vec largest = all(-INFINITY), sum = all(0);
+        for (const span *s = t->span; s < t->span + t->spans; s++) {
+            const float *at = s->weights + v * WIDTH;
+            for (long n = s->n; n > 0; n--, at += TILE) largest = larger(load(at), largest);
+        }
+        for (const span *s = t->span; s < t->span + t->spans; s++) {
+            float *at = s->weights + v * WIDTH;
+            for (long n = s->n; n > 0; n--, at += TILE) {
+                const vec x = exponential(load(at) - largest);
+                store(at, x);
+                sum += x;
+            }
+        }
+        top[v] = largest, total[v] = sum;
     }
 }
 
 /* Scores become weights, and the weights' gradients those of the scores, times `scale`. */
-static void backward_softmax(tile *t, const float *log_sums, float scale) {
-    vec mean[VECS] = {};
-    FOR_WEIGHTS(t) {
-        float *at = s->weights + j * TILE + v * WIDTH;
-        vec x = exponential(load(at) - load(log_sums + v * WIDTH));
-        if (!seen_by_all(s, j)) x = choose(visible(t, s, j, v), x, all(0));
-        store(at, x);
-        mean[v] += x * load(s->slopes + j * TILE + v * WIDTH);
-    }
-    FOR_WEIGHTS(t) {
-        float *at = s->slopes + j * TILE + v * WIDTH;
-        store(at, all(scale) * load(s->weights + j * TILE + v * WIDTH) * (load(at) - mean[v]));
+static void backward_softmax(const tile *t, const float *log_sums, float scale) {
+    for (int v = 0; v < VECS; v++) {
+        const vec log_sum = load(log_sums + v * WIDTH);
+        vec mean = all(0);
+        for (const span *s = t->span; s < t->span + t->spans; s++) {
+            float *at = s->weights + v * WIDTH, *slope = s->slopes + v * WIDTH;
+            for (long n = s->n; n > 0; n--, at += TILE, slope += TILE) {
+                const vec x = exponential(load(at) - log_sum);
+                store(at, x);
+                mean += x * load(slope);
+            }
+        }
+        for (const span *s = t->span; s < t->span + t->spans; s++) {
+            float *at = s->weights + v * WIDTH, *slope = s->slopes + v * WIDTH;
+            for (long n = s->n; n > 0; n--, at += TILE, slope += TILE)
+                store(slope, all(scale) * load(at) * (load(slope) - mean));
+        }
     }
 }
 
@@ -269,6 +318,7 @@ static void forward(const head *h, tile *t) {
     float inverse[TILE];
     transpose(from_row(h->q, t->at), t->rows, channels, h->scale, h->rows);
     for (span *s = t->span; s < t->span + t->spans; s++) products(s->k, s->n, h->rows, channels, s->weights);
+    hide(t);
     exponentials(t, top, total);
     memset(h->sums, 0, sizeof(float) * TILE * channels);
     for (span *s = t->span; s < t->span + t->spans; s++)
@@ -292,6 +342,7 @@ static void backward(const head *h, tile *t) {
         products(s->k, s->n, h->rows, channels, s->weights);
         products(s->v, s->n, h->gradients, channels, s->slopes);
     }
+    hide(t);
     backward_softmax(t, log_sums, h->scale);
     for (long i = 0; i < t->rows; i++) memset(dq.start + i * dq.step, 0, sizeof(float) * channels);
     for (span *s = t->span; s < t->span + t->spans; s++) {

@@ -77,14 +77,15 @@ class _Packed(torch.autograd.Function):
         out, log_sums = q.new_empty(q.shape), q.new_empty(q.shape[0], q.shape[2], q.shape[1])
         _run("attend_packed", pattern, past, scale, log_sums, q=q, k=k, v=v, out=out)
         ctx.save_for_backward(q, k, v, log_sums)
-        ctx.call = pattern, past, scale
+        ctx.pattern, ctx.past, ctx.scale = pattern, past, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, log_sums = ctx.saved_tensors
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-        _run("attend_packed_backward", *ctx.call, log_sums, q=q, k=k, v=v, gradient=gradient, dq=dq, dk=dk, dv=dv)
+        tensors = {"q": q, "k": k, "v": v, "gradient": gradient, "dq": dq, "dk": dk, "dv": dv}
+        _run("attend_packed_backward", ctx.pattern, ctx.past, ctx.scale, log_sums, **tensors)
         return dq, dk, dv, None, None, None
 
 
