@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from opencola import kernels
 
@@ -34,14 +35,14 @@ class _Rows(ctypes.Structure):
 
 
 _TENSORS = ("q", "k", "v", "past_k", "past_v", "out", "gradient", "dq", "dk", "dv")
-_NUMBERS = ("samples", "heads", "channels", "asking", "block", "clean", "copies", "length", "first")
+_SIZES = ("samples", "heads", "channels", "asking", "block", "clean", "copies", "length", "first")
 
 
 class _Call(ctypes.Structure):
     _fields_ = (
         *((name, _Rows) for name in _TENSORS),
         ("log_sums", ctypes.c_void_p),
-        *((name, ctypes.c_long) for name in _NUMBERS),
+        *((name, ctypes.c_long) for name in _SIZES),
         *((name, ctypes.c_void_p) for name in ("history", "documents", "scratch")),
         *((name, ctypes.c_long) for name in ("scratch_each", "threads")),
         ("scale", ctypes.c_float),
@@ -49,72 +50,76 @@ class _Call(ctypes.Structure):
 
 
 def attend_packed(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, past: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Rows q (B, Q, H, Dh), the last Q of those of k and v (B, R, H, Dh) -> (B, Q, H, Dh), float32.
+    """Rows q (B, Q, H, Dh), the last Q of those of k and v (B, R, H, Dh) -> (B, Q, H, Dh), all float32 on a CPU.
 
-    past: keys and values (B, Nc, H, Dh) of the clean rows, where these are not the first rows of k and v. They get no
-    gradient.
+    past: keys and values (B, Nc, H, Dh) of the clean rows, where these are not the first rows of k and v; they get no
+    gradient. Raises ValueError for other numbers of rows than the pattern's.
     """
-    channels = q.shape[-1]
+    samples, asking, heads, channels = q.shape
+    clean, copies, latents = pattern.num_clean, pattern.copies, pattern.num_latents
+    rows = (samples, (0 if past is not None else clean) + copies * (latents - pattern.first), heads, channels)
+    expected = [(k, rows), (v, rows), *((x, (samples, clean, heads, channels)) for x in past or ())]
+    expected += [(pattern.history, (samples,)), (pattern.documents, (samples, latents))]
+    if asking > rows[1] or any(x is not None and x.shape != shape for x, shape in expected):
+        raise ValueError(
+            f"rows {[*q.shape]}, {[*k.shape]}, {[*v.shape]} or what goes with them are not those of {clean} clean "
+            f"latents and {copies} copies of latents {pattern.first} to {latents}"
+        )
     extra = -channels % TILE
-    if extra:
-        q, k, v = (F.pad(x, (0, extra)) for x in (q, k, v))
-        past = None if past is None else (F.pad(past[0], (0, extra)), F.pad(past[1], (0, extra)))
-    out: Tensor = _Packed.apply(q, k, v, pattern, past, channels**-0.5)
+    tensors = [F.pad(x, (0, extra)) if extra else x for x in (q, k, v, *(past or ()))]
+    q, k, v, *clean = (x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
+    out: Tensor = _Packed.apply(q, k, v, pattern, clean, channels**-0.5)
     return out[..., :channels] if extra else out
 
 
 class _Packed(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        pattern: Pattern,
-        past: tuple[Tensor, Tensor] | None,
-        scale: float,
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, past: list[Tensor], scale: float
     ) -> Tensor:
         out, log_sums = q.new_empty(q.shape), q.new_empty(q.shape[0], q.shape[2], q.shape[1])
-        _run("attend_packed", pattern, past, scale, log_sums, q=q, k=k, v=v, out=out)
-        ctx.save_for_backward(q, k, v, log_sums)
-        ctx.pattern, ctx.past, ctx.scale = pattern, past, scale
+        tensors = dict(zip(("q", "k", "v", "past_k", "past_v"), (q, k, v, *past), strict=False))
+        _run("attend_packed", pattern, scale, log_sums, tensors | {"out": out})
+        ctx.save_for_backward(*tensors.values(), log_sums)
+        ctx.pattern, ctx.scale = pattern, scale
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, log_sums = ctx.saved_tensors
-        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-        tensors = {"q": q, "k": k, "v": v, "gradient": gradient, "dq": dq, "dk": dk, "dv": dv}
-        _run("attend_packed_backward", ctx.pattern, ctx.past, ctx.scale, log_sums, **tensors)
-        return dq, dk, dv, None, None, None
+        *saved, log_sums = ctx.saved_tensors
+        tensors = dict(zip(("q", "k", "v", "past_k", "past_v"), saved, strict=False))
+        tensors["gradient"] = gradient if gradient.stride(-1) == 1 else gradient.contiguous()
+        results = {f"d{name}": _heads_first(tensors[name]) for name in ("q", "k", "v")}
+        _run("attend_packed_backward", ctx.pattern, ctx.scale, log_sums, tensors | results)
+        return *results.values(), None, None, None
 
 
-def _run(
-    name: str,
-    pattern: Pattern,
-    past: tuple[Tensor, Tensor] | None,
-    scale: float,
-    log_sums: Tensor,
-    **tensors: Tensor,
-) -> None:
-    if past is not None:
-        tensors["past_k"], tensors["past_v"] = past
-    tensors = {name: x if x.stride(-1) == 1 else x.contiguous() for name, x in tensors.items()}
+def _heads_first(like: Tensor) -> Tensor:
+    """Space of that shape, (B, R, H, Dh), a head's rows next to each other."""
+    return torch.empty_like(like.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+
+
+def _run(name: str, pattern: Pattern, scale: float, log_sums: Tensor, tensors: dict[str, Tensor]) -> None:
     samples, asking, heads, channels = tensors["q"].shape
     threads = torch.get_num_threads()
-    keys = (
-        pattern.num_clean + 2 * pattern.block_size + TILE
-    )  # at most, of a tile: clean ones, and the blocks it touches
-    scratch = torch.empty(threads, TILE * (3 * channels + 2 * keys))
-    length = pattern.num_latents - pattern.first
-    sizes = (samples, heads, channels, asking)
-    layout = (pattern.block_size, pattern.num_clean, pattern.copies, length, pattern.first)
-    marks = (None if x is None else x.data_ptr() for x in (pattern.history, pattern.documents))
+    most_keys = pattern.num_clean + 2 * pattern.block_size + TILE  # of a tile: clean ones, and the blocks it touches
+    scratch = torch.empty(threads, TILE * (3 * channels + 2 * most_keys))
+    history, documents = (None if x is None else x.contiguous() for x in (pattern.history, pattern.documents))
     call = _Call(
         **{name: _Rows(x.data_ptr(), *x.stride()[:3]) for name, x in tensors.items()},
         log_sums=log_sums.data_ptr(),
-        **dict(zip(_NUMBERS, (*sizes, *layout), strict=True)),
-        **dict(zip(("history", "documents"), marks, strict=True)),
+        samples=samples,
+        heads=heads,
+        channels=channels,
+        asking=asking,
+        block=pattern.block_size,
+        clean=pattern.num_clean,
+        copies=pattern.copies,
+        length=pattern.num_latents - pattern.first,
+        first=pattern.first,
+        history=None if history is None else history.data_ptr(),
+        documents=None if documents is None else documents.data_ptr(),
         scratch=scratch.data_ptr(),
         scratch_each=scratch.shape[1],
         threads=threads,
