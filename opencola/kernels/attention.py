@@ -56,14 +56,18 @@ def attend_packed(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, past: tuple
     gradient. Raises ValueError for other numbers of rows than the pattern's.
     """
     samples, asking, heads, channels = q.shape
-    clean, copies, latents = pattern.num_clean, pattern.copies, pattern.num_latents
-    rows = (samples, (0 if past is not None else clean) + copies * (latents - pattern.first), heads, channels)
-    expected = [(k, rows), (v, rows), *((x, (samples, clean, heads, channels)) for x in past or ())]
-    expected += [(pattern.history, (samples,)), (pattern.documents, (samples, latents))]
-    if asking > rows[1] or any(x is not None and x.shape != shape for x, shape in expected):
+    num_clean, copies, num_latents = pattern.num_clean, pattern.copies, pattern.num_latents
+    num_rows = (0 if past is not None else num_clean) + copies * (num_latents - pattern.first)
+    expected: list[tuple[Tensor | None, tuple[int, ...]]] = [
+        *((x, (samples, num_rows, heads, channels)) for x in (k, v)),
+        *((x, (samples, num_clean, heads, channels)) for x in past or ()),
+        (pattern.history, (samples,)),
+        (pattern.documents, (samples, num_latents)),
+    ]
+    if asking > num_rows or any(x is not None and x.shape != shape for x, shape in expected):
         raise ValueError(
-            f"rows {[*q.shape]}, {[*k.shape]}, {[*v.shape]} or what goes with them are not those of {clean} clean "
-            f"latents and {copies} copies of latents {pattern.first} to {latents}"
+            f"rows {[*q.shape]}, {[*k.shape]}, {[*v.shape]} or what goes with them are not those of {num_clean} clean "
+            f"latents and {copies} copies of latents {pattern.first} to {num_latents}"
         )
     extra = -channels % TILE
     tensors = [F.pad(x, (0, extra)) if extra else x for x in (q, k, v, *(past or ()))]
