@@ -64,7 +64,7 @@ def marks(bounds: str, batch: int, num_latents: int) -> tuple[Tensor | None, Ten
     history = torch.arange(batch) != 1 if "history" in bounds else None
     documents = torch.randint(0, 5, (batch, num_latents), generator=draw) // 4 if "documents" in bounds else None
     if documents is not None:
-        documents = documents.cumsum(1) + 2**33  # more than 32 bits
+        documents = documents.cumsum(1) * 2**32  # equal in the lower 32 bits
         documents[0, -1] = documents[0, 0]  # and one that comes again
     return history, documents
 
