@@ -1,24 +1,17 @@
 /* Attention of packed training rows [clean | copy 1 | copy 2 ...], forward and backward (opencola/layers/packed.py).
 
 A row sees the clean rows of the blocks before its own, and its own block of its own part. Worked on is one head of one
-sample at a time, and of it a tile of TILE rows of one part, which meets one or two spans of keys. Weights lie as
-[key][row of the tile], so that a maximum or a sum over keys needs no sum across a vector. The backward pass computes them
-again, from the logarithms of their sums. */
+sample at a time, and of it a tile of rows of one part, which meets one or two spans of keys. Weights lie as
+[key][row of the tile], so that a maximum or a sum over keys needs no sum across a vector. The backward pass computes
+them again, from the logarithms of their sums. */
 
-#include "vector.h"
+#include "tiles.h"
 
 #ifdef _OPENMP
 #include <omp.h>
 #else
 static long omp_get_thread_num(void) { return 0; }
 #endif
-
-enum {
-    TILE = 16,                   /* rows of queries at once */
-    VECS = TILE / WIDTH,         /* vectors of them */
-    SUMS = WIDTH == 16 ? 16 : 8, /* vectors that a product sums up in registers */
-    KEYS = SUMS / VECS,          /* keys whose products with a tile are computed at once */
-};
 
 /* Rows [sample][row][head][channel]: steps in floats, 1 between channels. */
 typedef struct {
@@ -32,19 +25,13 @@ typedef struct {
     tensor gradient, dq, dk, dv;                  /* of the backward pass */
     float *log_sums;                              /* [sample][head][row of q] */
     long samples, heads, channels, asking;        /* channels: a multiple of TILE; asking: rows of q, the last ones */
-    long block, clean, copies, length, first;     /* rows of a block, clean rows, copies, rows of each, its first place */
+    long block, clean, copies, length, first;     /* rows of a block; clean ones; copies, rows of each, its place */
     const uint8_t *history;                       /* [sample], or none: whether noisy rows see clean ones */
     const int32_t *documents;                     /* [sample][first + length], or none: rows see only their own */
     float *scratch;                               /* scratch_each floats for every thread */
     long scratch_each, threads;
     float scale;                                  /* of scores */
 } call;
-
-/* Rows of one head. */
-typedef struct {
-    float *start;
-    long step;
-} matrix;
 
 /* One head of one sample. */
 typedef struct {
@@ -72,126 +59,6 @@ typedef struct {
     span span[2];
     int32_t documents[TILE];
 } tile;
-
-INLINE long least(long a, long b) { return a < b ? a : b; }
-
-INLINE long most(long a, long b) { return a > b ? a : b; }
-
-INLINE matrix from_row(matrix x, long row) { return (matrix){x.start ? x.start + row * x.step : 0, x.step}; }
-
-/* to[j][i] = a_j . b_i for `num` rows a and a transposed tile b [dim][TILE]. */
-INLINE void some_products(const int num, const float *a, long step, const float *b, long dim, float *to) {
-    vec total[SUMS] = {};
-#pragma GCC unroll 4
-    for (long d = 0; d < dim; d++)
-#pragma GCC unroll 16
-        for (int i = 0; i < num * VECS; i++)
-            total[i] += all(a[i / VECS * step + d]) * load(b + d * TILE + i % VECS * WIDTH);
-#pragma GCC unroll 16
-    for (int i = 0; i < num * VECS; i++) store(to + i * WIDTH, total[i]);
-}
-
-INLINE void all_products(const float *a, long step, long n, const float *b, long dim, float *to) {
-    for (long j = 0; n >= KEYS && j < n; j += KEYS) {
-        long at = least(j, n - KEYS);
-        some_products(KEYS, a + at * step, step, b, dim, to + at * TILE);
-    }
-    for (long j = 0; n < KEYS && j < n; j++) some_products(1, a + j * step, step, b, dim, to + j * TILE);
-}
-
-static void products(matrix a, long n, const float *b, long dim, float *to) {
-    /* the usual steps as constants, which are parts of addresses: a fifth faster */
-    if (a.step == 16) all_products(a.start, 16, n, b, dim, to);
-    else if (a.step == 32) all_products(a.start, 32, n, b, dim, to);
-    else if (a.step == 64) all_products(a.start, 64, n, b, dim, to);
-    else if (a.step == 128) all_products(a.start, 128, n, b, dim, to);
-    else all_products(a.start, a.step, n, b, dim, to);
-}
-
-/* The rows and columns below of to[r] += sum_i w[r step_r + i step_i] x[i], i < n; columns in vectors. */
-INLINE void add_some(
-    const int rows, const int columns, float *to, long to_step, const float *w, long step_r, long step_i, const float *x,
-    long x_step, long n
-) {
-    vec total[SUMS], of[2];
-#pragma GCC unroll 16
-    for (int i = 0; i < rows * columns; i++) total[i] = load(to + i / columns * to_step + i % columns * WIDTH);
-    for (int i = 0; i < rows * columns && step_i == 1; i++) /* what is next, as the sums here are short */
-        __builtin_prefetch(to + (i / columns + rows) * to_step + i % columns * WIDTH, 1);
-    for (long k = 0; k < n; k++) {
-        for (int c = 0; c < columns; c++) of[c] = load(x + k * x_step + c * WIDTH);
-#pragma GCC unroll 16
-        for (int i = 0; i < rows * columns; i++) total[i] += all(w[i / columns * step_r + k * step_i]) * of[i % columns];
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < rows * columns; i++) store(to + i / columns * to_step + i % columns * WIDTH, total[i]);
-}
-
-INLINE void add_products(
-    matrix to, long rows, const float *w, long step_r, long step_i, matrix x, long n, long dim
-) {
-    for (long r = 0; r < rows;) {
-        const int some = rows - r >= SUMS / 2 ? SUMS / 2 : rows - r >= 4 ? 4 : 1;
-        for (long c = 0; c < dim;) {
-            const int columns = dim - c >= 2 * WIDTH ? 2 : 1;
-#define ADD(rows, columns) \
-    add_some(rows, columns, to.start + r * to.step + c, to.step, w + r * step_r, step_r, step_i, x.start + c, x.step, n)
-            if (columns == 2 && some == SUMS / 2) ADD(SUMS / 2, 2);
-            else if (columns == 2 && some == 4) ADD(4, 2);
-            else if (columns == 2) ADD(1, 2);
-            else if (some == SUMS / 2) ADD(SUMS / 2, 1);
-            else if (some == 4) ADD(4, 1);
-            else ADD(1, 1);
-#undef ADD
-            c += columns * WIDTH;
-        }
-        r += some;
-    }
-}
-
-/* A tile's rows to += sum_j w[j][row] x_j over keys j. */
-static void add_over_keys(matrix to, long rows, const float *w, matrix x, long n, long dim) {
-    add_products(to, rows, w, 1, TILE, x, n, dim);
-}
-
-/* Keys' rows to_j += sum_i w[j][i] x_i over the rows i of a tile. */
-static void add_over_rows(matrix to, long n, const float *w, matrix x, long rows, long dim) {
-    add_products(to, n, w, TILE, 1, x, rows, dim);
-}
-
-/* Lanes of a and, from WIDTH on, of b. */
-INLINE vec pick(vec a, vec b, ints lanes) {
-#if __has_builtin(__builtin_shuffle)
-    return __builtin_shuffle(a, b, lanes);
-#else
-    vec x;
-    for (int i = 0; i < WIDTH; i++) x[i] = lanes[i] < WIDTH ? a[lanes[i]] : b[lanes[i] - WIDTH];
-    return x;
-#endif
-}
-
-/* to [dim][TILE] = factor times rows, zeros behind them. */
-static void transpose(matrix x, long rows, long dim, float factor, float *to) {
-    ints lane;
-    for (int i = 0; i < WIDTH; i++) lane[i] = i;
-    for (long d = 0; d < dim; d += WIDTH)
-        for (long first = 0; first < TILE; first += WIDTH) {
-            vec square[WIDTH];
-            for (long i = 0; i < WIDTH; i++)
-                square[i] = first + i < rows ? load(x.start + (first + i) * x.step + d) * all(factor) : all(0);
-#pragma GCC unroll 4
-            for (int step = 1; step < WIDTH; step *= 2) /* exchange what is off the diagonal of every 2 step x 2 step */
-#pragma GCC unroll 16
-                for (int i = 0; i < WIDTH; i++) {
-                    if (i & step) continue;
-                    const vec above = square[i], below = square[i + step];
-                    const ints left = (lane & step) == 0;
-                    square[i] = pick(above, below, (left & lane) | (~left & (lane - step + WIDTH)));
-                    square[i + step] = pick(above, below, (left & (lane + step)) | (~left & (lane + WIDTH)));
-                }
-            for (int i = 0; i < WIDTH; i++) store(to + (d + i) * TILE + first, square[i]);
-        }
-}
 
 INLINE ints some(const int32_t *from, int v) {
     ints x;
@@ -389,8 +256,9 @@ static void each_tile(const call *c, void (*work)(const head *, tile *)) {
     for (long i = 0; i < c->samples * c->heads; i++) {
         float *scratch = c->scratch + omp_get_thread_num() * c->scratch_each;
         const head h = make_head(c, i / c->heads, i % c->heads, scratch);
+        /* the next head's rows are fetched meanwhile */
         const long after = least(i + 1, c->samples * c->heads - 1);
-        const head next = make_head(c, after / c->heads, after % c->heads, scratch); /* its rows are fetched meanwhile */
+        const head next = make_head(c, after / c->heads, after % c->heads, scratch);
         for (long row = 0; work == backward && row < all; row++) {
             memset(h.dk.start + row * h.dk.step, 0, sizeof(float) * c->channels);
             memset(h.dv.start + row * h.dv.step, 0, sizeof(float) * c->channels);

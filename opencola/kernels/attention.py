@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from opencola import kernels
 
-TILE = 16  # attention.c's
+TILE = 16  # of tiles.h
 
 
 @dataclass(frozen=True)
