@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opencola import kernels
+from opencola.kernels.attention import Pattern, attend_packed
 from opencola.layers.attention import Attend
 from opencola.layers.masks import Predicate, clean_beside_noisy
 
@@ -41,28 +43,23 @@ def packed(
     if device is not None and device.type == "cuda":
         predicate = clean_beside_noisy(num_clean, num_latents, block_size, first)
         return flexible(predicate, num_clean, copies, history, documents, past, first)
-    parts = [range(num_clean if past is None else 0), *[range(first, num_latents)] * copies]
-    place = torch.cat([torch.arange(part.start, part.stop, device=device) for part in parts])
-    clean = torch.arange(num_clean, device=device)
-    blind = (place[:, None] // block_size <= clean // block_size)[None]  # (1, R, Nc)
-    if history is not None:
-        noisy = torch.arange(len(place), device=device) >= len(parts[0])
-        blind = blind | (noisy[:, None] & ~history[:, None, None])
-    own_bias = None
-    if documents is not None:
-        of_rows = documents[:, place]
-        blind = blind | (of_rows[:, :, None] != documents[:, None, :num_clean])
-        within = of_rows.unflatten(1, (-1, block_size))
-        own_bias = _bias((within[..., :, None] != within[..., None, :]).flatten(1, 2))  # (B, 1, R, S)
-    plan = _Plan(tuple(_spans(parts, num_clean, block_size, span)), block_size, _bias(blind), own_bias)
-    before = None if past is None else [_rows_first(*layer) for layer in past]
+    pattern = Pattern(num_clean, num_latents, block_size, copies, first, history, _numbered(documents))
+    plan = functools.cache(lambda: _plan(pattern, device, span, past is not None))
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        before = None if past is None else past[layer]
+        if kernels.usable(q, k, v, *(before or ())):
+            return attend_packed(q, k, v, pattern, before)
         rows = _rows_first(q, k, v)
-        out: Tensor = _PackedAttention.apply(*rows, plan, len(q), None if before is None else before[layer])
+        clean_rows = None if before is None else _rows_first(*before)
+        out: Tensor = _PackedAttention.apply(*rows, plan(), len(q), clean_rows)
         return out.unflatten(0, (len(q), -1)).transpose(1, 2)
 
     return attend
+
+
+def _numbered(documents: Tensor | None) -> Tensor | None:
+    return None if documents is None else documents.unique(return_inverse=True)[1].int()
 
 
 def flexible(
@@ -123,6 +120,25 @@ class _Plan:
     block_size: int
     bias: Tensor  # (1 or B, 1, R, Nc): 0 where a row sees a clean key, else -inf
     own_bias: Tensor | None  # (B, 1, R, S): the same for the keys of a row's own block
+
+
+def _plan(pattern: Pattern, device: torch.device | None, span: int, past: bool) -> _Plan:
+    num_clean, block_size, documents = pattern.num_clean, pattern.block_size, pattern.documents
+    copy = range(pattern.first, pattern.num_latents)
+    parts = [range(0 if past else num_clean), *[copy] * pattern.copies]
+    place = torch.cat([torch.arange(part.start, part.stop, device=device) for part in parts])
+    clean = torch.arange(num_clean, device=device)
+    blind = (place[:, None] // block_size <= clean // block_size)[None]  # (1, R, Nc)
+    if pattern.history is not None:
+        noisy = torch.arange(len(place), device=device) >= len(parts[0])
+        blind = blind | (noisy[:, None] & ~pattern.history[:, None, None])
+    own_bias = None
+    if documents is not None:
+        of_rows = documents[:, place]
+        blind = blind | (of_rows[:, :, None] != documents[:, None, :num_clean])
+        within = of_rows.unflatten(1, (-1, block_size))
+        own_bias = _bias((within[..., :, None] != within[..., None, :]).flatten(1, 2))  # (B, 1, R, S)
+    return _Plan(tuple(_spans(parts, num_clean, block_size, span)), block_size, _bias(blind), own_bias)
 
 
 def _bias(blind: Tensor) -> Tensor:
