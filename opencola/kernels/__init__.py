@@ -23,6 +23,7 @@ from torch.autograd import forward_ad
 
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared")
 SOURCES = Path(__file__).parent
+TILE = 16  # of tiles.h: rows that attention takes side by side
 
 
 class NotCompiled(Exception):
@@ -70,9 +71,17 @@ def library() -> ctypes.CDLL | None:
     return None
 
 
+class _Start:
+    """Of a tensor's numbers, as an argument."""
+
+    @staticmethod
+    def from_param(x: Tensor | None) -> ctypes.c_void_p:
+        return ctypes.c_void_p(None if x is None else x.data_ptr())
+
+
 @functools.cache
 def function(name: str, arguments: str, result: type | None = None) -> Callable[..., Any]:
-    """The kernel of this name; a letter an argument: p pointer or None, l long, f float.
+    """The kernel of this name; a letter an argument: t tensor or None, p pointer, l long, f float.
 
     Raises NotCompiled where there are no kernels.
     """
@@ -80,14 +89,9 @@ def function(name: str, arguments: str, result: type | None = None) -> Callable[
     if kernels is None:
         raise NotCompiled("there are no kernels here: ask kernels.usable first")
     kernel: Any = kernels[name]
-    types = {"p": ctypes.c_void_p, "l": ctypes.c_long, "f": ctypes.c_float}
+    types = {"t": _Start, "p": ctypes.c_void_p, "l": ctypes.c_long, "f": ctypes.c_float}
     kernel.argtypes, kernel.restype = [types[letter] for letter in arguments.replace(" ", "")], result
     return cast(Callable[..., Any], kernel)
-
-
-def address(x: Tensor | None) -> int | None:
-    """Of a tensor's first number, for a kernel."""
-    return None if x is None else x.data_ptr()
 
 
 _off = False

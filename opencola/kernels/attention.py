@@ -9,9 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from opencola import kernels
-
-TILE = 16  # of tiles.h
+from opencola.kernels import TILE, function
 
 
 @dataclass(frozen=True)
@@ -129,4 +127,4 @@ def _run(name: str, pattern: Pattern, scale: float, log_sums: Tensor, tensors: d
         threads=threads,
         scale=scale,
     )
-    getattr(kernels.library(), name)(ctypes.byref(call))
+    function(name, "p")(ctypes.byref(call))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from opencola.kernels import address, function
+from opencola.kernels import function
 
 SMALL = 1 << 15  # numbers; fewer are not worth a second thread
 
@@ -33,7 +33,7 @@ def gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
 def _gelu(x: Tensor, bias: Tensor | None) -> Tensor:
     width, y = x.shape[-1], torch.empty_like(x)
     if width:
-        function("gelu", "ppp ll l")(address(x), address(bias), address(y), x.numel() // width, width, _threads(x))
+        function("gelu", "ttt ll l")(x, bias, y, x.numel() // width, width, _threads(x))
     return y
 
 
@@ -51,9 +51,7 @@ class _Gelu(torch.autograd.Function):
         dy, dx, width, threads = dy.contiguous(), torch.empty_like(x), x.shape[-1], _threads(x)
         sums = x.new_zeros(threads, 2, width) if ctx.needs_input_grad[1] else None
         rows = x.numel() // max(width, 1)
-        function("gelu_backward", "ppppp ll l")(
-            address(dy), address(x), address(bias), address(dx), address(sums), rows, width, threads
-        )
+        function("gelu_backward", "ttttt ll l")(dy, x, bias, dx, sums, rows, width, threads)
         return dx, None if sums is None else sums[:, 0].sum(0)
 
 
@@ -119,11 +117,9 @@ def _residual_norm_forward(
     h, y, gate = h.contiguous(), None if y is None else y.contiguous(), _rows(gate)
     shift, scale = _alike(shift, scale)
     out, u = None if y is None else torch.empty_like(h), None if shift is None else torch.empty_like(h)
-    to_norm = (address(shift), address(scale), _stride(scale), address(index), address(u), address(stats))
+    to_norm = (shift, scale, _stride(scale), index, u, stats)
     sizes = (h.numel() // h.shape[-1], h.shape[-1], eps, _threads(h))
-    function("residual_norm", "pppplp pplp pp llf l")(
-        address(h), address(y), address(bias), address(gate), _stride(gate), address(out), *to_norm, *sizes
-    )
+    function("residual_norm", "ttttlt ttlt tt llf l")(h, y, bias, gate, _stride(gate), out, *to_norm, *sizes)
     return out, u
 
 
@@ -174,18 +170,18 @@ class _ResidualNorm(torch.autograd.Function):
         count = next(len(x) for x in (gate, scale) if x is not None)
         dh, dy = dout if du is None else torch.empty_like(out), torch.empty_like(out) if needs[1] else None
         sums = out.new_zeros(threads, 4, count + 1, width) if any(needs[2:6]) else None
-        came = (address(dout), address(du), address(out), address(stats), address(scale), _stride(scale))
+        came = (dout, du, out, stats, scale, _stride(scale))
         gates = (
-            address(y),
-            address(bias),
-            address(gate),
+            y,
+            bias,
+            gate,
             _stride(gate),
-            address(index),
-            address(dh),
-            address(dy),
-            address(sums),
+            index,
+            dh,
+            dy,
+            sums,
         )
-        function("residual_norm_backward", "pppp pl pppl p ppp lll l")(
+        function("residual_norm_backward", "tttt tl tttl t ttt lll l")(
             *came, *gates, count, out.numel() // width, width, threads
         )
         if sums is None:
@@ -225,10 +221,8 @@ def _split_heads(
     head_dim = width // (3 * heads)
     q = qkv.new_empty(batch, heads, rows - skip, head_dim)
     k, v = (qkv.new_empty(batch, heads, rows, head_dim) for _ in range(2))
-    to = (address(q), address(k), address(v), address(stats), batch, rows, skip, heads, head_dim, eps, _threads(qkv))
-    function("split_heads", "p pppp pl pppp lllllf l")(
-        address(qkv), *map(address, norms), address(factors), stride, *to
-    )
+    to = (q, k, v, stats, batch, rows, skip, heads, head_dim, eps, _threads(qkv))
+    function("split_heads", "t tttt tl tttt lllllf l")(qkv, *norms, factors, stride, *to)
     return q, k, v
 
 
@@ -253,17 +247,17 @@ class _SplitHeads(torch.autograd.Function):
         dqkv = torch.empty_like(qkv)
         sums = qkv.new_zeros(threads, 2, 4, head_dim) if any(ctx.needs_input_grad[1:5]) else None
         given = (
-            address(dq),
-            address(dk),
-            address(dv),
-            address(qkv),
-            address(q_gain),
-            address(k_gain),
-            address(factors),
+            dq,
+            dk,
+            dv,
+            qkv,
+            q_gain,
+            k_gain,
+            factors,
             stride,
-            address(stats),
+            stats,
         )
         sizes = (batch, rows, ctx.skip, heads, head_dim, threads)
-        function("split_heads_backward", "pppp pp plp pp lllll l")(*given, address(dqkv), address(sums), *sizes)
+        function("split_heads_backward", "tttt tt tlt tt lllll l")(*given, dqkv, sums, *sizes)
         dnorms = (None,) * 4 if sums is None else sums[:, 0].sum(0).unbind()
         return dqkv, *dnorms, None, None, None, None

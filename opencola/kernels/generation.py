@@ -5,14 +5,14 @@ import ctypes
 import torch
 from torch import Tensor
 
-from opencola.kernels import address, function
+from opencola.kernels import function
 
 
 def pack(weight: Tensor) -> Tensor:
     """A weight (N, K) in the order in which `product` reads it: one row of numbers."""
     weight = weight.detach().contiguous()
     packed = weight.new_empty(function("packed_size", "ll", ctypes.c_long)(*weight.shape))
-    function("pack", "pp ll")(weight.data_ptr(), packed.data_ptr(), *weight.shape)
+    function("pack", "tt ll")(weight, packed, *weight.shape)
     return packed
 
 
@@ -41,9 +41,9 @@ def product(
     h, gate = (None, None) if residual is None else (residual[0].contiguous(), residual[1])
     several = gate if shift is None else shift
     stride = 0 if several is None or len(several) == 1 else several.stride(0)
-    function("product", "ppp lll pppppp lfll")(
-        x.data_ptr(), packed.data_ptr(), out.data_ptr(), x.numel() // depth, columns, depth, address(shift),
-        address(scale), address(gate), address(h), index.data_ptr() if stride else None, address(bias), stride, eps,
+    function("product", "ttt lll tttttt lfll")(
+        x, packed, out, x.numel() // depth, columns, depth, shift,
+        scale, gate, h, index if stride else None, bias, stride, eps,
         gelu, torch.get_num_threads(),
     )  # fmt: skip
     return out
@@ -52,14 +52,15 @@ def product(
 def prefix_attention(q: Tensor, k: Tensor, v: Tensor, limits: Tensor, out: Tensor) -> None:
     """softmax(q kᵀ / sqrt(Dh)) v into out (B, R, H, Dh), contiguous, where a row sees the first `limits` keys.
 
-    q (B, R, H, Dh); k, v (B, T, H or fewer that divide H, Dh); limits (B, R) int64, each from 1 to T.
+    q (B, R, H, Dh), Dh a multiple of TILE; k, v (B, T, H or fewer that divide H, Dh); limits (B, R) int64, each from
+    1 to T.
     """
     if k.stride() != v.stride() or k.stride(-1) != 1:
         k, v = k.contiguous(), v.contiguous()
     q = q if q.stride(-1) == 1 else q.contiguous()
     batch, rows, heads, width = q.shape
     strides = ctypes.c_int64 * 3
-    function("prefix_attention", "ppppp lllll pp l")(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), limits.data_ptr(), batch, rows, heads, k.shape[2],
-        width, strides(*q.stride()[:3]), strides(*k.stride()[:3]), torch.get_num_threads(),
-    )  # fmt: skip
+    steps = strides(*q.stride()[:3]), strides(*k.stride()[:3])
+    function("prefix_attention", "ttttt lllll pp l")(
+        q, k, v, out, limits, batch, rows, heads, k.shape[2], width, *steps, torch.get_num_threads()
+    )

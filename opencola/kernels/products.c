@@ -27,15 +27,8 @@ void pack(const float *weight, float *to, long columns, long depth) {
 
 /* A row's normalised numbers, times 1 + scale, plus shift. */
 INLINE void normalise(const float *x, float *to, const float *scale, const float *shift, long n, float eps) {
-    vec total = {}, squares = {};
-    for (long i = 0; i < n; i += WIDTH) total += load_some(x + i, n - i);
-    float mean = sum(total) / n;
-    for (long i = 0; i < n; i += WIDTH) {
-        vec centred = load_some(x + i, n - i) - all(mean);
-        if (n - i < WIDTH) for (long j = n - i; j < WIDTH; j++) centred[j] = 0;
-        squares += centred * centred;
-    }
-    float over_deviation = 1 / sqrtf(sum(squares) / n + eps);
+    float mean, over_deviation;
+    moments(x, n, eps, &mean, &over_deviation);
     for (long i = 0; i < n; i += WIDTH) {
         vec y = (load_some(x + i, n - i) - all(mean)) * all(over_deviation);
         y = y * (all(1) + load_some(scale + i, n - i)) + load_some(shift + i, n - i);

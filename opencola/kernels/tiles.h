@@ -17,10 +17,6 @@ typedef struct {
     long step;
 } matrix;
 
-INLINE long least(long a, long b) { return a < b ? a : b; }
-
-INLINE long most(long a, long b) { return a > b ? a : b; }
-
 INLINE matrix from_row(matrix x, long row) { return (matrix){x.start ? x.start + row * x.step : 0, x.step}; }
 
 /* to[j][i] = a_j . b_i for `num` rows a and a transposed tile b [dim][TILE]. */

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opencola import kernels
+from opencola.kernels import TILE, usable
 from opencola.kernels.generation import prefix_attention
 from opencola.layers.attention import Attend, attention
 
-FEW = 8  # rows below which the kernel, which takes 16 side by side, is slower than torch
+FEW = 8  # rows below which the kernel, which takes TILE side by side, is slower than torch
 ROUND = 48  # key counts are rounded up to whole steps of matrix kernels, so that padding never changes a sum's order
 
 
@@ -74,7 +74,7 @@ class KVCache:
             keys, values = self.keys[layer], self.values[layer]
             batch = len(q) - alone
             keys[place], values[place] = k[:batch].to(keys.dtype), v[:batch].to(values.dtype)
-            if num_rows >= FEW and not torch.is_grad_enabled() and kernels.usable(q, keys):
+            if num_rows >= FEW and q.shape[-1] % TILE == 0 and not torch.is_grad_enabled() and usable(q, keys):
                 seen = torch.empty_like(q, memory_format=torch.contiguous_format)
                 prefix_attention(q[:batch], keys, values, limits, seen[:batch])
                 if alone:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from opencola import kernels
-from opencola.kernels import generation
-from opencola.layers.attention import Attend, rotate_pairs
+from opencola.kernels import elementwise, generation
+from opencola.layers.attention import Attend
 from opencola.layers.transformer import AdaptiveBlock, Linear
 
 PACKED_BYTES = 1 << 30
@@ -74,10 +74,9 @@ class FewRowsBlock(nn.Module):
         width, hidden, eps = h.shape[-1], block.mlp_in.out_features, block.norm.eps
         index = index.expand(h.shape[:2])
         heads = generation.product(h, qkv, block.qkv.bias, block.qkv.out_features, index, norm=(shift_1, scale_1, eps))
-        q, k, v = heads.unflatten(-1, (3, block.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        turn = turn.transpose(-3, -2)
-        q, k = rotate_pairs(block.norm_q(q), turn), rotate_pairs(block.norm_k(k), turn)
-        attended = attend(layer, *(x.transpose(1, 2) for x in (q, k, v))).flatten(-2)
+        norms = block.norm_q.weight, block.norm_q.bias, block.norm_k.weight, block.norm_k.bias
+        q, k, v = elementwise.split_heads(heads, block.num_heads, norms, turn, block.norm_q.eps)
+        attended = attend(layer, q, k, v).flatten(-2)
         h = generation.product(attended, attention_out, block.attention_out.bias, width, index, residual=(h, gate_1))
         u = generation.product(h, mlp_in, block.mlp_in.bias, hidden, index, norm=(shift_2, scale_2, eps), gelu=True)
         return generation.product(u, mlp_out, block.mlp_out.bias, width, index, residual=(h, gate_2))

@@ -230,8 +230,8 @@ def test_the_dit_is_the_same(recompute: bool, bias: bool) -> None:
 def test_the_dit_uses_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """In float32 only; not under autocast, forward-mode differentiation or `switched_off`."""
     called = []
-    fetch = elementwise._kernel
-    monkeypatch.setattr(elementwise, "_kernel", lambda name: called.append(name) or fetch(name))
+    fetch = elementwise.function
+    monkeypatch.setattr(elementwise, "function", lambda name, types: called.append(name) or fetch(name, types))
     dit, (z, tangent) = randomise(BlockCausalDiT(dit_config(num_layers=1))), numbers((1, 4, 4), (1, 4, 4))
 
     def run(z: Tensor) -> list[str]:

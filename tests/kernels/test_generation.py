@@ -48,7 +48,7 @@ def test_what_is_done_beside_products(rows: int, columns: int, depth: int, times
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize(("rows", "keys", "width"), [(16, 40, 64), (5, 9, 20), (35, 77, 8)])
+@pytest.mark.parametrize(("rows", "keys", "width"), [(16, 40, 64), (5, 9, 48), (35, 77, 16), (1, 1, 16)])
 def test_attention_to_prefixes(rows: int, keys: int, width: int, kv_heads: int) -> None:
     q, k, v = (
         torch.randn(3, rows, 4, width),
@@ -69,7 +69,7 @@ def test_attention_to_prefixes(rows: int, keys: int, width: int, kv_heads: int) 
 
 
 def test_attention_is_the_same_with_two_threads() -> None:
-    q, k, v, limits = torch.randn(2, 20, 3, 8), *torch.randn(2, 2, 20, 3, 8), torch.full((2, 20), 20)
+    q, k, v, limits = torch.randn(2, 20, 3, 16), *torch.randn(2, 2, 20, 3, 16), torch.full((2, 20), 20)
     one, two = torch.empty_like(q), torch.empty_like(q)
     prefix_attention(q, k, v, limits, one)
     torch.set_num_threads(2)
@@ -81,8 +81,8 @@ def test_attention_is_the_same_with_two_threads() -> None:
 
 
 def test_scores_may_be_large() -> None:
-    q, k, v = torch.full((1, 8, 1, 4), 60.0), torch.randn(1, 6, 1, 4) * 60, torch.randn(1, 6, 1, 4)
-    out = torch.empty(1, 8, 1, 4)
+    q, k, v = torch.full((1, 8, 1, 16), 60.0), torch.randn(1, 6, 1, 16) * 60, torch.randn(1, 6, 1, 16)
+    out = torch.empty(1, 8, 1, 16)
     prefix_attention(q, k, v, torch.full((1, 8), 6), out)
     best = k[0, :, 0].sum(-1).argmax()
-    torch.testing.assert_close(out[0, :, 0], v[0, best, 0].expand(8, 4))
+    torch.testing.assert_close(out[0, :, 0], v[0, best, 0].expand(8, 16))

@@ -43,9 +43,9 @@ def guided(dit: BlockCausalDiT, clean: Tensor, z: Tensor, times: Tensor, index: 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("times", [1, 3])
-@pytest.mark.parametrize("rows", [4, 12])
-def test_packed_blocks_are_the_plain_ones(rows: int, times: int, with_kernels: bool) -> None:
-    dit = tiny_dit(attention_bias=True)
+@pytest.mark.parametrize(("rows", "head_dim"), [(4, 16), (12, 8), (12, 16)])
+def test_packed_blocks_are_the_plain_ones(rows: int, head_dim: int, times: int, with_kernels: bool) -> None:
+    dit = tiny_dit(attention_bias=True, head_dim=head_dim)
     clean, z, t = torch.randn(2, 16, 4), torch.randn(2, rows, 4), torch.rand(times)
     index = torch.randint(times, (2, rows))
     expected = guided(dit, clean.double(), z.double(), t.double(), index)
