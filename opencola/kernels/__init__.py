@@ -36,7 +36,7 @@ def compile_library() -> Path:
     compiler = shlex.split(os.environ.get("CC", "cc"))
     parts = [*(path.read_bytes() for path in sorted(SOURCES.glob("*.[ch]"))), repr((compiler, FLAGS)).encode()]
     name = hashlib.sha256(b"\0".join([*parts, _processor()])).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "opencola"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "opencola"
     library = folder / f"kernels-{name}.so"
     if library.exists():
         return library
@@ -109,9 +109,10 @@ def switched_off() -> Iterator[None]:
 
 
 def usable(*tensors: Tensor) -> bool:
-    """Whether kernels can take these tensors: float32 on a CPU, outside autocast, torch.compile and forward-mode AD."""
+    """Whether kernels can take these: real float32 on a CPU, outside autocast, torch.compile and forward-mode AD."""
     if torch.compiler.is_compiling() or _off or library() is None or torch.is_autocast_enabled("cpu"):
         return False
     if forward_ad._current_level >= 0:  # torch has no public name for it
         return False
-    return all(x.dtype == torch.float32 and x.is_cpu for x in tensors)
+    plain = (Tensor, torch.nn.Parameter)  # a subclass may have no numbers at all
+    return all(x.dtype == torch.float32 and x.is_cpu and type(x) in plain for x in tensors)

@@ -7,7 +7,7 @@
 #include "vector.h"
 
 enum {
-    ROWS = WIDTH == 16 ? 8 : 4, /* of a tile, so that its sums stay in registers */
+    ROWS = WIDTH == 16 ? 8 : WIDTH == 8 ? 6 : 4, /* of a tile, so that its sums stay in registers */
     COLUMNS = 2 * WIDTH,        /* of a tile */
     DEPTH = 256,                /* terms of a sum for which a panel of the weight stays in the first cache */
     CHUNK = 384                 /* rows for which the left side stays in the second */

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from opencola import kernels
 
@@ -55,6 +56,7 @@ def test_without_kernels_torch_does_it(environment: dict[str, str], tmp_path: Pa
 def test_kernels_take_float32_outside_of_autocast_and_where_they_are_on() -> None:
     x = torch.ones(1)
     assert kernels.usable(x) and not kernels.usable(x, x.double()) and not kernels.usable(x.to("meta"))
+    assert kernels.usable(torch.nn.Parameter(x)) and not kernels.usable(FakeTensorMode().from_tensor(x))
     with torch.autocast("cpu"):
         assert not kernels.usable(x)
     with kernels.switched_off():
