@@ -7,6 +7,10 @@
 #include <string.h>
 
 #if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
 enum { WIDTH = 16 };
 #elif defined(__AVX__)
 enum { WIDTH = 8 };
@@ -77,14 +81,24 @@ INLINE vec exponential(vec x) {
     p = p * r + all(1.6666665459e-1f);
     p = p * r + all(5.0000001201e-1f);
     p = p * r * r + r + all(1.0f);
-    vec result = (vec)((ints)p + (whole << 23));
-    return choose(tiny, (vec){}, result);
+    vec result = choose(tiny, (vec){}, (vec)((ints)p + (whole << 23)));
+    return choose(x == x, result, x); /* what is not a number stays none */
+}
+
+/* 1 / x, at most 2 units in the last place wrong: an estimate and a step of Newton's take a quarter of a division. */
+INLINE vec reciprocal(vec x) {
+#if defined(__AVX512F__)
+    vec y = (vec)_mm512_rcp14_ps((__m512)x);
+    return y * (all(2.0f) - x * y);
+#else
+    return all(1.0f) / x;
+#endif
 }
 
 /* GELU in its tanh form is x s(x) with this s = sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3). */
 INLINE vec gelu_gate(vec x) {
     vec u2 = x * (all(1.5957691216f) + all(0.0713548162f) * x * x);
-    return all(1.0f) / (all(1.0f) + exponential(-u2));
+    return reciprocal(all(1.0f) + exponential(-u2));
 }
 
 /* Mean and 1 / sqrt(variance + eps) of n floats. */

@@ -1,5 +1,6 @@
 """KVCache: the keys and values of committed rows, a value passed in and out."""
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,13 +63,15 @@ class KVCache:
         place: tuple[Any, ...] = (torch.arange(len(self.lengths), device=slots.device)[:, None], slots)
         if first + num_rows == length:  # all alike: a slice is four times as fast
             place = (slice(None), slice(first, length))
-        length = -(-length // ROUND) * ROUND
-        key = torch.arange(length, device=slots.device)
         limits = torch.minimum((slots // block_size + 1) * block_size, self.lengths[:, None] + num_rows)
-        unseen = key >= limits[..., None]
-        dtype = self.keys[0].dtype if self.keys else None
-        bias = torch.zeros(unseen.shape, dtype=dtype, device=unseen.device).masked_fill_(unseen, -torch.inf)[:, None]
         own = limits.new_full((alone, num_rows), num_rows)
+        length = -(-length // ROUND) * ROUND
+
+        @functools.cache  # once for all layers, and not where the kernel needs none
+        def bias(dtype: torch.dtype) -> Tensor:
+            unseen = torch.arange(length, device=slots.device) >= limits[..., None]
+            zeros = torch.zeros(unseen.shape, dtype=dtype, device=unseen.device)
+            return zeros.masked_fill_(unseen, -torch.inf)[:, None]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = self.keys[layer], self.values[layer]
@@ -81,7 +84,7 @@ class KVCache:
                     prefix_attention(q[batch:], k[batch:], v[batch:], own, seen[batch:])
                 return seen
             k_seen, v_seen = keys[:, :length].to(q.dtype), values[:, :length].to(q.dtype)
-            out = attention(q[:batch], k_seen, v_seen, bias.to(q.dtype))
+            out = attention(q[:batch], k_seen, v_seen, bias(q.dtype))
             if not alone:
                 return out
             return torch.cat((out, attention(q[batch:], k[batch:], v[batch:])), dim=0)

@@ -86,3 +86,14 @@ def test_scores_may_be_large() -> None:
     prefix_attention(q, k, v, torch.full((1, 8), 6), out)
     best = k[0, :, 0].sum(-1).argmax()
     torch.testing.assert_close(out[0, :, 0], v[0, best, 0].expand(8, 16))
+
+
+def test_what_is_not_a_number_stays_none() -> None:
+    q, k, v = torch.randn(3, 1, 3, 1, 16)
+    q[0, 1, 0, 5] = torch.nan
+    out = torch.empty(1, 3, 1, 16)
+    prefix_attention(q, k, v, torch.full((1, 3), 3), out)
+    assert out[0, 1].isnan().all() and out[0, [0, 2]].isfinite().all()
+    x = torch.tensor([torch.nan, torch.inf, -1e9, 1e30]).view(4, 1)
+    found = product(x, pack(torch.ones(1, 1)), None, 1, torch.zeros(4, dtype=torch.long), gelu=True)[:, 0]
+    assert found[0].isnan() and found[1] == torch.inf and abs(found[2]) < 1e-20 and found[3] == x[3, 0]
