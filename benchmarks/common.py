@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from opencola import kernels
 from opencola.flow.dit import DiTConfig
 from opencola.interop import official
 from opencola.models.cola import Cola, ColaConfig, PriorObjective
@@ -178,6 +179,7 @@ def report(
         "bf16": options.bf16,
         "recompute": options.recompute,
         "compile": options.compile,
+        "kernels": kernels.library() is not None,
         "seconds": round(best, 4),
         "tokens_per_second": round(tokens / best, 1),
         "gemm_gflops": round(gflops, 1),

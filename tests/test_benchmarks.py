@@ -43,6 +43,7 @@ def test_a_line_has_its_keys_and_ratios_to_an_earlier_one(
     generation.main()
     first = capsys.readouterr().out
     line = json.loads(first)
+    assert line["kernels"] == (kernels.library() is not None)
     assert line["tokens_per_second"] == pytest.approx(64 / line["seconds"], rel=0.01)
     assert line["floor_ratio"] == pytest.approx(line["seconds"] / line["floor_seconds"], rel=0.01)
     (tmp_path / "earlier.jsonl").write_text(first)

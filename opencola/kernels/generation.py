@@ -34,18 +34,17 @@ def product(
     gate (M, ·) belong to distinct times, of which a row takes the one at its index (int64, a number a row; not read
     where M is 1), and may be parts of one tensor's rows.
     """
-    x, index = x.contiguous(), index.contiguous()
-    depth = x.shape[-1]
+    x, depth = x.contiguous(), x.shape[-1]
     out = x.new_empty(*x.shape[:-1], columns)
     shift, scale, eps = norm or (None, None, 0.0)
     h, gate = (None, None) if residual is None else (residual[0].contiguous(), residual[1])
     several = gate if shift is None else shift
     stride = 0 if several is None or len(several) == 1 else several.stride(0)
+    sizes, parts = (x.numel() // depth, columns, depth), (shift, scale, gate, h)
+    places = index.contiguous() if stride else None
     function("product", "ttt lll tttttt lfll")(
-        x, packed, out, x.numel() // depth, columns, depth, shift,
-        scale, gate, h, index if stride else None, bias, stride, eps,
-        gelu, torch.get_num_threads(),
-    )  # fmt: skip
+        x, packed, out, *sizes, *parts, places, bias, stride, eps, gelu, torch.get_num_threads()
+    )
     return out
 
 
