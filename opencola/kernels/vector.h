@@ -65,10 +65,14 @@ INLINE vec first(vec x, long n) {
 
 INLINE vec choose(ints condition, vec a, vec b) { return (vec)((condition & (ints)a) | (~condition & (ints)b)); }
 
-/* e^x: 2^n (1 + polynomial) with x = n log 2 + r; 0 below -87. At most 2 units in the last place wrong. */
+/* e^x: 2^n (1 + polynomial) with x = n log 2 + r, at most 2 units in the last place wrong; but 0 below SMALLEST. What is
+   so small beside 1 changes no sum of float32, and what would come of it in products are numbers below the smallest
+   normal one, at a hundred times the cost of others. */
+#define SMALLEST (-30.0f)
+
 INLINE vec exponential(vec x) {
     const vec shifter = all(12582912.0f); /* 1.5 * 2^23: adding it rounds to a whole number */
-    ints tiny = x < all(-87.0f);
+    ints tiny = x < all(SMALLEST);
     x = choose(x > all(88.0f), all(88.0f), x);
     vec n = x * all(1.44269504f) + shifter;
     ints whole = (ints)n - (ints)shifter;
@@ -98,7 +102,7 @@ INLINE vec reciprocal(vec x) {
 /* GELU in its tanh form is x s(x) with this s = sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3). */
 INLINE vec gelu_gate(vec x) {
     vec u2 = x * (all(1.5957691216f) + all(0.0713548162f) * x * x);
-    return reciprocal(all(1.0f) + exponential(-u2));
+    return choose(u2 < all(SMALLEST), (vec){}, reciprocal(all(1.0f) + exponential(-u2)));
 }
 
 /* Mean and 1 / sqrt(variance + eps) of n floats. */
