@@ -73,12 +73,6 @@ INLINE ints visible(const tile *t, const span *s, long j, int v) {
     return s->documents ? seen & (some(t->documents, v) == s->documents[j] - (ints){}) : seen;
 }
 
-INLINE vec larger(vec a, vec b) { /* in a form that compilers know as one instruction */
-    vec x;
-    for (int i = 0; i < WIDTH; i++) x[i] = a[i] > b[i] ? a[i] : b[i];
-    return x;
-}
-
 /* Scores of keys that a row may not see become -infinity. */
 static void hide(const tile *t) {
     for (const span *s = t->span; s < t->span + t->spans; s++) {

@@ -5,16 +5,8 @@
 
 #include "vector.h"
 
-enum { BLOCK = 64 };
-
 /* to += x */
 INLINE void add(float *to, vec x, long n) { store_some(to, load_some(to, n) + x, n); }
-
-/* to += from, from = 0 */
-static void flush(float *to, float *from, long width) {
-    for (long i = 0; i < width; i++) to[i] += from[i];
-    memset(from, 0, sizeof(float) * width);
-}
 
 /* y = gelu(x + bias): x, y (rows, width); bias (width) or none. */
 void gelu(const float *x, const float *bias, float *y, long rows, long width, long threads) {
@@ -78,11 +70,7 @@ void residual_norm(const float *h, const float *y, const float *bias, const floa
         moments(x, width, eps, &mean, &rstd);
         if (stats) stats[2 * row] = mean, stats[2 * row + 1] = rstd;
         const float *a = scale + m * stride, *b = shift + m * stride;
-        for (long i = 0; i < width; i += WIDTH) {
-            long n = width - i;
-            vec normal = (load_some(x + i, n) - all(mean)) * all(rstd);
-            store_some(u + at + i, normal * (all(1.0f) + load_some(a + i, n)) + load_some(b + i, n), n);
-        }
+        normalise(x, mean, rstd, a, b, u + at, width);
     }
 }
 

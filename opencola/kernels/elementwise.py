@@ -141,17 +141,8 @@ class _ResidualNorm(torch.autograd.Function):
     """(h, y, bias, gate, shift, scale, index, eps) -> (out or none, u or none)."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        h: Tensor,
-        y: Tensor | None,
-        bias: Tensor | None,
-        gate: Tensor | None,
-        shift: Tensor | None,
-        scale: Tensor | None,
-        index: Tensor | None,
-        eps: float,
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor | None, Tensor | None]:
+        h, y, bias, gate, shift, scale, index, eps = inputs
         stats = None if scale is None else h.new_empty(*h.shape[:-1], 2)
         out, u = _residual_norm_forward(h, y, bias, gate, shift, scale, index, eps, stats)
         ctx.save_for_backward(h if out is None else out, stats, scale, y, bias, gate, index)
@@ -171,16 +162,7 @@ class _ResidualNorm(torch.autograd.Function):
         dh, dy = dout if du is None else torch.empty_like(out), torch.empty_like(out) if needs[1] else None
         sums = out.new_zeros(threads, 4, count + 1, width) if any(needs[2:6]) else None
         came = (dout, du, out, stats, scale, _stride(scale))
-        gates = (
-            y,
-            bias,
-            gate,
-            _stride(gate),
-            index,
-            dh,
-            dy,
-            sums,
-        )
+        gates = (y, bias, gate, _stride(gate), index, dh, dy, sums)
         function("residual_norm_backward", "tttt tl tttl t ttt lll l")(
             *came, *gates, count, out.numel() // width, width, threads
         )
@@ -246,17 +228,7 @@ class _SplitHeads(torch.autograd.Function):
         qkv, (factors, stride), threads = qkv.contiguous(), _turn(turn), _threads(qkv)
         dqkv = torch.empty_like(qkv)
         sums = qkv.new_zeros(threads, 2, 4, head_dim) if any(ctx.needs_input_grad[1:5]) else None
-        given = (
-            dq,
-            dk,
-            dv,
-            qkv,
-            q_gain,
-            k_gain,
-            factors,
-            stride,
-            stats,
-        )
+        given = (dq, dk, dv, qkv, q_gain, k_gain, factors, stride, stats)
         sizes = (batch, rows, ctx.skip, heads, head_dim, threads)
         function("split_heads_backward", "tttt tt tlt tt lllll l")(*given, dqkv, sums, *sizes)
         dnorms = (None,) * 4 if sums is None else sums[:, 0].sum(0).unbind()

@@ -4,8 +4,6 @@
 
 typedef uint64_t pairs __attribute__((vector_size(4 * WIDTH)));
 
-enum { BLOCK = 64 }; /* rows whose sums are added up aside, as in elementwise.c */
-
 INLINE vec swap_pairs(vec x) { return (vec)(((pairs)x >> 32) | ((pairs)x << 32)); }
 
 /* turn (2 n), n pairs of cosine and sine -> (c, c) and (-s, s) for each. */
@@ -114,7 +112,7 @@ void split_heads_backward(const float *dq, const float *dk, const float *dv, con
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int thread = 0; thread < threads; thread++) {
         float *total = sums + thread * 8 * head_dim, *aside = sums ? total + 4 * head_dim : NULL;
-        long end = (thread + 1) * share < all_rows ? (thread + 1) * share : all_rows;
+        long end = least((thread + 1) * share, all_rows);
         for (long each = thread * share; each < end; each++) {
             long sample = each / rows, row = each % rows, at = sample * heads * step + row * head_dim;
             float cosine[head_dim], sine[head_dim];
@@ -123,7 +121,7 @@ void split_heads_backward(const float *dq, const float *dk, const float *dv, con
             WITH_WIDTH(row_backward, of, dk + at, dv + at, q_step, step, qkv + each * 3 * heads * head_dim, q_gain,
                        k_gain, cosine, sine, stats + each * 4 * heads, dqkv + each * 3 * heads * head_dim, aside, heads);
             if (!sums || (each % BLOCK != BLOCK - 1 && each != end - 1)) continue;
-            for (long i = 0; i < 4 * head_dim; i++) total[i] += aside[i], aside[i] = 0;
+            flush(total, aside, 4 * head_dim);
         }
     }
 }

@@ -17,7 +17,7 @@ static void softmax(float *weights, const int32_t *limits, long keys, long share
                 score = choose(limit > (int32_t)t, score, all(-INFINITY));
                 store(weights + t * TILE + first, score);
             }
-            highest = choose(score > highest, score, highest);
+            highest = larger(score, highest);
         }
         for (long t = 0; t < keys; t++) {
             vec weight = exponential(load(weights + t * TILE + first) - highest);

@@ -25,17 +25,6 @@ void pack(const float *weight, float *to, long columns, long depth) {
                     to[k * COLUMNS + c] = first + c < columns ? weight[(first + c) * depth + k] : 0;
 }
 
-/* A row's normalised numbers, times 1 + scale, plus shift. */
-INLINE void normalise(const float *x, float *to, const float *scale, const float *shift, long n, float eps) {
-    float mean, over_deviation;
-    moments(x, n, eps, &mean, &over_deviation);
-    for (long i = 0; i < n; i += WIDTH) {
-        vec y = (load_some(x + i, n - i) - all(mean)) * all(over_deviation);
-        y = y * (all(1) + load_some(scale + i, n - i)) + load_some(shift + i, n - i);
-        store_some(to + i, y, n - i);
-    }
-}
-
 /* Add to the sums of a tile the products of ROWS rows and b (depth, COLUMNS), and meanwhile call the next panel near. */
 INLINE void add_tile(vec sums[ROWS][2], const float *const rows[ROWS], const float *b, const float *next, long ahead,
                      long depth) {
@@ -90,7 +79,9 @@ static void multiply(const float *x, const float *weight, float *out, long rows,
 #pragma omp for schedule(static)
             for (long r = 0; r < rows; r++) {
                 long which = around->index ? around->index[r] * around->stride : 0;
-                normalise(x + r * depth, normal + r * depth, around->scale + which, around->shift + which, depth, around->eps);
+                float mean, rstd;
+                moments(x + r * depth, depth, around->eps, &mean, &rstd);
+                normalise(x + r * depth, mean, rstd, around->scale + which, around->shift + which, normal + r * depth, depth);
             }
         }
         const float *left = normal ? normal : x;

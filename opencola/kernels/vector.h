@@ -65,6 +65,12 @@ INLINE vec first(vec x, long n) {
 
 INLINE vec choose(ints condition, vec a, vec b) { return (vec)((condition & (ints)a) | (~condition & (ints)b)); }
 
+INLINE vec larger(vec a, vec b) { /* in a form that compilers know as one instruction */
+    vec x;
+    for (int i = 0; i < WIDTH; i++) x[i] = a[i] > b[i] ? a[i] : b[i];
+    return x;
+}
+
 /* e^x: 2^n (1 + polynomial) with x = n log 2 + r, at most 2 units in the last place wrong; but 0 below SMALLEST. What is
    so small beside 1 changes no sum of float32, and what would come of it in products are numbers below the smallest
    normal one, at a hundred times the cost of others. */
@@ -115,4 +121,20 @@ INLINE void moments(const float *x, long n, float eps, float *mean, float *rstd)
         squares += off * off;
     }
     *rstd = 1.0f / sqrtf(sum(squares) / n + eps);
+}
+
+/* A row's normalised numbers, times 1 + scale, plus shift. */
+INLINE void normalise(const float *x, float mean, float rstd, const float *scale, const float *shift, float *to, long n) {
+    for (long i = 0; i < n; i += WIDTH) {
+        vec normal = (load_some(x + i, n - i) - all(mean)) * all(rstd);
+        store_some(to + i, normal * (all(1.0f) + load_some(scale + i, n - i)) + load_some(shift + i, n - i), n - i);
+    }
+}
+
+enum { BLOCK = 64 }; /* rows whose sums are added up aside, so that no small number meets a large sum */
+
+/* to += from, from = 0 */
+INLINE void flush(float *to, float *from, long n) {
+    for (long i = 0; i < n; i++) to[i] += from[i];
+    memset(from, 0, sizeof(float) * n);
 }

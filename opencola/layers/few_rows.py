@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from opencola import kernels
-from opencola.kernels import elementwise, generation
+from opencola.kernels import generation
 from opencola.layers.attention import Attend
 from opencola.layers.transformer import AdaptiveBlock, Linear
 
@@ -74,9 +74,7 @@ class FewRowsBlock(nn.Module):
         width, hidden, eps = h.shape[-1], block.mlp_in.out_features, block.norm.eps
         index = index.expand(h.shape[:2])
         heads = generation.product(h, qkv, block.qkv.bias, block.qkv.out_features, index, norm=(shift_1, scale_1, eps))
-        norms = block.norm_q.weight, block.norm_q.bias, block.norm_k.weight, block.norm_k.bias
-        q, k, v = elementwise.split_heads(heads, block.num_heads, norms, turn, block.norm_q.eps)
-        attended = attend(layer, q, k, v).flatten(-2)
+        attended = attend(layer, *block.split_heads(heads, turn, 0)).flatten(-2)
         h = generation.product(attended, attention_out, block.attention_out.bias, width, index, residual=(h, gate_1))
         u = generation.product(h, mlp_in, block.mlp_in.bias, hidden, index, norm=(shift_2, scale_2, eps), gelu=True)
         return generation.product(u, mlp_out, block.mlp_out.bias, width, index, residual=(h, gate_2))
