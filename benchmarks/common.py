@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from opencola import kernels
+from opencola.checkpoints import official
+from opencola.data.batch import Batch
 from opencola.flow.dit import DiTConfig
-from opencola.interop import official
-from opencola.models.cola import Cola, ColaConfig, PriorObjective
-from opencola.text.corpus import Batch
+from opencola.kernels import library
+from opencola.models.cola.model import Cola
+from opencola.models.cola.parts import ColaConfig, PriorObjective
 from opencola.vae.text_vae import TextVAEConfig
 
 ROW = ("work", "size", "batch", "threads", "bf16", "recompute", "compile")
@@ -179,7 +180,7 @@ def report(
         "bf16": options.bf16,
         "recompute": options.recompute,
         "compile": options.compile,
-        "kernels": kernels.library() is not None,
+        "kernels": library.library() is not None,
         "seconds": round(best, 4),
         "tokens_per_second": round(tokens / best, 1),
         "gemm_gflops": round(gflops, 1),

@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import best_seconds
-from opencola import recipe as recipes
+from opencola.data.corpus import Corpus, CorpusConfig
+from opencola.data.shard_writer import Order, tokenise
+from opencola.data.sources import one_pass
 from opencola.models import build
-from opencola.text.corpus import Corpus, CorpusConfig
-from opencola.text.shard_writer import Order, tokenise
-from opencola.text.sources import one_pass
+from opencola.run import recipe as recipes
 from opencola.text.tokenizer import Tokenizer
 
 SOURCES = ("stories", "jsonl", "shards")

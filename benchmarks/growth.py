@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import SIZES, best_seconds, gemm_gflops, generation_flops, training_flops, training_step
-from opencola.models.cola import Cola
+from opencola.models.cola.model import Cola
 from opencola.models.sampling import Sampling
 
 NEW = 32

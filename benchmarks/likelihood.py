@@ -20,8 +20,9 @@ import torch
 from benchmarks.common import best_seconds
 from opencola.flow.dit import DiTConfig
 from opencola.flow.likelihood import Likelihood
-from opencola.models.cola import Cola, ColaConfig
-from opencola.models.scoring import Scoring, log_prior
+from opencola.models.cola.model import Cola
+from opencola.models.cola.parts import ColaConfig
+from opencola.models.cola.score import Scoring, log_prior
 from opencola.vae.text_vae import TextVAEConfig
 
 BASE = {"num_latents": 128, "latent_dim": 16, "block_size": 1, "prompt": 0}

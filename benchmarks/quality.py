@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 
-from opencola.console import SHIPPED
-from opencola.demo import write_stories
-from opencola.evaluation.stories import continuation_shares, held_out, last_word_scores
-from opencola.interop import official
-from opencola.models.cola import Cola
+from opencola.checkpoints import official
+from opencola.checkpoints.hub import SHIPPED
+from opencola.evaluation.writing import continuation_shares, held_out, last_word_scores, write_stories
+from opencola.models.cola.model import Cola
 from opencola.models.sampling import Sampling
 from opencola.text.tokenizer import Tokenizer
 

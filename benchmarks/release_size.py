@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
+from opencola.checkpoints import official
 from opencola.flow.dit import BlockCausalDiT, DiTConfig
-from opencola.interop import official
 from opencola.models.sampling import Sampling
 from opencola.vae.text_vae import TextVAE, TextVAEConfig
 

@@ -8,9 +8,9 @@ Markdown; all recipes of the ladder without arguments. Takes two minutes of one 
 import sys
 from dataclasses import replace
 
-from opencola import recipe as recipes
-from opencola.dry_run import GPUS, Estimate, estimated, short, vocabulary
 from opencola.models import build
+from opencola.run import recipe as recipes
+from opencola.run.dry_run import GPUS, Estimate, estimated, short, vocabulary
 
 LADDER = tuple(f"ladder/{size}" for size in ("1m", "5m", "20m", "100m", "500m", "1800m"))
 DEVICES, UTILISATION = 8, 0.4

@@ -24,14 +24,15 @@ import torch
 from torch import Tensor
 
 from experiments import matched
-from opencola import flags
-from opencola.console import load, load_cola
-from opencola.evaluation.stories import held_out
-from opencola.models.ar import AR, ARScoring
-from opencola.models.cola import Cola
-from opencola.models.scoring import Scoring, evaluate
-from opencola.text.stories import log_probability
+from opencola.checkpoints.hub import load, load_cola
+from opencola.evaluation.writing import held_out
+from opencola.models.ar.model import AR
+from opencola.models.ar.score import ARScoring
+from opencola.models.cola.model import Cola
+from opencola.models.cola.score import Scoring, evaluate
+from opencola.run import flags
 from opencola.text.tokenizer import Tokenizer
+from opencola.worlds.stories import log_probability
 
 SHARES = {"vae": 0.08, "prior": 0.92}
 LEARNED = "learned"

@@ -27,11 +27,11 @@ import torch
 import tyro
 import yaml
 
-from opencola import dry_run, flags
-from opencola import recipe as recipes
+from opencola.data.corpus import Corpus, CorpusConfig
 from opencola.models import build
-from opencola.recipe import Recipe
-from opencola.text.corpus import Corpus, CorpusConfig
+from opencola.run import dry_run, flags
+from opencola.run import recipe as recipes
+from opencola.run.recipe import Recipe
 from opencola.text.tokenizer import FILE_NAME, Tokenizer
 
 Family = Literal["cola", "ar", "llada", "plaid"]

@@ -11,17 +11,16 @@ from typing import Any
 import torch
 
 from experiments.matched import FAMILIES, Options, Stages, num_parameters, step_flops
-from opencola.console import load
-from opencola.demo import write_stories
-from opencola.evaluation.stories import continuation_shares, held_out, last_word_scores
-from opencola.interop import official
-from opencola.models.ar import ARScoring
+from opencola.checkpoints import official
+from opencola.checkpoints.hub import load
+from opencola.evaluation.writing import continuation_shares, held_out, last_word_scores, write_stories
+from opencola.models.ar.score import ARScoring
 from opencola.models.bounds import BoundScoring
 from opencola.models.build import WholeModel
+from opencola.models.cola.score import Scoring
 from opencola.models.sampling import Sampling
-from opencola.models.scoring import Scoring
-from opencola.text.stories import Story, log_probability
 from opencola.text.tokenizer import Tokenizer
+from opencola.worlds.stories import Story, log_probability
 
 SCORING: dict[str, Any] = {
     "cola": Scoring(solver="heun", steps=12, samples=8, divergence="hutchinson", estimator="iwae", rows=32),

@@ -2,6 +2,6 @@
 
 import sys
 
-from opencola.cli import main
+from opencola.commands.main import main
 
 sys.exit(main())

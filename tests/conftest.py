@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from opencola import kernels
+from opencola.kernels import library
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -53,7 +53,7 @@ def golden() -> Path:
 @pytest.fixture
 def need_kernels() -> None:
     """Skip where no C compiler has made the kernels; `python -m opencola.kernels` says why."""
-    if kernels.library() is None:
+    if library.library() is None:
         pytest.skip("no kernels: python -m opencola.kernels says why")
 
 
@@ -64,5 +64,5 @@ def with_kernels(request: pytest.FixtureRequest) -> Iterator[bool]:
         request.getfixturevalue("need_kernels")
         yield True
     else:
-        with kernels.switched_off():
+        with library.switched_off():
             yield False

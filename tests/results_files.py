@@ -6,8 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from opencola.evaluation.stories import continue_stories, held_out, predict_last_words
-from opencola.evaluation.tasks import Record, find_task
+from opencola.evaluation.benchmarks.tasks import Record, find_task
+from opencola.evaluation.writing import continue_stories, held_out, predict_last_words
 
 OPTIONS = ("in the sea", "on a hill", "in a house", "by a lake")
 

@@ -10,16 +10,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import data, derivatives, generation, growth, likelihood, quality
 from benchmarks.common import COMPARED, SIZES, generation_flops, training_flops
-from opencola import kernels
-from opencola.models.cola import Cola
+from opencola.data.batch import Batch
+from opencola.kernels import library
+from opencola.models.cola.model import Cola
 from opencola.models.sampling import Sampling
-from opencola.text.corpus import Batch
 
 
 def test_the_floor_of_generation_is_what_is_computed_and_little_less(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("opencola.layers.few_rows.PACKED_BYTES", 0)  # packed products are not counted, nor are kernels
     cola = Cola(SIZES["S"]).eval()
-    with kernels.switched_off(), FlopCounterMode(display=False) as counter:
+    with library.switched_off(), FlopCounterMode(display=False) as counter:
         list(cola.generate([list(range(64))] * 2, Sampling(max_new_tokens=32, steps=4)))
     assert 1 <= counter.get_total_flops() / generation_flops(cola, 2, prompt=64, new=32, steps=4) < 1.05
 
@@ -30,7 +30,7 @@ def test_the_floor_of_training_is_what_is_computed_and_little_less() -> None:
     for name, weight in cola.dit.named_parameters():  # a velocity of zero would stop the gradient
         if name.endswith("weight") and not weight.any():
             torch.nn.init.normal_(weight, std=0.02)
-    with kernels.switched_off(), FlopCounterMode(display=False) as counter:  # which sees torch's operations only
+    with library.switched_off(), FlopCounterMode(display=False) as counter:  # which sees torch's operations only
         cola.flow_matching(torch.randn(1, 256, 16), data).backward()
     assert 0.95 < counter.get_total_flops() / training_flops(cola, 1, 256) < 1.1
 
@@ -43,7 +43,7 @@ def test_a_line_has_its_keys_and_ratios_to_an_earlier_one(
     generation.main()
     first = capsys.readouterr().out
     line = json.loads(first)
-    assert line["kernels"] == (kernels.library() is not None)
+    assert line["kernels"] == (library.library() is not None)
     assert line["tokens_per_second"] == pytest.approx(64 / line["seconds"], rel=0.01)
     assert line["floor_ratio"] == pytest.approx(line["seconds"] / line["floor_seconds"], rel=0.01)
     (tmp_path / "earlier.jsonl").write_text(first)

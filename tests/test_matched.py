@@ -12,7 +12,8 @@ import yaml
 from experiments import likelihood_gap, matched
 from experiments.matched_results import evaluations, extra, name_of, render
 from opencola.models import build
-from opencola.models.ar import AR, ARConfig
+from opencola.models.ar.model import AR
+from opencola.models.ar.network import ARConfig
 from opencola.models.sampling import Sampling
 from opencola.text.tokenizer import Tokenizer
 

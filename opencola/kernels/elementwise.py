@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from opencola.kernels import function
+from opencola.kernels.library import function
 
 SMALL = 1 << 15  # numbers; fewer are not worth a second thread
 

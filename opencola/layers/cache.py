@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opencola.kernels import TILE, usable
-from opencola.kernels.generation import prefix_attention
+from opencola.kernels.library import TILE, usable
+from opencola.kernels.rows import prefix_attention
 from opencola.layers.attention import Attend, attention
 
 FEW = 8  # rows below which the kernel, which takes TILE side by side, is slower than torch

@@ -6,8 +6,8 @@ from typing import Literal, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from opencola import kernels
-from opencola.kernels import generation
+from opencola.kernels import library
+from opencola.kernels import rows as generation
 from opencola.layers.attention import Attend
 from opencola.layers.transformer import AdaptiveBlock, Linear
 
@@ -28,7 +28,7 @@ def prepacked(model: Model, blocks: str, rows: int) -> Model:
     if not fit or sum(w.nbytes for w in weights) >= PACKED_BYTES:
         return model
     copied = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
-    if kernels.usable(*weights):
+    if library.usable(*weights):
         for name, block in model.get_submodule(blocks).named_children():
             copied.set_submodule(f"{blocks}.{name}", FewRowsBlock(cast(AdaptiveBlock, block)))
     elif torch.backends.mkldnn.is_available():

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opencola import kernels
+from opencola.kernels import library
 from opencola.kernels.attention import Pattern, attend_packed
 from opencola.layers.attention import Attend
 from opencola.layers.masks import Predicate, clean_beside_noisy
@@ -48,7 +48,7 @@ def packed(
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         before = None if past is None else past[layer]
-        if kernels.usable(q, k, v, *(before or ())):
+        if library.usable(q, k, v, *(before or ())):
             return attend_packed(q, k, v, pattern, before)
         rows = _rows_first(q, k, v)
         clean_rows = None if before is None else _rows_first(*before)

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opencola.kernels import elementwise, usable
+from opencola.kernels import elementwise
+from opencola.kernels.library import usable
 from opencola.layers.attention import Attend, Rotary, rotate_halves, rotate_pairs
 
 Activation = Literal["swiglu", "gelu", "silu"]

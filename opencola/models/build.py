@@ -3,19 +3,23 @@
 from dataclasses import replace
 from typing import assert_never
 
-import torch
 from torch import Tensor, nn
 
-from opencola.models.ar import AR, ARConfig, ARScoring
+from opencola.models.ar.model import AR
+from opencola.models.ar.network import ARConfig
+from opencola.models.ar.score import ARScoring
 from opencola.models.bounds import BoundScoring
-from opencola.models.cola import Cola, ColaConfig, PriorObjective
+from opencola.models.cola.model import Cola
+from opencola.models.cola.parts import ColaConfig, PriorObjective
+from opencola.models.cola.score import Scoring
+from opencola.models.cola.stage_one import StageOne, StageOneConfig
 from opencola.models.language_model import Sample
-from opencola.models.llada import LLaDA, LLaDAConfig
-from opencola.models.plaid import Plaid, PlaidConfig
+from opencola.models.llada.model import LLaDA
+from opencola.models.llada.network import LLaDAConfig
+from opencola.models.plaid.model import Plaid
+from opencola.models.plaid.network import PlaidConfig
 from opencola.models.samples import continuations, reconstructions
 from opencola.models.sampling import Sampling
-from opencola.models.scoring import Scoring
-from opencola.models.stage_one import StageOne, StageOneConfig
 from opencola.text.tokenizer import Tokenizer
 
 ModelConfig = StageOneConfig | ColaConfig | ARConfig | LLaDAConfig | PlaidConfig
@@ -209,8 +213,3 @@ def samples(model: Model, tokenizer: Tokenizer, tokens: Tensor, sampling: Sampli
             return continuations(model, tokenizer, tokens, sampling)
         case _:
             assert_never(model)
-
-
-def device() -> torch.device:
-    """Where models are put to train and to write: a GPU if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -7,9 +7,9 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from opencola.data.batch import Batch
 from opencola.models.sampling import Sampling
 from opencola.models.stopping import StopRule, TokenBlock
-from opencola.text.corpus import Batch
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,9 @@
-"""When a sample ends, and which of a block's tokens are given out: our rule and the public release's."""
+"""When a sample ends, and which of a block's tokens are given out."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from opencola.models.prompts import Prompts
 from opencola.models.sampling import Sampling
 
 StopRule = Callable[[int, list[int]], int | None]
@@ -56,26 +55,3 @@ class OwnStop:
         if keep is not None:
             block, finished = block[: max(0, keep - before)], "stop"
         return TokenBlock(sample, block, finished)
-
-
-class ReleaseStop:
-    """The release's rule (official-format §5, Q11): all samples end together, tokens known from the prompt count."""
-
-    def __init__(self, prompts: Prompts, sampling: Sampling, eos_ids: Sequence[int], chunk: int) -> None:
-        self.known = prompts.known
-        self.eos_ids = set(eos_ids)
-        self.budget = sampling.max_new_tokens
-        self.chunk = chunk  # tokens of a block
-        self.ended = [False] * len(prompts.known)
-
-    def cut(self, active: Sequence[int], blocks: Sequence[list[int]], number: int) -> list[TokenBlock]:
-        """Tokens to give out of block `number`: everything but the prompt's own."""
-        for i, block in zip(active, blocks, strict=True):
-            self.ended[i] |= not self.eos_ids.isdisjoint(block)
-        finished: Finished = ""
-        if (number + 1) * self.chunk >= self.budget:
-            finished = "length"
-        elif all(self.ended):
-            finished = "eos"
-        start = [len(self.known[i]) if number == 0 else 0 for i in active]
-        return [TokenBlock(i, block[s:], finished) for i, block, s in zip(active, blocks, start, strict=True)]

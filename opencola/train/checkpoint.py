@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from opencola.text.corpus import Batch, merge_states
-from opencola.text.shards import checksum
+from opencola.data.batch import Batch
+from opencola.data.corpus import merge_states
+from opencola.data.shards import checksum
 from opencola.train import distributed
 from opencola.train.optimizer import EMA
 
@@ -32,7 +33,7 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # of
 
 
 class Batches(Protocol):
-    """An endless corpus whose position can be saved (`opencola.text.corpus.Corpus`)."""
+    """An endless corpus whose position can be saved (`opencola.data.corpus.Corpus`)."""
 
     def __next__(self) -> Batch:
         """The rows of the next batch that this process works on."""

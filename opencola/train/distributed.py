@@ -50,7 +50,7 @@ def is_main() -> bool:
 def mesh(replicate: int, shard: int, device: torch.device) -> DeviceMesh | None:
     """The mesh replicate x shard of all processes (shard 0: as many as are left); None for one process.
 
-    That the two make the number of processes is `opencola.checks`' to say, before anything is loaded.
+    That the two make the number of processes is `opencola.run.checks`' to say, before anything is loaded.
     """
     if num_processes() == 1:
         return None

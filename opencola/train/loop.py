@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opencola.data.batch import Batch
 from opencola.layers import randomness
 from opencola.models.language_model import Loss, Trainable
-from opencola.text.corpus import Batch
 from opencola.train import checkpoint, distributed
 from opencola.train.checkpoint import Batches, Saver, TrainState
 from opencola.train.divergence import Divergence
 from opencola.train.optimizer import EMA, OptimizerConfig, build, learning_rate_factor, set_learning_rates
 from opencola.train.samples import Show, undisturbed
+from opencola.train.sinks import Name, open_trackers
 from opencola.train.tracker import Report
-from opencola.train.trackers import Name, open_trackers
 
 
 @dataclass(frozen=True)

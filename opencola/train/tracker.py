@@ -15,7 +15,7 @@ from torch import Tensor
 from opencola.models.language_model import Loss, Sample
 from opencola.train.checkpoint import TrainState
 from opencola.train.distributed import mean
-from opencola.train.trackers import Tracker, Value
+from opencola.train.sinks import Tracker, Value
 
 Record = dict[str, Value]
 

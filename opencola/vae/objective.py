@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from opencola.data.batch import Batch
 from opencola.layers import randomness
-from opencola.text.corpus import Batch
 from opencola.vae.gaussian import DiagonalGaussian
 from opencola.vae.text_vae import TextVAE
 

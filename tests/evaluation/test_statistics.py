@@ -3,7 +3,7 @@ import random
 import pytest
 from scipy import stats
 
-from opencola.evaluation.grading import grade
+from opencola.evaluation.benchmarks.grading import grade
 from opencola.evaluation.statistics import compare, correct_for_chance, score, tasks_average
 
 CHOICES = ("is awake.", "is asleep.")

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from opencola import kernels
+from opencola.kernels import library
 from opencola.layers.attention import masked
 from opencola.layers.packed import packed
 
-pytestmark = pytest.mark.skipif(kernels.library() is None, reason="no C compiler: see python -m opencola.kernels")
+pytestmark = pytest.mark.skipif(library.library() is None, reason="no C compiler: see python -m opencola.kernels")
 
 
 @pytest.fixture(autouse=True, params=[1, 2], ids=["1thread", "2threads"])
@@ -168,7 +168,7 @@ def test_large_scores_stay_finite_and_what_is_not_finite_stays_so() -> None:
 
 def test_other_types_and_other_rows() -> None:
     attend, qkv = packed(12, 16, 4, 1), rows(1, 28, 1, 16, seed=8).detach()
-    with kernels.switched_off():
+    with library.switched_off():
         expected = attend(0, *qkv)
     torch.testing.assert_close(attend(0, *qkv.double()).float(), expected, rtol=1e-5, atol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):

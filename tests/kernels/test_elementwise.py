@@ -9,12 +9,11 @@ from tiny import dit_config, randomise
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from opencola import kernels
 from opencola.flow.dit import BlockCausalDiT
-from opencola.kernels import elementwise
+from opencola.kernels import elementwise, library
 from opencola.layers.attention import rotary, turns
 
-pytestmark = pytest.mark.skipif(kernels.library() is None, reason="no kernels: `python -m opencola.kernels` says why")
+pytestmark = pytest.mark.skipif(library.library() is None, reason="no kernels: `python -m opencola.kernels` says why")
 EPS = 1e-5
 Several = tuple[Tensor, ...]
 
@@ -244,13 +243,13 @@ def test_the_dit_uses_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(z.double()) == []
     dit.float()
     assert run(z) == sorted([*names, *(f"{name}_backward" for name in names)])
-    with kernels.switched_off():
+    with library.switched_off():
         assert run(z) == []
     with torch.autocast("cpu", torch.bfloat16):
         assert run(z) == []
-    assert kernels.usable(z)
+    assert library.usable(z)
     with forward_ad.dual_level():
-        assert not kernels.usable(forward_ad.make_dual(z, tangent))
+        assert not library.usable(forward_ad.make_dual(z, tangent))
 
 
 def test_nothing_comes_out_below_the_smallest_normal_number() -> None:

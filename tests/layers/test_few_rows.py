@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from opencola.flow.dit import BlockCausalDiT
 from opencola.layers.few_rows import FewRowsBlock, PackedLinear, prepacked
 from opencola.layers.transformer import AdaptiveBlock, Linear
-from opencola.models.generation import commit
+from opencola.models.cola.generate import commit
 
 
 @torch.no_grad()

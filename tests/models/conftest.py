@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from opencola.models import generation
-from opencola.models.cola import Cola
+from opencola.models.cola import generate as generation
+from opencola.models.cola.model import Cola
 from opencola.models.sampling import Sampling
 from opencola.models.stopping import TokenBlock
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from opencola.data.batch import Batch
 from opencola.models import build
-from opencola.text.corpus import Batch
 
 
 @pytest.mark.parametrize("family", build.FAMILIES)

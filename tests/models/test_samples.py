@@ -5,10 +5,11 @@ import torch
 
 from opencola.flow.dit import DiTConfig
 from opencola.models import build
-from opencola.models.cola import Cola, ColaConfig, PriorObjective
+from opencola.models.cola.model import Cola
+from opencola.models.cola.parts import ColaConfig, PriorObjective
+from opencola.models.cola.stage_one import StageOne, StageOneConfig
 from opencola.models.samples import first_words, longest_document
 from opencola.models.sampling import Sampling
-from opencola.models.stage_one import StageOne, StageOneConfig
 from opencola.models.text_stream import generate_text
 from opencola.text.tokenizer import Tokenizer
 from opencola.vae.text_vae import TextVAEConfig

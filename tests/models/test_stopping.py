@@ -6,9 +6,10 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from opencola.models.prompts import Prompts
+from opencola.models.cola.prompts import Prompts
+from opencola.models.cola.release import ReleaseStop
 from opencola.models.sampling import Sampling
-from opencola.models.stopping import OwnStop, ReleaseStop, TokenBlock
+from opencola.models.stopping import OwnStop, TokenBlock
 
 EOS, STOP = 0, 1  # the stop rule below ends a sample at token 1, keeping what stands before it
 

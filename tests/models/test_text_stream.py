@@ -9,7 +9,8 @@ import tokenizers
 import torch
 
 from opencola.flow.dit import DiTConfig
-from opencola.models.cola import Cola, ColaConfig
+from opencola.models.cola.model import Cola
+from opencola.models.cola.parts import ColaConfig
 from opencola.models.sampling import Sampling
 from opencola.models.stopping import OwnStop, TokenBlock
 from opencola.models.text_stream import TextPiece, generate_text

@@ -12,11 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from opencola.text import corpus as corpus_module
+from opencola.data import corpus as corpus_module
+from opencola.data.batch import Batch
+from opencola.data.corpus import Corpus, CorpusConfig, merge_states
+from opencola.data.sources import documents
 from opencola.text.conversations import ChatML, Message, conversation_of, parse
-from opencola.text.corpus import Batch, Corpus, CorpusConfig, merge_states
 from opencola.text.files import read_documents
-from opencola.text.sources import documents
 from opencola.text.tokenizer import Tokenizer
 
 MARKS = ("<|im_start|>", "<|im_end|>")

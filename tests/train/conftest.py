@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from opencola.data.batch import Batch
 from opencola.models.language_model import Loss
-from opencola.text.corpus import Batch
 from opencola.train import checkpoint
 from opencola.train.checkpoint import TrainState
 from opencola.train.loop import TrainConfig, train

@@ -14,7 +14,7 @@ import pytest
 import torch
 from command_line import environment
 
-from opencola.interop import official
+from opencola.checkpoints import official
 
 RECIPE = """
 out: runs/x

@@ -14,8 +14,8 @@ import torch
 from opencola.models.language_model import Loss, Sample
 from opencola.train.checkpoint import TrainState, latest
 from opencola.train.loop import TrainConfig
+from opencola.train.sinks import Value
 from opencola.train.tracker import Report
-from opencola.train.trackers import Value
 
 Run = Callable[..., TrainState]
 

@@ -8,9 +8,9 @@ from tiny import VOCABULARY, randomise, tiny_batch, tiny_vae, vae_config
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
+from opencola.data.batch import Batch
 from opencola.layers import randomness
-from opencola.models.stage_one import StageOne, StageOneConfig
-from opencola.text.corpus import Batch
+from opencola.models.cola.stage_one import StageOne, StageOneConfig
 from opencola.vae.objective import VAEObjective, reconstruct
 from opencola.vae.text_vae import TextVAE
 

@@ -1,0 +1,1 @@
+"""Models in files: the public release's format, our own, Hugging Face's."""

@@ -1,0 +1,106 @@
+"""Find the link of a model that loses text: VAE, prior, normalisation, sampler, guidance, tokens, prompts, history.
+
+Each is measured by two conditions that differ in it alone, on stories of the story world and on nests of brackets,
+in failures per token. Prints them with their intervals, names the link at fault, and writes all of it to
+diagnose.jsonl, and the losses as a drawing to diagnose.svg.
+
+examples:
+  opencola diagnose
+  opencola diagnose --model runs/demo --num-stories 64 --out runs/demo/diagnose
+  opencola diagnose --model runs/demo --guidance 7 --steps 4
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+from opencola.checkpoints.hub import load_cola, title
+from opencola.commands.terminal import ModelFlags, read_flags
+from opencola.evaluation.diagnosis import tasks
+from opencola.evaluation.diagnosis.conditions import prepare
+from opencola.evaluation.diagnosis.figure import draw
+from opencola.evaluation.diagnosis.findings import Findings, examine
+from opencola.evaluation.diagnosis.verdicts import ALLOWED, losses
+from opencola.evaluation.figures import standalone
+
+FIGURES, DRAWING = "diagnose.jsonl", "diagnose.svg"
+
+
+@dataclass(frozen=True)
+class DiagnoseFlags(ModelFlags):
+    """What to measure. The model's settings of generation are among what is diagnosed."""
+
+    num_stories: int = 32
+    """Held-out stories, and as many nests of brackets."""
+    places: int = 8
+    """Places of each text at which a block is generated."""
+    batch_size: int = 256
+    """Places at a time; no figure depends on it."""
+    out: Path = Path("runs/diagnose")
+    """Folder for diagnose.jsonl and diagnose.svg; older ones there are replaced."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_stories", 4), ("places", 1), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag} must be at least {least}, but is {getattr(self, name)}")
+
+
+def command(argv: Sequence[str]) -> None:
+    """Run `opencola diagnose`."""
+    options: DiagnoseFlags = read_flags(DiagnoseFlags, argv, prog="opencola diagnose", description=__doc__)
+    model, tokenizer = load_cola(options.model)
+    options.out.mkdir(parents=True, exist_ok=True)
+    facts = {
+        "model": title(options.model), "num_stories": options.num_stories, "places": options.places,
+        "seed": options.sampling.seed, "settings": asdict(options.sampling),
+    }  # fmt: skip
+    found: dict[str, Findings] = {}
+    for task in (tasks.stories(options.num_stories), tasks.nests(options.num_stories)):
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        with Progress(*columns, transient=True, console=Console(stderr=True)) as bar:
+            bench = prepare(model, tokenizer, task, options.sampling, options.places, options.batch_size)
+            found[task.name] = examine(bench, bar)
+        # what is there of an earlier time stays until there is something to replace it
+        with (options.out / FIGURES).open("w" if len(found) == 1 else "a", encoding="utf-8") as file:
+            for record in found[task.name].records():
+                file.write(json.dumps({"task": task.name, **record, **facts}, ensure_ascii=False) + "\n")
+        show(task.name, found[task.name])
+    panels = {name: losses(one.conditions) for name, one in found.items()}
+    (options.out / DRAWING).write_text(standalone(draw(panels)), encoding="utf-8")
+    print(f"All figures are in {options.out / FIGURES}, the losses drawn in {options.out / DRAWING}.")
+
+
+def show(name: str, found: Findings) -> None:
+    """What each link costs, settings, statistics, and the verdict."""
+    console = Console(highlight=False)
+    rates = {condition: one.rate.value for condition, one in found.conditions.items()}
+    console.print(f"[bold]{name}[/]: failures per token (a blind guess: {rates['blind']:.4f})\n")
+    table = Table("link", box=None, header_style="dim", padding=(0, 2, 0, 0))
+    for column in ("without", "with it", "costs", "95 % interval"):
+        table.add_column(column, justify="right")
+    for loss in losses(found.conditions):
+        before = f"{rates[loss.link.before]:.4f}" if loss.link.before else ""
+        ends = f"{loss.low:.4f} to {loss.high:.4f}"
+        cells = (loss.link.label, before, f"{rates[loss.link.after]:.4f}", f"[bold]{loss.value:.4f}[/]", ends)
+        table.add_row(*cells, style="red" if loss.at_fault else "")
+    console.print(table)
+    changed = ", ".join(f"{setting} {one.rate.value:.4f}" for setting, one in found.settings.items())
+    console.print(f"\nWith one setting changed: {changed}.")
+    back = ", ".join(f"{of.replace('_', ' ')} {rate.value:.4f}" for of, rate in found.round_trip.items())
+    console.print(f"Given back by the VAE: {back}.")
+    true, made = found.decoder.values()
+    console.print(
+        f"First blocks: the prior's samples are spread {found.latents.ratio:.2f} times as wide as the data's latents. "
+        f"The prior's velocities should be {found.latents.slope:.2f} times as large. The decoder's margin is "
+        f"{true.margin:.1f} nats on true latents, {made.margin:.1f} on generated ones; noise of the posterior's size "
+        f"changes {true.changed:.4f} and {made.changed:.4f} of the tokens."
+    )
+    console.print(f"\n[bold]{escape(found.verdict.text)}[/]")
+    console.print(f"(A link is at fault where it surely costs more than {ALLOWED} failures per token.)\n", style="dim")

@@ -1,0 +1,129 @@
+"""Continue prompts.
+
+A single prompt is continued before your eyes, several are printed as they are done. The same seed gives the same
+texts, alone or in any batch.
+
+examples:
+  opencola generate --prompt "Once upon a time"
+  opencola generate --model runs/demo --prompt "The fox" "The bear" --steps 32 --seed 7
+  opencola generate --prompts-file prompts.txt --jsonl out.jsonl
+"""
+
+import contextlib
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TextIO
+
+import tyro
+
+from opencola.checkpoints.hub import load
+from opencola.commands.terminal import ModelFlags, read_flags, show
+from opencola.models.language_model import LanguageModel
+from opencola.models.text_stream import TextPiece, generate_text
+from opencola.text.lines import check_text, parse_json, read_lines
+from opencola.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class GenerateFlags(ModelFlags):
+    """What to continue, and where to keep it."""
+
+    prompt: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
+    """Texts to continue (to answer, with --chat)."""
+    prompts_file: Path | None = None
+    """More of them: a .txt file with one in each line, or a .jsonl file of objects with a field `prompt`."""
+    jsonl: Path | None = None
+    """Write prompts, continuations and settings into this file, one JSON object in a line."""
+    batch_size: int = 16
+    """Prompts to continue at a time; the texts do not depend on it."""
+
+
+def command(argv: Sequence[str]) -> None:
+    """Run `opencola generate`."""
+    options: GenerateFlags = read_flags(GenerateFlags, argv, prog="opencola generate", description=__doc__)
+    prompts = list(itertools.chain.from_iterable(options.prompt))
+    if options.prompts_file is not None:
+        prompts += read_prompts(options.prompts_file)
+        if options.jsonl is not None and options.jsonl.exists() and options.jsonl.samefile(options.prompts_file):
+            raise ValueError(f"{options.jsonl} holds the prompts: choose another file for --jsonl")
+    if not prompts:
+        raise ValueError("nothing to continue: give --prompt TEXT or --prompts-file FILE")
+    for prompt in prompts:
+        check_text(prompt, f"prompt {prompt!r}")
+    if options.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, but is {options.batch_size}")
+    model, tokenizer = load(options.model)
+    with contextlib.ExitStack() as stack:
+        file = None
+        if options.jsonl is not None:
+            options.jsonl.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(options.jsonl.open("w", encoding="utf-8"))
+        for first in range(0, len(prompts), options.batch_size):
+            ids = list(range(first, min(first + options.batch_size, len(prompts))))
+            write_batch(model, tokenizer, prompts, ids, options, file)
+
+
+def write_batch(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    ids: list[int],
+    options: GenerateFlags,
+    file: TextIO | None,
+) -> None:
+    """Continue the prompts of these ids: a single one as it is written, several when they are done."""
+    alone = len(prompts) == 1
+    found: dict[int, list[TextPiece]] = {i: [] for i in ids}
+    between = "\n" if options.sampling.chat else ""
+    if alone:
+        show(prompts[0] + between, bold=True)
+    for pieces in generate_text(model, tokenizer, [prompts[i] for i in ids], options.sampling, ids):
+        for piece in pieces:
+            found[ids[piece.sample]].append(piece)
+            if alone:
+                show(piece.text)
+    if alone:
+        print()
+    for i, pieces in found.items():
+        text = "".join(piece.text for piece in pieces)
+        if not alone:
+            print(f"[{i}] ", end="")
+            show(prompts[i] + between, bold=True)
+            show(f"{text}\n\n")
+        if file is not None:
+            record = {
+                "id": i,
+                "prompt": prompts[i],
+                "continuation": text,
+                "finished": pieces[-1].finished,
+                "ids": [token for piece in pieces for token in piece.tokens],
+                "seed": options.sampling.seed,
+                "settings": asdict(options.sampling),
+                "model": str(options.model),
+            }
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.flush()
+
+
+def read_prompts(file: Path) -> list[str]:
+    """Prompts from a .txt or .jsonl file; blank lines are none.
+
+    Raises FileNotFoundError, and ValueError naming the line that is no prompt.
+    """
+    lines = read_lines(file, "prompts")
+    prompts = [line if file.suffix == ".txt" else prompt_of(line, place) for place, line in lines]
+    if not prompts:
+        raise ValueError(f"{file} holds no prompts")
+    return prompts
+
+
+def prompt_of(line: str, place: str) -> str:
+    """The prompt in a line of a .jsonl file; raises ValueError, naming the place, where it holds none."""
+    row = parse_json(line, place)
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        raise ValueError(f"{place}: expected an object with a string in its field 'prompt'")
+    check_text(row["prompt"], place)
+    return row["prompt"]

@@ -1,0 +1,119 @@
+"""Show what posterior, prior and decoder make of every token of a text, each given the true text before it.
+
+Prints a line for each token, and writes them to inspect.jsonl; slice.svg shows the latents around a few of them:
+samples of posterior and prior, and what the decoder reads where.
+
+examples:
+  opencola inspect "Once a little girl named Mia lived near the lake."
+  opencola inspect "The fox ran to the hill." --model runs/demo --tokens 1 4 --guidance 1 --out runs/demo/fox
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from opencola.checkpoints.hub import load_cola, title
+from opencola.commands.terminal import ModelFlags, read_flags
+from opencola.evaluation.figures import standalone
+from opencola.evaluation.latents.slices import slices
+from opencola.evaluation.latents.tokens import Seen, inspect_tokens, slice_of
+from opencola.flow.likelihood import Likelihood
+from opencola.text.lines import check_text
+
+FIGURES, DRAWING = "inspect.jsonl", "slice.svg"
+DRAWN = 3
+
+
+@dataclass(frozen=True)
+class InspectFlags(ModelFlags):
+    """What to look at. Of the settings of generation, those of the solver and of guidance count, and the seed."""
+
+    text: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TEXT")] = ""
+    """The text."""
+    samples: int = 32
+    """Samples of posterior and prior, and probes, of every block."""
+    probe: float = 0.5
+    """Standard deviation of the noise on posterior means that makes probes of them."""
+    tokens: tuple[int, ...] = ()
+    """Numbers of the tokens to draw, from 0 on; without it the three that the prior hits least."""
+    density: Likelihood = field(default_factory=Likelihood)
+    """Computation of the prior's densities."""
+    contours: bool = False
+    """Draw the prior's density into the slices, too: a minute for each token."""
+    out: Path = Path("runs/inspect")
+    """Folder for inspect.jsonl and slice.svg; older ones there are replaced."""
+
+    def __post_init__(self) -> None:
+        if self.samples < 2:
+            raise ValueError(f"--samples must be at least 2, but is {self.samples}")
+        if self.probe < 0:
+            raise ValueError(f"--probe must not be negative, but is {self.probe}")
+
+
+def command(argv: Sequence[str]) -> None:
+    """Run `opencola inspect`."""
+    options: InspectFlags = read_flags(InspectFlags, argv, prog="opencola inspect", description=__doc__)
+    check_text(options.text, "the text")
+    model, tokenizer = load_cola(options.model)
+    ids = tokenizer.encode(options.text)
+    if not ids:
+        raise ValueError('nothing to inspect: give a text, as in opencola inspect "Once upon a time"')
+    for number in options.tokens:
+        if not 0 <= number < len(ids):
+            raise ValueError(f"--tokens {number}: the text has the tokens 0 to {len(ids) - 1}")
+    if model.vae.config.latent_dim < 2:
+        raise ValueError(f"{options.model} has latents of one channel, which no plane cuts")
+    options.out.mkdir(parents=True, exist_ok=True)
+    with Console(stderr=True).status(f"sampling {options.samples} times {len(ids)} tokens"):
+        found, seen = inspect_tokens(
+            model, tokenizer, ids, options.samples, options.sampling, options.probe, options.density
+        )
+        drawn = options.tokens or [one.number for one in sorted(seen, key=lambda one: one.prior_hit.value)[:DRAWN]]
+        density = options.density if options.contours else None
+        drawing = slices([slice_of(model, tokenizer, seen[number], found, density) for number in sorted(drawn)])
+    facts: dict[str, Any] = {
+        "samples": options.samples, "probe": options.probe, "seed": options.sampling.seed,
+        "model": title(options.model), "settings": asdict(options.sampling), "density": asdict(options.density),
+    }  # fmt: skip
+    with (options.out / FIGURES).open("w", encoding="utf-8") as file:
+        for one in seen:
+            file.write(json.dumps({**asdict(one), **facts}, ensure_ascii=False) + "\n")
+    (options.out / DRAWING).write_text(standalone(drawing), encoding="utf-8")
+    show(seen)
+    elbo = found.elbo(len(ids))
+    print(
+        f"ELBO {float(elbo.mean()):.1f} nats (standard error {float(elbo.std() / len(elbo) ** 0.5):.1f}), "
+        f"perplexity {float(torch.exp(-elbo.mean() / len(ids))):.4g}: {len(elbo)} samples, {options.density.label()}."
+    )
+    print(f"All figures are in {options.out / FIGURES}, the latents of {len(drawn)} tokens in {options.out / DRAWING}.")
+
+
+def show(seen: Sequence[Seen]) -> None:
+    """A line for each token, and means."""
+    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
+    shares = ("posterior hit", "prior hit", "probe success")
+    for column in ("", "token", "generated", "log q(z|x)", "log p(z)", "log p(x|z)", *shares):
+        word = column in ("token", "generated")
+        table.add_column(column, justify="left" if word else "right", no_wrap=word or not column)
+    for one in seen:
+        same = one.token == one.generated
+        rates = (f"{rate.value:.2f}" for rate in (one.posterior_hit, one.prior_hit, one.probe_success))
+        table.add_row(
+            str(one.number), escape(repr(one.token)), f"[{'green' if same else 'red'}]{escape(repr(one.generated))}[/]",
+            f"{one.log_posterior:.2f}", f"{one.log_prior:.2f}", f"{one.log_decoder:.3f}", *rates,
+        )  # fmt: skip
+    logs = [np.mean([getattr(one, name) for one in seen]) for name in ("log_posterior", "log_prior", "log_decoder")]
+    hits = ("posterior_hit", "prior_hit", "probe_success")
+    means = [np.mean([getattr(one, name).value for one in seen]) for name in hits]
+    table.add_section()
+    table.add_row("", "mean", "", *(f"{x:.3g}" for x in logs), *(f"{x:.3f}" for x in means), style="bold")
+    Console(highlight=False).print(table)

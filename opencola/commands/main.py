@@ -1,0 +1,102 @@
+"""The command `opencola`: which commands there are, and how they fail: one line on stderr and exit code 2.
+
+A command is a module of its name beside this one: its docstring is its help, and `command(argv)` runs it. Only the one
+that is asked for is loaded, so that help comes at once.
+"""
+
+import difflib
+import importlib
+import io
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from opencola.version import __version__
+
+USAGE = """usage: opencola COMMAND [FLAGS]
+
+Continuous latent diffusion language models: train them, and let them write.
+
+commands:
+{commands}
+  opencola COMMAND --help      its flags, with examples
+  opencola --version           print the version
+
+examples:
+  opencola generate --prompt "Once upon a time"
+  opencola demo
+  opencola train text --data.source my.txt
+"""
+COMMANDS = (
+    "generate",
+    "chat",
+    "demo",
+    "train",
+    "tokenize",
+    "score",
+    "lm_eval",
+    "evaluate",
+    "latents",
+    "inspect",
+    "report",
+    "quality",
+    "diagnose",
+    "export",
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit code: 0, 2 after a mistake of the user's, 130 after Ctrl-C."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may lack a letter that a model writes
+    try:
+        return dispatch(argv)
+    except KeyboardInterrupt as interrupt:
+        print(f"\n{str(interrupt) or 'interrupted'}", file=sys.stderr)
+        if argv[:1] in (["train"], ["demo"]):
+            again = [word for word in argv if word not in ("--overwrite", "--resume")]
+            print(f"go on: opencola {shlex.join(again)} --resume", file=sys.stderr)
+        if argv[:1] in (["tokenize"], ["evaluate"]):
+            again = [word for word in argv if word != "--overwrite"]
+            print(f"go on: opencola {shlex.join(again)}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever read the output has gone, as in `opencola generate ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (OSError, ValueError, FloatingPointError) as error:
+        if isinstance(error, ValueError) and not is_ours(error):
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def dispatch(argv: Sequence[str]) -> int:
+    """Run the command that the first word names."""
+    match argv:
+        case ["--version" | "-V"]:
+            print(f"opencola {__version__}")
+        case [] | ["--help" | "-h" | "help"]:
+            print(USAGE.format(commands="\n".join(f"  {name:<10} {summary(name)}" for name in COMMANDS)))
+        case [name, *rest] if name in COMMANDS:
+            importlib.import_module(f"opencola.commands.{name}").command(rest)
+        case [name, *_]:
+            near = difflib.get_close_matches(name, COMMANDS, 1)
+            advice = f"did you mean {near[0]}?" if near else f"the commands are: {', '.join(COMMANDS)}"
+            raise ValueError(f"there is no command {name!r}; {advice}")
+    return 0
+
+
+def summary(command: str) -> str:
+    """What a command does, in a line: the first of its module, which is not loaded."""
+    with (Path(__file__).parent / f"{command}.py").open(encoding="utf-8") as source:
+        return source.readline().strip().strip('"')
+
+
+def is_ours(error: Exception) -> bool:
+    """Whether an error was raised by this package: then its message is meant for users."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return Path(frames[-1].filename).is_relative_to(Path(__file__).parent.parent)

@@ -1,0 +1,98 @@
+"""Make tables and drawings of evaluations, from their results files alone.
+
+RESULTS are files that `opencola evaluate` wrote. Two or more models are set side by side, and compared in pairs on
+the records that both have answered. Prints the tables, and writes them as a page with some records, as Markdown,
+and all figures as JSON lines.
+
+examples:
+  opencola report runs/mine/results.jsonl
+  opencola report cola.jsonl ar.jsonl llada.jsonl --out runs/comparison
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table as Grid
+
+from opencola.evaluation.figures import standalone
+from opencola.evaluation.reporting.accuracy_figure import accuracies
+from opencola.evaluation.reporting.results import read_results
+from opencola.evaluation.reporting.results_page import render_html, render_markdown
+from opencola.evaluation.reporting.summary import Summary, rows, summarise, warnings
+from opencola.evaluation.reporting.tables import Table, tables
+from opencola.run import flags
+
+PAGE, TEXT, DRAWING, FIGURES = "results.html", "results.md", "accuracies.svg", "summary.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportFlags:
+    """Which results, and where to."""
+
+    results: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RESULTS")]
+    """Results files of `opencola evaluate`; models on the same records are compared in pairs, in this order."""
+    out: Path = Path("runs/report")
+    """Folder for results.html, results.md, accuracies.svg and summary.jsonl; older ones there are replaced."""
+
+
+def command(argv: Sequence[str]) -> None:
+    """Run `opencola report`."""
+    options: ReportFlags = flags.parse(ReportFlags, argv, prog="opencola report", description=__doc__)
+    if not options.results:
+        raise ValueError("nothing to report: name results files, as in opencola report runs/mine/results.jsonl")
+    check_files(options)
+    summaries = summarise([read_results(file) for file in options.results])
+    drawing = accuracies(summaries)
+    options.out.mkdir(parents=True, exist_ok=True)
+    texts = {
+        PAGE: render_html(summaries),
+        TEXT: render_markdown(summaries, DRAWING),
+        DRAWING: standalone(drawing),
+        FIGURES: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows(summaries)),
+    }
+    for name, text in texts.items():
+        (options.out / name).write_text(text, encoding="utf-8")
+    show(summaries)
+    print(f"The page is {options.out / PAGE}; beside it: {TEXT}, {DRAWING}, {FIGURES}.")
+
+
+def check_files(options: ReportFlags) -> None:
+    """Raise ValueError for a file that is named twice, or that the report would replace."""
+    seen: set[Path] = set()
+    for file in options.results:
+        real = file.resolve()
+        if real in seen:
+            raise ValueError(f"{file} is named twice")
+        seen.add(real)
+        if real in {(options.out / name).resolve() for name in (PAGE, TEXT, DRAWING, FIGURES)}:
+            raise ValueError(f"{file} holds results, but the report would replace it: choose another folder for --out")
+
+
+def show(summaries: Sequence[Summary]) -> None:
+    """Print what is not finished, and the tables."""
+    console = Console(highlight=False)
+    for warning in warnings(summaries):
+        console.print(f"[bold red]{escape(warning)}[/]")
+    for table in tables(summaries):
+        console.print(f"\n[bold]{escape(table.title)}[/]")
+        console.print(grid(table))
+    console.print()
+
+
+def grid(table: Table) -> Grid:
+    """A table for the terminal; groups stand above the first of their columns."""
+    made = Grid(box=None, header_style="dim", padding=(0, 2, 0, 0))
+    alone = len(table.columns) - sum(size for _, size in table.groups)
+    above = [""] * alone + [name if i == 0 else "" for name, size in table.groups for i in range(size)]
+    for number, (group, column) in enumerate(zip(above, table.columns, strict=True)):
+        head = f"{group}\n{column}" if table.groups else column
+        made.add_column(escape(head), justify="left" if number == 0 else "right")
+    for row in table.rows:
+        made.add_row(*map(escape, row))
+    return made

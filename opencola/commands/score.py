@@ -1,0 +1,105 @@
+"""Score texts: log-probabilities, as bounds or estimates, labelled by how they were computed.
+
+Prints the chosen estimate with its standard error, the terms of the ELBO, perplexity and bits per byte; --jsonl
+keeps them all, by block too. Ctrl-C keeps what is done.
+
+examples:
+  opencola score texts.txt
+  opencola score texts.jsonl --model runs/demo --jsonl scores.jsonl --divergence exact --samples 32
+  opencola score answers.jsonl --conditional joint --estimator elbo --solver dopri5 --tolerance 1e-3
+"""
+
+import contextlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Generic, TypeVar
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from opencola.checkpoints import hub
+from opencola.checkpoints import parts as layout
+from opencola.commands import terminal
+from opencola.evaluation.likelihood import read_pairs, score_pairs, together, total
+from opencola.models import build
+from opencola.run import flags
+
+Settings = TypeVar("Settings")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreFlags(Generic[Settings]):
+    """What to score, and how."""
+
+    file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
+    """A .txt file with a text in each line, or a .jsonl file of objects with a field `text`, or with `prompt` and
+    `continuation`."""
+    model: Path = hub.SHIPPED
+    """Folder of a run or of an exported model, or a repository of the Hugging Face Hub (OWNER/NAME); without it the
+    model that comes with the package. Its family decides which flags there are."""
+    jsonl: Path | None = None
+    """Write all figures into this file, one JSON object in a line."""
+    end_of_text: bool = True
+    """Score the end-of-text token behind every text, too."""
+    scoring: tyro.conf.OmitArgPrefixes[Settings]
+    """How."""
+
+
+def command(argv: Sequence[str]) -> None:
+    """Run `opencola score`."""
+    scoring = build.scoring_class(layout.family_in(hub.locate(terminal.read_model(argv))))
+    target = ScoreFlags[scoring]  # type: ignore[valid-type]
+    options: ScoreFlags[Any] = flags.parse(target, argv, prog="opencola score", description=__doc__)
+    pairs = list(read_pairs(options.file))
+    if not pairs:
+        raise ValueError(f"{options.file} holds no texts")
+    if options.jsonl is not None and options.jsonl.exists() and options.jsonl.samefile(options.file):
+        raise ValueError(f"{options.jsonl} holds the texts: choose another file for --jsonl")
+    model, tokenizer = hub.load(options.model)
+    model.requires_grad_(False)  # a graph of the latents only
+    columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    records: list[dict[str, Any]] = []
+    with contextlib.ExitStack() as stack:
+        stack.callback(show, records, len(pairs))  # what is done, after Ctrl-C too
+        file = None
+        if options.jsonl is not None:
+            options.jsonl.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(options.jsonl.open("w", encoding="utf-8"))
+        bar = stack.enter_context(Progress(*columns, console=Console(stderr=True)))
+        task = bar.add_task("", total=len(pairs))
+        for ids in together(pairs, options.scoring.texts_at_a_time):
+            some = [pairs[i] for i in ids]
+            for record in score_pairs(model, tokenizer, some, ids, options.scoring, options.end_of_text):
+                record["model"] = str(options.model)
+                records.append(record)
+                if file is not None:
+                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                    file.flush()
+            bar.advance(task, len(ids))
+
+
+def show(records: Sequence[dict[str, Any]], asked: int) -> None:
+    """Print the figures as a table, and their sums."""
+    if not records:
+        return
+    labels = {(record["kind"], record["estimator"]) for record in records}
+    sums = {"elbo": "ELBO"} if "elbo" in records[0] else {}
+    terms = list(records[0]["parts"])
+    for kind, label in sorted(labels):
+        what = f"; {' + '.join(terms)} = {sums.get('elbo', 'log p')}" if terms else ""
+        print(f"log p in nats, {kind}: {label}{what}")
+    table = Table(box=None, padding=(0, 1), pad_edge=False)
+    for name in ("id", "tokens", "log p", "±", *sums.values(), *terms, "ppl", "bits/byte"):
+        table.add_column(name, justify="right")
+    for record in [*records, *([total(records)] if len(records) > 1 else [])]:
+        values = [record["log_probability"], record["standard_error"], *(record[name] for name in sums)]
+        values += [*record["parts"].values(), record["perplexity"], record["bits_per_byte"]]
+        shown = ["-" if value is None else f"{value:,.2f}" for value in values]
+        table.add_row(str(record["id"]), str(record["num_tokens"]), *shown)
+    Console().print(table)
+    if len(records) < asked:
+        print(f"{len(records)} of {asked} texts")

@@ -1,0 +1,54 @@
+"""What commands with a model share: its flags, and text on a terminal."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from opencola.checkpoints import official
+from opencola.checkpoints.hub import SHIPPED, locate
+from opencola.models.sampling import Sampling
+from opencola.run import flags
+
+# What a terminal would obey instead of showing: control characters other than tab and line feed.
+CONTROL = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)), "�")
+
+
+@dataclass(frozen=True)
+class ModelFlags:
+    """Which model writes, and how."""
+
+    model: Path = SHIPPED
+    """Folder of a run or of an exported model, or a repository of the Hugging Face Hub (OWNER/NAME); without it the
+    model that comes with the package writes."""
+    sampling: tyro.conf.OmitArgPrefixes[Sampling] = field(default_factory=Sampling)
+    """Settings of generation; the defaults are the model's own."""
+
+
+def read_flags(
+    target: type, argv: Sequence[str], settings: Mapping[str, Any] | None = None, given: Any = None, **options: Any
+) -> Any:
+    """Parse a command's flags, whose defaults depend on the model that they name.
+
+    settings: of generation, that are the command's own whatever the model; given: defaults of further fields.
+    """
+    model = read_model(argv)
+    sampling = replace(official.load_sampling(locate(model)), **settings or {})
+    return flags.parse(target, argv, default=target(model=model, sampling=sampling, **given or {}), **options)
+
+
+def read_model(argv: Sequence[str]) -> Path:
+    """The model that a command's flags name, on which the others depend."""
+    options: ModelFlags = flags.parse(ModelFlags, argv, return_unknown_args=True, add_help=False)[0]
+    return options.model
+
+
+def show(text: str, bold: bool = False) -> None:
+    """Print text as it is; on a terminal, without what that would obey, and in bold letters if asked."""
+    if sys.stdout.isatty():
+        text = text.translate(CONTROL)
+        text = f"\033[1m{text}\033[0m" if bold else text
+    print(text, end="", flush=True)

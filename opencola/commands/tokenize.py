@@ -1,0 +1,55 @@
+"""Turn text into shards of token ids, which training reads without tokenising, whatever their size.
+
+SOURCE is what --data.source takes: a .txt, .jsonl or .parquet file, a folder of these, hf:NAME[:CONFIG][@SPLIT],
+bible or stories. After Ctrl-C, a crash or a full disk the same command goes on; it also checks what is there, and
+writes anew what is damaged.
+
+examples:
+  opencola tokenize texts/ --to tokens --vocab-size 8192
+  opencola tokenize hf:roneneldan/TinyStories --to tokens --tokenizer runs/mine --workers 8
+  opencola train text --data.source tokens --out runs/mine
+"""
+
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from opencola.data.shard_writer import Order, tokenise
+from opencola.run import flags
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizeFlags(Order):
+    """What to tokenise, and where to."""
+
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
+    """Where documents come from, written like data.source of a recipe."""
+    to: Path
+    """Folder to write to."""
+    workers: int = os.cpu_count() or 1
+    """Processes that tokenise; what is written does not depend on them."""
+
+
+def command(argv: Sequence[str]) -> None:
+    """Run `opencola tokenize`."""
+    options: TokenizeFlags = flags.parse(TokenizeFlags, argv, prog="opencola tokenize", description=__doc__)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[rate]}"), TimeElapsedColumn())
+    with Progress(*columns) as bar:
+        task = bar.add_task("tokenising", total=options.limit, rate="")
+        first = None
+        for done in tokenise(options, options.to, options.workers):
+            first = first or done
+            seconds = bar.tasks[task].elapsed or 0.0
+            rate = f"{(done.tokens - first.tokens) / seconds:,.0f} tokens/s" if done != first else ""
+            said = f"{done.documents:,} documents, {done.tokens:,} tokens"
+            bar.update(task, completed=done.documents, description=said, rate=rate)
+    print(
+        f"{done.tokens:,} tokens of {done.documents:,} documents, in {done.shards} shards, are in {options.to}. "
+        f"Train on them: opencola train text --data.source {shlex.quote(str(options.to))}"
+    )

@@ -1,0 +1,59 @@
+"""Train a model by a recipe.
+
+Whatever the recipe sets can be set here, too, as --KEY VALUE; `opencola train RECIPE --help` lists it all.
+After Ctrl-C or a crash, the same command with --resume goes on from the last checkpoint.
+
+examples:
+  opencola train demo --out runs/mine --train.steps 500
+  opencola train text --data.source my.txt --out runs/mine
+  opencola train text --data.source my.txt --out runs/mine --resume
+  opencola train my-recipe.yaml --stage prior --overwrite
+  opencola train paper --dry-run --devices 8
+"""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from opencola.run import flags
+from opencola.run.flags import RunFlags
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainFlags(RunFlags):
+    """What to train."""
+
+    recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE")]
+    """Recipe file, or the name of a recipe that comes with the package: demo, text, tinystories, fairytales, sft,
+    ar, llada, plaid, paper, ladder/1m to ladder/1800m."""
+    stage: str | None = None
+    """Train only this stage of the recipe."""
+    dry_run: bool = False
+    """Train nothing: print parameters, operations, memory, time on GPUs, and the plan. Takes seconds and no GPU."""
+    devices: int = 1
+    """GPUs to plan for (--dry-run)."""
+    gpu: str | None = None
+    """Kind of GPU to plan for, such as H100; all that are known without it (--dry-run)."""
+    utilisation: float = 0.4
+    """Share of the GPU's peak rate that training is taken to reach (--dry-run)."""
+
+
+def command(argv: Sequence[str]) -> None:
+    """Run `opencola train`."""
+    recipe = next(iter(argv), "-")
+    if {"-h", "--help"} & {*argv} and not recipe.startswith("-"):
+        from opencola.run import start
+
+        start.read(recipe, ["--help"])
+    options, settings = flags.parse(
+        TrainFlags, argv, prog="opencola train", description=__doc__, return_unknown_args=True
+    )
+    from opencola.run import dry_run, start  # loads torch: not for the help text
+
+    if options.dry_run:
+        stages = start.read(options.recipe, settings)
+        return dry_run.dry_run(stages, options.stage, options.devices, options.gpu, options.utilisation)
+    start.train(options.recipe, settings, options, shlex.join(["opencola", "train", *argv]), options.stage)

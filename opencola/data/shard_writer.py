@@ -1,0 +1,254 @@
+"""Writing tokenised shards (`opencola.data.shards`): by several processes, and again from where it stopped.
+
+Every file is written as a draft and renamed when it is whole, and a shard enters the manifest when both of its files
+are there. What comes out depends on the order alone, not on the number of processes or on interruptions.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import itertools
+import os
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from opencola.data.encoding import Encoded, encode, encode_all
+from opencola.data.shards import FORMAT, INDEX_TYPE, MANIFEST, Manifest, Shard, checksum, folder_of, load_tokenizer
+from opencola.data.sources import one_pass
+from opencola.text.tokenizer import FILE_NAME, Tokenizer
+
+TRAIN_DOCUMENTS = 10_000  # that a new tokenizer is trained on
+
+
+@dataclass(frozen=True)
+class Order:
+    """What to tokenise, and how to cut it into shards."""
+
+    source: str
+    """Where documents come from, written like data.source of a recipe."""
+    tokenizer: Path | None = None
+    """An existing tokenizer.json, or the folder that holds one."""
+    vocab_size: int | None = None
+    """Train a new tokenizer of this size instead, on the first 10,000 documents."""
+    special: tuple[str, ...] = ()
+    """Further special tokens of a new tokenizer, such as the marks <|im_start|> and <|im_end|> of conversations."""
+    text_field: str = "text"
+    """Field (.jsonl, Hugging Face) or column (.parquet) that holds the text."""
+    seed: int = 0
+    """Seed of generated stories: another one gives other stories."""
+    limit: int | None = None
+    """Tokenise the first so many documents; all when not given."""
+    shard_tokens: int = 100_000_000
+    """Tokens of a shard; it ends with the document that reaches them."""
+
+    def __post_init__(self) -> None:
+        if (self.tokenizer is None) == (self.vocab_size is None):
+            raise ValueError("give either a tokenizer (--tokenizer PATH) or the size of a new one (--vocab-size N)")
+        if self.special and self.vocab_size is None:
+            raise ValueError("an existing tokenizer has its special tokens: leave out --special, or train a new one")
+        if self.source == "stories" and self.limit is None:
+            raise ValueError("stories never end: say how many (--limit N)")
+        if folder_of(self.source) is not None:
+            raise ValueError(f"{self.source} is tokenised already")
+        for name in ("limit", "shard_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, but is {value}")
+
+    def texts(self, first: int = 0) -> Iterator[str]:
+        """The documents from number `first` on."""
+        return itertools.islice(
+            one_pass(self.source, self.seed, self.text_field, first), None if self.limit is None else self.limit - first
+        )
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What is in a folder of shards by now."""
+
+    documents: int
+    tokens: int
+    shards: int
+    """Shards that are whole; there may be documents and tokens of another one."""
+
+
+def tokenise(order: Order, folder: Path, workers: int = 1) -> Iterator[Progress]:
+    """Write shards into a folder, or what is missing and damaged of them; yields how far it is, as often as it knows.
+
+    Raises ValueError and FileNotFoundError, naming the place, for a source, tokenizer or folder that cannot be used,
+    ValueError where the folder holds the shards of another order or the source has changed, and OSError, naming the
+    file, for a full disk.
+    """
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, but is {workers}")
+    manifest = _begin(order, folder)
+    done = _progress(manifest)
+    yield done
+    for number, shard in enumerate(manifest.shards):
+        if damage := shard.damage(folder, whole=True):
+            first = sum(before.documents for before in manifest.shards[:number])
+            written = None
+            for part in _write(order, manifest, folder, number, first, workers):
+                yield done
+                if isinstance(part, Shard):
+                    written = part
+                    break
+            if written != shard:
+                raise ValueError(f"{damage}, and {order.source} has changed since: choose another folder")
+    if manifest.finished:
+        return
+    _check_last(order, manifest, folder)
+    for part in _write(order, manifest, folder, len(manifest.shards), manifest.num_documents, workers):
+        if isinstance(part, Shard):
+            manifest = dataclasses.replace(manifest, shards=(*manifest.shards, part))
+            _save(manifest, folder)
+            yield _progress(manifest)
+        else:
+            before = _progress(manifest)
+            yield dataclasses.replace(before, documents=before.documents + part[0], tokens=before.tokens + part[1])
+    if not manifest.shards:
+        raise ValueError(f"no documents in {order.source}")
+    _save(dataclasses.replace(manifest, finished=True), folder)
+
+
+def _progress(manifest: Manifest) -> Progress:
+    return Progress(manifest.num_documents, manifest.num_tokens, len(manifest.shards))
+
+
+def _save(manifest: Manifest, folder: Path) -> None:
+    with _naming(folder / MANIFEST):
+        manifest.write(folder)
+
+
+def _begin(order: Order, folder: Path) -> Manifest:
+    """The manifest that is there, which must be of this order, or a new one without shards."""
+    if (folder / MANIFEST).is_file():
+        manifest = Manifest.read(folder)
+        tokenizer = load_tokenizer(folder, manifest)
+        asked = {"source": order.source, "text_field": order.text_field, "seed": order.seed, "limit": order.limit}
+        asked |= {"shard_tokens": order.shard_tokens, "trained_vocab_size": order.vocab_size}
+        for name, value in asked.items():
+            if (there := getattr(manifest, name)) != value:
+                raise ValueError(f"{folder} holds shards of {name} {there}, not {value}: choose another folder")
+        for name in order.special:
+            tokenizer.special_id(name)
+        if order.tokenizer is not None and Tokenizer.load(order.tokenizer).fingerprint != tokenizer.fingerprint:
+            raise ValueError(
+                f"{folder} holds shards of another tokenizer than {order.tokenizer}: choose another folder"
+            )
+        return manifest
+    if folder.exists() and any(file.name != FILE_NAME and file.name[0] != "." for file in folder.iterdir()):
+        raise FileExistsError(f"{folder} is not empty: choose another folder")
+    if order.tokenizer is not None:
+        tokenizer = Tokenizer.load(order.tokenizer)
+        next(order.texts(), None)  # raises where there is nothing to read, before anything is written
+    else:
+        assert order.vocab_size is not None
+        tokenizer = Tokenizer.train(itertools.islice(order.texts(), TRAIN_DOCUMENTS), order.vocab_size, order.special)
+    eos_id, vocab_size = tokenizer.eos_id, tokenizer.vocab_size
+    with _naming(folder / FILE_NAME):
+        file = tokenizer.save(folder / FILE_NAME)
+        manifest = Manifest(
+            format=FORMAT,
+            source=order.source,
+            text_field=order.text_field,
+            seed=order.seed,
+            limit=order.limit,
+            shard_tokens=order.shard_tokens,
+            tokenizer_sha256=checksum(file),
+            trained_vocab_size=order.vocab_size,
+            vocab_size=vocab_size,
+            eos_id=eos_id,
+            dtype="uint16" if vocab_size <= 1 << 16 else "uint32",
+            finished=False,
+            shards=(),
+        )
+        manifest.write(folder)
+    return manifest
+
+
+def _check_last(order: Order, manifest: Manifest, folder: Path) -> None:
+    """Raise ValueError where the source no longer holds the last document that was written."""
+    if not manifest.shards:
+        return
+    last = manifest.shards[-1]
+    starts = np.memmap(folder / f"{last.name}.idx", INDEX_TYPE, "r")
+    written = np.memmap(folder / f"{last.name}.bin", manifest.token_type, "r")[int(starts[-2]) :]
+    texts = list(itertools.islice(order.texts(manifest.num_documents - 1), 1))
+    ids, _ = encode(texts, Tokenizer.load(folder), manifest.dtype)
+    if not np.array_equal(ids, written):
+        raise ValueError(f"{order.source} is not what it was when {folder} was begun: choose another folder")
+
+
+def _write(
+    order: Order, manifest: Manifest, folder: Path, number: int, first: int, workers: int
+) -> Iterator[tuple[int, int] | Shard]:
+    """Write the shards from `number` on, the first of which begins with document `first`.
+
+    Yields each shard when it is whole, and before that, every now and then, its documents and tokens so far.
+    """
+    with contextlib.closing(encode_all(order.texts(first), folder / FILE_NAME, manifest.dtype, workers)) as chunks:
+        rest = next(chunks, None)
+        while rest is not None:
+            name = f"shard-{number:05d}"
+            drafts = {suffix: folder / f".{name}{suffix}.draft" for suffix in (".bin", ".idx")}
+            try:
+                with _naming(folder / f"{name}.bin"):
+                    shard, rest = yield from _write_shard(name, drafts, rest, chunks, order.shard_tokens)
+                    for suffix, draft in drafts.items():
+                        draft.replace(folder / f"{name}{suffix}")
+            finally:
+                for draft in drafts.values():
+                    draft.unlink(missing_ok=True)
+            yield shard
+            number += 1
+
+
+def _write_shard(
+    name: str, drafts: dict[str, Path], rest: Encoded | None, chunks: Iterator[Encoded], enough: int
+) -> Generator[tuple[int, int], None, tuple[Shard, Encoded | None]]:
+    """Write documents, beginning with `rest`, until there are `enough` tokens; returns also the last chunk's rest."""
+    digest, num_documents, num_tokens, lengths = hashlib.sha256(), 0, 0, [np.zeros(1, INDEX_TYPE)]
+    with drafts[".bin"].open("wb") as file:
+        while rest is not None and num_tokens < enough:
+            ids, counts = rest
+            ends = counts.cumsum()
+            taken = min(int(np.searchsorted(ends, enough - num_tokens)) + 1, len(counts))
+            end = int(ends[taken - 1])
+            file.write(ids[:end].data)
+            digest.update(ids[:end].data)
+            lengths.append(counts[:taken])
+            num_documents, num_tokens = num_documents + taken, num_tokens + end
+            yield num_documents, num_tokens
+            rest = (ids[end:], counts[taken:]) if taken < len(counts) else next(chunks, None)
+        _to_disk(file)
+        size = file.tell()
+    starts = np.concatenate(lengths).cumsum(dtype=INDEX_TYPE)
+    with drafts[".idx"].open("wb") as file:
+        file.write(starts.data)
+        _to_disk(file)
+    index_digest = hashlib.sha256(starts.data).hexdigest()
+    return Shard(name, num_documents, num_tokens, size, digest.hexdigest(), index_digest), rest
+
+
+def _to_disk(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """A full disk as an error that names the file and says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(
+            f"{file}: {error.strerror}; the shards before it are kept: make room, and run the same command again"
+        ) from error

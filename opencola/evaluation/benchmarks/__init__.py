@@ -1,0 +1,1 @@
+"""The eight benchmarks: prompts, answers, and how they are graded."""

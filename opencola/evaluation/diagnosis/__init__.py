@@ -1,0 +1,1 @@
+"""Which link of a Cola DLM loses text."""

@@ -1,0 +1,69 @@
+"""All that a diagnosis measures at a task: failures under every condition, the decoder's margins, and the verdict."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.progress import Progress
+
+from opencola.evaluation.diagnosis.conditions import (
+    FIRST_BLOCKS,
+    GUIDANCES,
+    STEPS,
+    Bench,
+    accuracies,
+    conditions,
+    sweep,
+)
+from opencola.evaluation.diagnosis.verdicts import ALLOWED, CONDITIONS, Latents, Tally, Verdict, losses, verdict
+from opencola.evaluation.statistics import Share
+from opencola.models.cola.links import Margins, margins
+
+WATCHED = 8  # texts in which the decoder's margins are measured
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All that is known of a model at a task."""
+
+    conditions: dict[str, Tally]
+    settings: dict[str, Tally]
+    round_trip: dict[str, Share]
+    latents: Latents
+    decoder: dict[str, Margins]
+    verdict: Verdict
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """Every figure."""
+        for name, one in self.conditions.items():
+            yield {"measure": "condition", "name": name, "label": CONDITIONS[name], **asdict(one.rate)}
+        for name, one in self.settings.items():
+            yield {"measure": "setting", "name": name, **asdict(one.rate)}
+        for name, rate in self.round_trip.items():
+            yield {"measure": "round_trip", "name": name, **asdict(rate)}
+        for loss in losses(self.conditions):
+            ends = {"value": loss.value, "low": loss.low, "high": loss.high}
+            yield {"measure": "link", "name": loss.link.name, **ends, "allowed": ALLOWED, "at_fault": loss.at_fault}
+        ratio, apart = self.latents.ratio, self.latents.apart
+        yield {"measure": "latents", "name": "first_blocks", **asdict(self.latents), "ratio": ratio, "apart": apart}
+        for name, found in self.decoder.items():
+            yield {"measure": "decoder", "name": name, **asdict(found)}
+        yield {"measure": "verdict", "name": self.verdict.link, "known": self.verdict.known, "text": self.verdict.text}
+
+
+def examine(bench: Bench, bar: Progress) -> Findings:
+    """All figures of a model at a task, with a line of the bar for it."""
+    in_blocks = bench.chunk > 1
+    count = len(CONDITIONS) + len(GUIDANCES) + len(STEPS) + (len(FIRST_BLOCKS) if in_blocks else -1)
+    job = bar.add_task(bench.task.name, total=count)
+    found: list[dict[str, Tally]] = []
+    for source in (conditions(bench), sweep(bench)):
+        found.append({})
+        for name, one in source:
+            found[-1][name] = one
+            bar.advance(job)
+    sides = margins(bench.model, bench.tokens[:WATCHED], bench.scored[:WATCHED], bench.sampling)
+    decoder = dict(zip(("true_latents", "generated_latents"), sides, strict=True))
+    measured, changed = found
+    result = verdict(measured, bench.latents)
+    return Findings(measured, changed, accuracies(bench), bench.latents, decoder, result)

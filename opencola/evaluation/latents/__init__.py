@@ -1,0 +1,1 @@
+"""How a Cola DLM's latents hold text."""

@@ -1,0 +1,108 @@
+"""Log-probabilities of the texts in a file: what is scored together, and the figures of each text."""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from opencola.models.language_model import LanguageModel, Score
+from opencola.text import lines
+from opencola.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A continuation and what comes before it, maybe nothing."""
+
+    prompt: str
+    continuation: str
+
+
+def together(pairs: Sequence[Pair], size: int) -> Iterator[list[int]]:
+    """Places of pairs to score at a time, in order; those with a prompt apart, as their scores are of another kind."""
+    for _, group in itertools.groupby(range(len(pairs)), lambda place: bool(pairs[place].prompt)):
+        places = list(group)
+        yield from (places[first : first + size] for first in range(0, len(places), size))
+
+
+def score_pairs(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    pairs: Sequence[Pair],
+    ids: Sequence[int],
+    settings: Any,
+    end_of_text: bool,
+) -> Iterator[dict[str, Any]]:
+    """A record of every pair. settings: of the family's own class; end_of_text: score that token, too."""
+    end = [tokenizer.eos_id] if end_of_text else []
+    prompts = [tokenizer.encode(pair.prompt) for pair in pairs]
+    continuations = [[*tokenizer.encode(pair.continuation), *end] for pair in pairs]
+    # only an end of text tells the model that nothing follows, so blocks are filled up with more of them
+    found = model.score(prompts, continuations, settings, pad_id=tokenizer.eos_id, ids=ids)
+    for place, (i, pair) in enumerate(zip(ids, pairs, strict=True)):
+        record = {"id": i, **asdict(pair), "num_prompt_tokens": len(prompts[place])}
+        if not pair.prompt:
+            record = {"id": i, "text": pair.continuation}
+        num_bytes = tokenizer.num_bytes(continuations[place][: int(found.num_tokens[place])])
+        yield record | figures(found, place, num_bytes) | {"settings": asdict(settings), "end_of_text": end_of_text}
+
+
+def figures(score: Score, place: int, num_bytes: int) -> dict[str, Any]:
+    """The labelled figures of one text, in nats but for the bits per byte; null where there are none."""
+    total, tokens = score.total[place].item(), int(score.num_tokens[place])
+    parts = {name: value[place].item() for name, value in score.parts.items()}
+    blocks = score.blocks[place] if score.blocks else {}
+    found = {
+        "log_probability": total,
+        "standard_error": score.standard_error[place].item(),
+        "kind": score.kind,
+        "estimator": score.estimator,
+        "num_tokens": tokens,
+        "num_bytes": num_bytes,
+        "perplexity": math.exp(min(-total / tokens, 700)),
+        "bits_per_byte": -total / math.log(2) / num_bytes if num_bytes else None,
+        **{name: value[place].item() for name, value in score.others.items()},
+        "parts": parts,
+        "parts_per_token": {name: value / tokens for name, value in parts.items()},
+        "parts_per_block": {name: value.tolist() for name, value in blocks.items()},
+    }
+    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in found.items()}
+
+
+def read_pairs(file: Path) -> Iterator[Pair]:
+    """Texts from a .txt or .jsonl file; blank lines are none.
+
+    Raises FileNotFoundError, and ValueError naming the line that holds none.
+    """
+    for place, line in lines.read_lines(file, "texts"):
+        yield Pair("", line) if file.suffix == ".txt" else pair_of(line, place)
+
+
+def pair_of(line: str, place: str) -> Pair:
+    """The text in a line of a .jsonl file; raises ValueError, naming the place, where it holds none."""
+    match lines.parse_json(line, place):
+        case {"text": str(text)} if text:
+            pair = Pair("", text)
+        case {"prompt": str(prompt), "continuation": str(text)} if text:
+            pair = Pair(prompt, text)
+        case _:
+            raise ValueError(f"{place}: expected strings in a field 'text', or in 'prompt' and 'continuation'")
+    for text in (pair.prompt, pair.continuation):
+        lines.check_text(text, place)
+    return pair
+
+
+def total(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The sums of all records, and what follows from them."""
+    whole: dict[str, Any] = {"id": "all"}
+    for name in ("num_tokens", "num_bytes", "log_probability", *(["elbo"] if "elbo" in records[0] else [])):
+        whole[name] = sum(record[name] for record in records)
+    errors = [record["standard_error"] for record in records]
+    whole["standard_error"] = None if None in errors else math.hypot(*errors)
+    whole["parts"] = {name: sum(record["parts"][name] for record in records) for name in records[0]["parts"]}
+    nats = -whole["log_probability"]
+    whole["perplexity"] = math.exp(min(nats / whole["num_tokens"], 700))
+    whole["bits_per_byte"] = nats / math.log(2) / whole["num_bytes"] if whole["num_bytes"] else None
+    return whole

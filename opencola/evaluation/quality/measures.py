@@ -1,0 +1,210 @@
+"""How good texts are that a model wrote from its own noise: what a judge makes of them, and how varied they are.
+
+Perplexity under a judge alone can be had by repeating likely words, so it never stands alone: it comes with entropy,
+distinct n-grams and repetition, at several temperatures. All but the judge's figures and the comparison with a
+reference count the tokens that the model wrote, so they compare models with the same tokenizer only.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from opencola.evaluation.latents.report import Entry, ratio
+from opencola.evaluation.quality.mauve import mauve
+from opencola.evaluation.statistics import Share, Z, share
+from opencola.evaluation.writing import continuation_shares, judge
+
+NGRAMS = (1, 2, 3, 4)
+STORY_LABELS = {
+    "legal_sentences": "sentences that the story world can say",
+    "consistent_stories": "stories that the world could have told",
+    "order_legal": "stories whose sentences come in the world's order",
+    "complete": "stories that miss no obligatory part",
+    "conflict_free": "stories that change nothing that they told before",
+}
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What the judge `name` makes of a text after its prompt: -log p in nats, over so many of its own tokens."""
+
+    name: str
+    nats: float
+    tokens: int
+    bytes: int
+    """Of the text as UTF-8: the same for all judges."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """A text that a model wrote after a prompt, maybe "", at a temperature; None: a held-out text instead."""
+
+    temperature: float | None
+    index: int
+    prompt: str
+    text: str
+    ids: tuple[int, ...]
+    """The text's tokens, without an end of text."""
+    judge: Judged | None = None
+
+
+def to_record(sample: Written) -> dict[str, Any]:
+    """A sample as it is kept in a line of JSON."""
+    return {"record": "sample", "task": "samples", **asdict(sample), "num_tokens": len(sample.ids)}
+
+
+def from_record(record: Mapping[str, Any], place: str) -> Written:
+    """A sample of a line of JSON. Raises ValueError, naming the place, where it is none."""
+    try:
+        found = Written(
+            record["temperature"],
+            record["index"],
+            record["prompt"],
+            record["text"],
+            tuple(record["ids"]),
+            None if record["judge"] is None else Judged(**record["judge"]),
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{place}: not a record of a sample: {error}") from error
+    if record.get("num_tokens") != len(found.ids):
+        raise ValueError(f"{place}: num_tokens is {record.get('num_tokens')}, but there are {len(found.ids)} ids")
+    return found
+
+
+def by_temperature(samples: Iterable[Written]) -> dict[float | None, list[Written]]:
+    """Samples of each temperature by their indices; held-out texts (None) first, then from cold to hot.
+
+    Raises ValueError where a temperature has an index twice.
+    """
+    found: dict[float | None, list[Written]] = {}
+    for sample in samples:
+        found.setdefault(sample.temperature, []).append(sample)
+    for temperature, some in found.items():
+        some.sort(key=lambda sample: sample.index)
+        if len({sample.index for sample in some}) < len(some):
+            raise ValueError(f"samples of temperature {temperature} have an index twice")
+    return dict(sorted(found.items(), key=lambda item: -math.inf if item[0] is None else item[0]))
+
+
+def entries(samples: Sequence[Written], reference: Sequence[str] = (), story_world: bool = False) -> list[Entry]:
+    """All figures of the samples of one temperature.
+
+    reference: whole texts (prompts included) that they should be like; story_world: judge them by the story world, too,
+    prompts being whole sentences of it. Intervals take samples for independent. Raises ValueError without samples, and
+    where not all or different judges have judged.
+    """
+    if not samples:
+        raise ValueError("there are no samples to measure")
+    found = [*variety([sample.ids for sample in samples]), *judged(samples)]
+    wholes = [sample.prompt + sample.text for sample in samples]
+    if reference:
+        label = "likeness to reference texts: area under the divergence curve of byte n-gram clusters, c = 5"
+        found.append(Entry("mauve_ngram", label, "", mauve(wholes, reference), len(samples), "samples"))
+    if story_world:
+        shares = continuation_shares([judge(sample.prompt, sample.text, "") for sample in samples])
+        counted = {"legal_sentences": "sentences"}
+        found += [
+            _share(name, label, shares[name], counted.get(name, "samples")) for name, label in STORY_LABELS.items()
+        ]
+    return found
+
+
+def variety(texts: Sequence[Sequence[int]]) -> list[Entry]:
+    """Length, entropy, distinct n-grams and repetition of texts as tokens.
+
+    Distinct n-grams and the entropy of all texts grow or shrink with the number and length of texts: compare at equal
+    ones. Texts without tokens count in `empty` and `length` alone, those without n-grams nowhere else of that n.
+    """
+    lengths = [len(text) for text in texts]
+    full = [text for text in texts if text]
+    found = [
+        _share("empty", "samples without a token", share(len(texts) - len(full), len(texts)), "samples"),
+        _mean("length", "tokens of a sample", "tokens", lengths, [1] * len(texts), "samples"),
+    ]
+    if not full:
+        return found
+    pool = Counter(token for text in full for token in text)
+    ones = [1] * len(full)
+    within = "entropy of a sample's own distribution of tokens, mean of samples"
+    whole = "entropy of the distribution of all samples' tokens"
+    longest = "longest stretch of a sample's tokens that stood in it before, mean of samples"
+    found += [
+        _mean("token_entropy", within, "nats", [entropy(Counter(text)) for text in full], ones, "samples"),
+        Entry("pool_entropy", whole, "nats", entropy(pool), sum(lengths), "tokens"),
+        _mean("longest_repeat", longest, "tokens", [longest_repeat(text) for text in full], ones, "samples"),
+    ]
+    for n in NGRAMS:
+        grams = [list(ngrams(text, n)) for text in full]
+        counts = [len(some) for some in grams]
+        if not any(counts):
+            continue
+        label = f"different {n}-grams of all samples, of all their {n}-grams"
+        distinct = len({gram for some in grams for gram in some}) / sum(counts)
+        found.append(Entry(f"distinct_{n}", label, "share", distinct, sum(counts), f"{n}-grams"))
+        repeats = [len(some) - len({*some}) for some in grams]
+        label = f"{n}-grams that stood in their sample before"
+        found.append(_mean(f"repetition_{n}", label, "share", repeats, counts, f"{n}-grams"))
+    return found
+
+
+def judged(samples: Sequence[Written]) -> list[Entry]:
+    """What the judge makes of all samples' tokens together; none where nothing was judged."""
+    verdicts = [sample.judge for sample in samples if sample.judge is not None]
+    names = {verdict.name for verdict in verdicts}
+    if len(verdicts) not in (0, len(samples)) or len(names) > 1:
+        raise ValueError(f"{len(verdicts)} of {len(samples)} samples are judged, by {', '.join(sorted(names))}")
+    nats, tokens, size = ([getattr(one, name) for one in verdicts] for name in ("nats", "tokens", "bytes"))
+    if not sum(tokens):
+        return []
+    (name,) = names
+    cross_entropy = _mean(
+        "judge_nats", f"-log p of a token by {name}", "nats per token", nats, tokens, "judge's tokens"
+    )
+    low, high = (None if end is None else _exp(end) for end in (cross_entropy.low, cross_entropy.high))
+    label = f"exp of the mean -log p of a token by {name}"
+    value, count = _exp(cross_entropy.value), sum(tokens)
+    found = [cross_entropy, Entry("judge_perplexity", label, "", value, count, "judge's tokens", low, high)]
+    if sum(size):
+        bits = [value / math.log(2) for value in nats]
+        found.append(_mean("judge_bits_per_byte", f"-log2 p of a byte by {name}", "bits per byte", bits, size, "bytes"))
+    return found
+
+
+def entropy(counts: Mapping[int, int]) -> float:
+    """Of the distribution that such counts, all positive, are of, in nats."""
+    total = sum(counts.values())
+    return math.fsum(count / total * math.log(total / count) for count in counts.values())
+
+
+def ngrams(tokens: Sequence[int], n: int) -> Iterator[tuple[int, ...]]:
+    """All runs of n tokens, from first to last."""
+    return (tuple(tokens[first : first + n]) for first in range(len(tokens) - n + 1))
+
+
+def longest_repeat(tokens: Sequence[int]) -> int:
+    """Tokens of the longest stretch that also stands at an earlier place, which it may overlap; 0 without repeats."""
+    low, high = 0, max(len(tokens) - 1, 0)  # what repeats has a beginning that does, so it can be searched by halves
+    while low < high:
+        n = (low + high + 1) // 2
+        some = list(ngrams(tokens, n))
+        low, high = (n, high) if len({*some}) < len(some) else (low, n - 1)
+    return low
+
+
+def _share(name: str, label: str, found: Share, counted: str) -> Entry:
+    return Entry(name, label, "share", found.value, found.count, counted, found.low, found.high)
+
+
+def _mean(name: str, label: str, unit: str, sums: Sequence[float], counts: Sequence[int], counted: str) -> Entry:
+    value, error = ratio(torch.tensor(sums, dtype=torch.float64), torch.tensor(counts, dtype=torch.float64))
+    low, high = (None, None) if error is None else (value - Z * error, value + Z * error)
+    return Entry(name, label, unit, value, sum(counts), counted, low, high)
+
+
+def _exp(nats: float) -> float:
+    """Perplexity, as far as a float goes."""
+    return math.exp(min(nats, 700))

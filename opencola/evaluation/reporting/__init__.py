@@ -1,0 +1,1 @@
+"""Tables, drawings and pages, from results files alone."""

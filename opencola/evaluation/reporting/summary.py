@@ -1,0 +1,221 @@
+"""What results files say: the protocol's figures for each model, and pairs of models on the same records."""
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Any
+
+from opencola.evaluation.benchmarks.tasks import TASKS, Task, find_task
+from opencola.evaluation.reporting.results import LAST_WORD, SAMPLES, STORIES, Answer, Results, Sample
+from opencola.evaluation.statistics import Paired, Scores, Share, compare, score, share, tasks_average
+from opencola.evaluation.writing import continuation_shares, last_word_scores
+
+OPTIONS = ("by_sum", "by_byte")
+"""How the likeliest option is found: by log-probability, or by log-probability a byte."""
+_FIELDS = {"by_sum": "correct_sum", "by_byte": "correct_per_byte"}
+
+
+@dataclass(frozen=True)
+class TaskSummary:
+    """A task's figures for one model, shares as fractions of 1. `likelihood`: accuracy of the likeliest option, in the
+    ways of `OPTIONS`, on the records whose right option is known; empty where none was scored."""
+
+    task: Task
+    scores: Scores
+    likelihood: Mapping[str, Share]
+
+
+@dataclass(frozen=True)
+class SampleSummary:
+    """The samples of one temperature (None: held-out texts). `perplexity`: exp of the mean -log p of the `judge`'s
+    tokens, None where it has judged none or not all of them."""
+
+    temperature: float | None
+    count: int
+    mean_tokens: float
+    judge: str
+    perplexity: float | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What one results file says. `name`: of the model, unlike that of any other file in the report."""
+
+    name: str
+    results: Results
+    tasks: Sequence[TaskSummary]
+    """In the protocol's order; without those that have no records yet."""
+
+    @property
+    def average(self) -> float | None:
+        """The plain mean of the tasks' accuracies; None without tasks."""
+        return tasks_average([one.scores for one in self.tasks]) if self.tasks else None
+
+    @property
+    def estimator(self) -> str:
+        """How likelihoods were computed; "" where they were not."""
+        likelihood = self.results.run["likelihood"]
+        return "" if likelihood is None else str(likelihood["estimator"])
+
+    def find(self, task: Task) -> TaskSummary | None:
+        """A task's figures, where there are any."""
+        return next((one for one in self.tasks if one.task == task), None)
+
+    @property
+    def stories(self) -> Mapping[str, Share]:
+        """Shares of the story tasks (see `stories.continuation_shares`); empty where these were not done."""
+        found = continuation_shares(self.results.stories) if self.results.stories else {}
+        if self.results.last_words:
+            found["last_words"] = last_word_scores(self.results.last_words)[0]
+        return found
+
+    @property
+    def last_word_ceiling(self) -> float | None:
+        """The best accuracy that anyone can expect on last words; None where these were not asked."""
+        return last_word_scores(self.results.last_words)[1] if self.results.last_words else None
+
+    @property
+    def samples(self) -> list[SampleSummary]:
+        """Of every temperature."""
+        groups: dict[float | None, list[Sample]] = {}
+        for sample in self.results.samples:
+            groups.setdefault(sample.temperature, []).append(sample)
+        return [_samples(temperature, some) for temperature, some in groups.items()]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two models on the records of a task that both have answered."""
+
+    first: str
+    second: str
+    task: Task
+    paired: Paired
+    count: int
+
+
+def summarise(results: Sequence[Results]) -> list[Summary]:
+    """A summary of every file. Models of one name are told apart by their files."""
+    return [
+        Summary(name, one, [_task(find_task(task), some) for task, some in one.answers.items() if some])
+        for name, one in zip(names(results), results, strict=True)
+    ]
+
+
+def names(results: Sequence[Results]) -> list[str]:
+    """A name for every file, each different as long as the files are."""
+    models = [str(one.run["model"]) for one in results]
+    return [
+        f"{model} ({one.file})" if models.count(model) > 1 else model
+        for model, one in zip(models, results, strict=True)
+    ]
+
+
+def _task(task: Task, answers: Sequence[Answer]) -> TaskSummary:
+    found = {}
+    for way in OPTIONS:
+        known = [right for one in answers if one.likelihood and (right := one.likelihood[_FIELDS[way]]) is not None]
+        if known:
+            found[way] = share(sum(known), len(known))
+    return TaskSummary(task, score(answers, task.chance), found)
+
+
+def _samples(temperature: float | None, samples: Sequence[Sample]) -> SampleSummary:
+    judged = [one.judge for one in samples if one.judge is not None]
+    nats, tokens = (sum(one[name] for one in judged) for name in ("nats", "tokens"))
+    judges = {one["name"] for one in judged}
+    whole = len(judged) == len(samples) and len(judges) == 1 and tokens > 0
+    return SampleSummary(
+        temperature,
+        len(samples),
+        fmean(one.num_tokens for one in samples),
+        ", ".join(sorted(judges)),
+        math.exp(min(nats / tokens, 700)) if whole else None,
+    )
+
+
+def pairs(summaries: Sequence[Summary]) -> list[Pair]:
+    """McNemar's test of every two models on every task, on records of the same id, options and right answer that both
+    have answered; tasks without such records are left out."""
+    found = []
+    for first, second in itertools.combinations(summaries, 2):
+        for task in TASKS:
+            one, other = (_right(summary.results.answers.get(task.name, ())) for summary in (first, second))
+            both = one.keys() & other.keys()
+            if both:
+                tested = compare({key: one[key] for key in both}, {key: other[key] for key in both})
+                found.append(Pair(first.name, second.name, task, tested, len(both)))
+    return found
+
+
+def _right(answers: Sequence[Answer]) -> dict[tuple[str | int, str, tuple[str, ...]], bool]:
+    return {(one.id, one.answer, one.options): one.correct for one in answers}
+
+
+def rows(summaries: Sequence[Summary]) -> Iterator[dict[str, Any]]:
+    """Every figure as an object for JSON: shares in percent with their 95 % interval and number of records."""
+    for one in summaries:
+        head = {"model": one.name, "file": str(one.results.file)}
+        for task, (there, asked) in one.results.counts.items():
+            yield {**head, "task": task, "figure": "records", "unit": "", "value": there, "asked": asked}
+        for part in one.tasks:
+            scores = part.scores
+            shares = {
+                "accuracy": scores.accuracy,
+                "parse_rate": scores.parse_rate,
+                "accuracy_given_parse": scores.accuracy_given_parse,
+                "chance_corrected_accuracy": scores.chance_corrected,
+                **{f"likelihood_accuracy_{way}": value for way, value in part.likelihood.items()},
+            }
+            for name, value in shares.items():
+                label = {"estimator": one.estimator} if name.startswith("likelihood") else {}
+                yield {**head, "task": part.task.name, "figure": name, **_percent(value), **label}
+            yield {**head, "task": part.task.name, "figure": "chance", "unit": "%", "value": 100 * scores.chance}
+        if one.average is not None:
+            average = {"figure": "tasks_average", "unit": "%", "value": 100 * one.average}
+            yield {**head, "task": None, **average, "tasks": [part.task.name for part in one.tasks]}
+        for name, value in one.stories.items():
+            task = LAST_WORD if name == "last_words" else STORIES
+            yield {**head, "task": task, "figure": name, **_percent(value)}
+        if one.last_word_ceiling is not None:
+            ceiling = {"figure": "last_words_ceiling", "unit": "%", "value": 100 * one.last_word_ceiling}
+            yield {**head, "task": LAST_WORD, **ceiling}
+        for samples in one.samples:
+            yield {**head, "task": SAMPLES, "figure": "samples", "unit": "", **asdict(samples)}
+    for pair in pairs(summaries):
+        tested = pair.paired
+        yield {
+            "models": [pair.first, pair.second],
+            "task": pair.task.name,
+            "figure": "difference",
+            "unit": "percentage points",
+            "value": 100 * tested.difference,
+            "p_value": tested.p_value,
+            "both": tested.both,
+            "only_first": tested.only_first,
+            "only_second": tested.only_second,
+            "neither": tested.neither,
+            "count": pair.count,
+        }
+
+
+def _percent(found: Share) -> dict[str, Any]:
+    ends = {"value": found.value, "low": found.low, "high": found.high}
+    return {"unit": "%", **{name: 100 * value for name, value in ends.items()}, "count": found.count}
+
+
+def warnings(summaries: Sequence[Summary]) -> list[str]:
+    """What a reader must know first, in plain words: which runs are not finished, and what they lack."""
+    found = []
+    for one in summaries:
+        lacking = [f"{title(task)} {n:,} of {asked:,}" for task, (n, asked) in one.results.unfinished.items()]
+        if lacking:
+            found.append(f"{one.name} is not finished; records: {', '.join(lacking)}.")
+    return found
+
+
+def title(task: str) -> str:
+    """A task's name for people."""
+    return {STORIES: "stories", LAST_WORD: "last words", SAMPLES: "samples"}.get(task) or find_task(task).title

@@ -1,0 +1,87 @@
+"""The network of the autoregressive baseline: embedding, LLaMA, head."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from opencola.layers import masks
+from opencola.layers.attention import masked
+from opencola.layers.cache import ROUND, KVCache
+from opencola.layers.llama import Llama, LlamaConfig
+from opencola.layers.transformer import Linear
+
+
+@dataclass(frozen=True)
+class ARConfig:
+    """An autoregressive language model."""
+
+    vocab_size: int = 1024
+    """Tokens; set from the tokenizer when training."""
+    trunk: LlamaConfig = field(default_factory=LlamaConfig)
+    """The transformer."""
+    tied: bool = False
+    """Use the embedding as the output matrix, too."""
+    bos_id: int = 0
+    """Token that the first token of a text is predicted from, such as the end-of-text token of the text before."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.bos_id < self.vocab_size:
+            raise ValueError(f"bos_id {self.bos_id} is outside 0..{self.vocab_size - 1}, the vocabulary")
+
+
+class ARNetwork(nn.Module):
+    """p(x) = prod_i p(x_i | bos, x_1 .. x_(i-1)). Shapes: tokens (B, L), logits (B, L, V)."""
+
+    def __init__(self, config: ARConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.trunk.width
+        self.embedding = nn.Embedding(config.vocab_size, width)
+        self.trunk = Llama(config.trunk)
+        self.head = None if config.tied else Linear(width, config.vocab_size, bias=False)
+        # as the output matrix, an embedding of unit size would start training with logits of size sqrt(width)
+        nn.init.normal_(self.embedding.weight, std=0.02 if config.tied else 1.0)
+        if self.head is not None:
+            nn.init.normal_(self.head.weight, std=0.02)
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens."""
+        return self.config.vocab_size
+
+    def features(self, inputs: Tensor, documents: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Normalised features (B, R, D) of inputs (B, R) int64, each seeing itself and those before it.
+
+        documents (B, R) int64: each input's, beyond which it sees nothing; cache: holds what stands before the inputs.
+        """
+        rows = inputs.shape[1]
+        h = self.embedding(inputs)
+        if cache is not None:
+            return self.trunk(h, cache.positions(rows), cache.attend(rows, 1))
+        mask = masks.dense(masks.block_causal(1), rows, rows, inputs.device)
+        if documents is not None:
+            mask = mask & masks.same_document(documents)
+        return self.trunk(h, torch.arange(rows, device=inputs.device), masked(mask))
+
+    def project(self, h: Tensor) -> Tensor:
+        """Logits (..., V) of features h (..., D)."""
+        if self.head is not None:
+            return self.head(h)
+        return F.linear(h.to(self.embedding.weight.dtype), self.embedding.weight)
+
+    def logits(self, inputs: Tensor, documents: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Logits (B, R, V) of the token that follows each of inputs (B, R); the rest as in `features`."""
+        return self.project(self.features(inputs, documents, cache))
+
+    def padded(self, inputs: Sequence[list[int]], width: int, pad_id: int) -> Tensor:
+        """Inputs of different lengths as rows (B, width), filled up behind."""
+        rows = [row + [pad_id] * (width - len(row)) for row in inputs]
+        return torch.tensor(rows, device=self.embedding.weight.device)
+
+
+def whole_steps(length: int) -> int:
+    """Rows to compute: whole steps of matrix kernels, so that padding never changes the order of a sum."""
+    return -(-length // ROUND) * ROUND

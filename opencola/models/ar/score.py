@@ -1,0 +1,67 @@
+"""Log-probabilities of texts under an AR model: exact."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from opencola.models.ar.network import ARNetwork, whole_steps
+from opencola.models.inputs import checked_texts
+from opencola.models.language_model import Score
+
+
+@dataclass(frozen=True)
+class ARScoring:
+    """How texts are scored: exactly."""
+
+    rows: int = 32
+    """Texts to compute at a time: memory."""
+
+    def __post_init__(self) -> None:
+        if self.rows < 1:
+            raise ValueError(f"rows must be at least 1, not {self.rows}")
+
+    @classmethod
+    def quick(cls) -> "ARScoring":
+        """The same: it is exact."""
+        return cls()
+
+    @property
+    def texts_at_a_time(self) -> int:
+        """How many to score together."""
+        return self.rows
+
+
+@torch.no_grad()
+def score(
+    model: ARNetwork,
+    prompts: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[int]],
+    settings: ARScoring,
+    *,
+    pad_id: int = 0,
+    ids: Sequence[int] | None = None,
+) -> Score:
+    """log p(continuation | prompt) of token ids, with the end-of-text id where that is meant to be scored.
+
+    Sums are in float64; nothing is drawn, so that ids change nothing, nor does pad_id, which is never seen. What
+    comes out does not depend on what else is scored, but for rounding. Raises ValueError for empty continuations
+    and ids beyond the vocabulary.
+    """
+    texts = checked_texts(prompts, continuations, model.config.vocab_size)
+    by_width: dict[int, list[int]] = {}
+    for place, text in enumerate(texts):
+        by_width.setdefault(whole_steps(len(text)), []).append(place)
+    total = torch.zeros(len(texts), dtype=torch.float64)
+    device = model.embedding.weight.device
+    for width, places in by_width.items():
+        for first in range(0, len(places), settings.rows):
+            some = places[first : first + settings.rows]
+            inputs = [[model.config.bos_id, *texts[place][:-1]] for place in some]
+            features = model.features(model.padded(inputs, width, pad_id))
+            for place, h in zip(some, features, strict=True):
+                targets = torch.tensor(continuations[place], device=device)
+                log_p = model.project(h[len(prompts[place]) : len(texts[place])]).double().log_softmax(-1)
+                total[place] = log_p.gather(-1, targets[:, None]).sum()
+    counts = torch.tensor([len(continuation) for continuation in continuations])
+    return Score(total, torch.zeros_like(total), counts, "exact", "autoregressive", {})

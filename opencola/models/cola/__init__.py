@@ -1,0 +1,1 @@
+"""Cola DLM: a Text VAE and a block-causal latent prior."""

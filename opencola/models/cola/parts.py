@@ -1,0 +1,78 @@
+"""The parts of a Cola DLM: its configuration, its Text VAE and its prior (model.md §1)."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import nn
+
+from opencola.flow.dit import BlockCausalDiT, DiTConfig
+from opencola.flow.path import TimestepLaw
+from opencola.vae.objective import VAEObjective
+from opencola.vae.text_vae import TextVAE, TextVAEConfig
+
+
+@dataclass(frozen=True)
+class PriorObjective:
+    """Flow matching and how the latent space moves under it (model.md §§3-4)."""
+
+    strategy: Literal["fixed", "joint", "scratch", "interval"] = "joint"
+    """Latent space: frozen VAE; trained along from stage 1; trained along from random weights; in cycles of both."""
+    joint_steps: int = 2000
+    """Steps of a cycle in which the VAE trains along (interval)."""
+    frozen_steps: int = 3000
+    """Steps of a cycle in which it does not (interval)."""
+    vae_learning_rate_ratio: float = 1.0
+    """The VAE's learning rate over the DiT's."""
+    lambda_vae: float = 1.0
+    """Weight of the VAE's terms."""
+    lambda_fm: float = 1.0
+    """Weight of the flow-matching loss."""
+    lambda_ref: float = 0.1
+    """Weight of KL(q || q_ref), q_ref a frozen copy of the encoder that training started from."""
+    encoder_gradient: bool = True
+    """Whether the flow-matching loss reaches the encoder through z_t. History and target never carry gradient."""
+    noisy_copies: int = 2
+    """Noisy copies per clean sequence: more training of the prior per pass over the history."""
+    time: TimestepLaw = field(default_factory=TimestepLaw)
+    prompt_in_block: float = 0.3
+    """Probability that a block is given a clean prefix of random length, without loss there."""
+    history_dropout: float = 0.1
+    """Probability that a sequence's noisy blocks see no history, for guidance."""
+    recompute: bool = False
+    """Activation checkpointing of the DiT's blocks: less memory for a third more computation."""
+
+
+@dataclass(frozen=True)
+class ColaConfig:
+    """A whole Cola DLM."""
+
+    vae: TextVAEConfig = field(default_factory=TextVAEConfig)
+    dit: DiTConfig = field(default_factory=DiTConfig)
+    objective: VAEObjective = field(default_factory=VAEObjective)
+    prior: PriorObjective = field(default_factory=PriorObjective)
+
+    def __post_init__(self) -> None:
+        if self.vae.latent_dim != self.dit.latent_dim:
+            raise ValueError(f"vae.latent_dim {self.vae.latent_dim} differs from dit.latent_dim {self.dit.latent_dim}")
+        if self.vae.attention == "full" or self.dit.block_size % self.vae.visible_block:
+            raise ValueError(
+                f"vae.attention {self.vae.attention} with vae.block_size {self.vae.block_size} sees beyond blocks of "
+                f"dit.block_size {self.dit.block_size}, so blocks cannot be decoded one by one: it must divide that"
+            )
+        if self.prior.strategy == "scratch" and self.prior.lambda_ref:
+            raise ValueError("prior.strategy scratch has no stage-1 encoder to stay near: set prior.lambda_ref to 0")
+
+
+class ColaParts(nn.Module):
+    """Text VAE `vae` and prior `dit`: all that generation and scores need."""
+
+    def __init__(self, config: ColaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vae = TextVAE(config.vae)
+        self.dit = BlockCausalDiT(config.dit)
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens."""
+        return self.config.vae.vocab_size

@@ -1,0 +1,1 @@
+"""LLaDA, the baseline that writes by unmasking."""

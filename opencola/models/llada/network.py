@@ -1,0 +1,66 @@
+"""The network of LLaDA: a bidirectional transformer that predicts masked tokens (arXiv 2502.09992)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from opencola.layers.attention import masked
+from opencola.layers.llama import Llama, LlamaConfig
+from opencola.layers.transformer import Linear, initialise
+
+
+@dataclass(frozen=True)
+class LLaDAConfig:
+    """A LLaDA."""
+
+    vocab_size: int = 1024
+    """Tokens; set from the tokenizer when training. The embedding has one row more, the [MASK] input."""
+    trunk: LlamaConfig = field(default_factory=LlamaConfig)
+
+
+class LLaDANetwork(nn.Module):
+    """The mask predictor p(x_i | x_t), from an embedding, a transformer without a causal mask, and a head."""
+
+    def __init__(self, config: LLaDAConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.trunk.width
+        self.embedding = nn.Embedding(config.vocab_size + 1, width)
+        self.trunk = Llama(config.trunk)
+        self.head = Linear(width, config.vocab_size, bias=False)  # [MASK] is never predicted
+        nn.init.normal_(self.embedding.weight)
+        initialise(self, lambda linear: linear.in_features**-0.5)
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens."""
+        return self.config.vocab_size
+
+    @property
+    def mask_id(self) -> int:
+        """Input id of [MASK], the embedding's extra row."""
+        return self.config.vocab_size
+
+    def forward(self, tokens: Tensor, seen: Tensor | None = None) -> Tensor:
+        """Logits (B, R, V) of the token at every place of tokens (B, R), some of them [MASK].
+
+        seen: bool, broadcastable to (B, 1, R, R), true where a row sees another; all see all when not given.
+        """
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        logits: Tensor = self.head(self.trunk(self.embedding(tokens), positions, masked(seen)))
+        return logits
+
+    def within(self, lengths: Tensor) -> Callable[[Tensor], Tensor]:
+        """The predictor of texts padded at their ends: of each only the first lengths (B,) are seen.
+
+        It takes tokens (B, R), or several such batches one after another, and gives logits (B, R, V).
+        """
+
+        def predict(tokens: Tensor) -> Tensor:
+            places = torch.arange(tokens.shape[1], device=tokens.device)
+            seen = places < lengths.repeat(len(tokens) // len(lengths))[:, None]
+            return self(tokens, seen[:, None, None, :])
+
+        return predict

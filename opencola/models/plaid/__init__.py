@@ -1,0 +1,1 @@
+"""Plaid, the baseline that diffuses embeddings of tokens."""

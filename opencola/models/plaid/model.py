@@ -1,0 +1,50 @@
+"""Plaid: diffusion on learned embeddings of tokens, trained on its variational bound (Gulrajani & Hashimoto 2023)."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from opencola.data.batch import Batch
+from opencola.layers import randomness
+from opencola.models.language_model import Loss
+from opencola.models.plaid import generate as generation
+from opencola.models.plaid import score as scoring
+from opencola.models.plaid.network import PlaidNetwork
+
+# Multiples of either, without their whole parts, are spread evenly over [0, 1), and pairs of both over the square.
+GOLDEN, SILVER = (math.sqrt(5) - 1) / 2, math.sqrt(2) - 1
+
+
+class Plaid(PlaidNetwork):
+    """Embeddings, noise schedule and trunk, trained, writing and scoring."""
+
+    generate = generation.generate
+    score = scoring.score
+
+    def loss(self, batch: Batch) -> Loss:
+        """The variational bound, reconstruction + prior KL + diffusion, in nats per scored token (§2)."""
+        scored = batch.is_scored()
+        like = self.embeddings()
+        # times of consecutive ids are spread evenly: a sequence's is its own, whatever it is batched with, and so is
+        # whether it is conditioned, known without a draw so that the number of operations does not depend on one
+        offset = torch.rand((), generator=randomness.generator(batch.seed, "time"), dtype=torch.float64)
+        t = ((offset + batch.ids.cpu().double() * GOLDEN) % 1).to(like)
+        share = self.config.self_conditioning
+        conditioned = [place for place, i in enumerate(batch.ids.tolist()) if i * SILVER % 1 < share]
+        row = batch.tokens.shape[1], self.config.embedding_dim
+        noise = randomness.normal((2, *row), batch.seed, "diffusion", batch.ids).transpose(0, 1).to(like)
+        found = self.terms(batch.tokens, scored, t, noise, conditioned, batch.documents)
+        tokens = (batch.counts or self.counts(batch))["tokens"].clamp(min=1)
+        terms = {name: value.sum() / tokens for name, value in found.items()}
+        ends = {f"gamma_{end}": self.schedule.gamma(like.new_tensor(float(end))).detach() for end in (0, 1)}
+        return Loss(sum(terms.values(), start=like.new_zeros(())), terms, ends)
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Scored tokens."""
+        return {"tokens": batch.is_scored().sum()}
+
+    def learning_rate_ratios(self) -> dict[str, float]:
+        """The schedule learns slowly: at the full rate Adam drives gamma(1) far beyond where the bound gains."""
+        shape = ("log_line", "log_weight", "log_steepness", "centre")
+        return {f"schedule.{name}": 0.1 for name in ("start", *shape)} | {"schedule.log_span": 0.01}

@@ -1,0 +1,148 @@
+"""A training stage: its tokenizer, corpora and starting weights, its training, and the model that comes out of it."""
+
+import contextlib
+import itertools
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opencola.checkpoints import card, official
+from opencola.checkpoints import parts as layout
+from opencola.checkpoints.parts import PARTS
+from opencola.data.corpus import Corpus
+from opencola.data.shards import folder_of
+from opencola.layers.device import device
+from opencola.models import build
+from opencola.models.language_model import Sample
+from opencola.run import recipe as recipes
+from opencola.run.export import RECIPE, VALID, facts_of
+from opencola.run.recipe import Recipe
+from opencola.text.tokenizer import FILE_NAME, Tokenizer
+from opencola.train import distributed
+from opencola.train.loop import train
+from opencola.train.samples import Show
+from opencola.train.tracker import Means
+
+VALID_BATCHES = 50
+
+
+@dataclass
+class Stage:
+    """All that training a stage needs."""
+
+    recipe: Recipe[Any]
+    tokenizer: Tokenizer
+    model: build.Model
+    corpus: Corpus
+    valid: Corpus | None
+
+    def train(self, resume: bool, command: str) -> None:
+        """Train, measure on the validation corpus, and export; `command` is told in the model's card."""
+        recipe, out = self.recipe, self.recipe.out
+        if distributed.is_main():
+            recipes.dump(recipe, out / RECIPE)
+            self.tokenizer.save(out)
+        show = self.show() if recipe.train.sample_every else None
+        values = recipes.values(recipe)
+        state = train(self.model, self.corpus, recipe.train, out, resume=resume, show=show, settings=values)
+        with state.ema.averaged() if state.ema else contextlib.nullcontext():
+            valid = None if self.valid is None else validate(self.model, self.valid)
+            if model := whole(self.model):
+                for part in (PARTS[name] for name in build.part_names(model.config)):
+                    part.save(part.module(model), out / part.folder)
+        if distributed.is_main():
+            if valid is not None:
+                (out / VALID).write_text(json.dumps(valid, indent=2) + "\n")
+            card.write_facts(out, facts_of(out, recipe.init, command, num_trained(self.model)))
+            official.save_sampling(recipe.sampling, out)
+            card.write(out)
+        distributed.barrier()  # a later stage starts from these files
+
+    def show(self) -> Show:
+        """What gives samples of the model, of the first texts to validate on or else to train on."""
+        recipe = self.recipe
+        data, seed = replace(recipe.data, verify=False), recipe.seed
+        if recipe.valid:
+            data, seed = replace(data, source=recipe.valid), seed + 1
+        multiple = build.tokens_per_block(recipe.model)
+        tokens = next(Corpus(data, self.tokenizer, seed, multiple=multiple)).tokens  # the same in every process
+
+        def show() -> list[Sample]:
+            model = whole(self.model)
+            return build.samples(model, self.tokenizer, tokens, recipe.sampling) if model else []
+
+        return show
+
+
+def whole(model: build.Model) -> build.Model | None:
+    """The model as a single process has it; of several, the main one gets a copy, and the others None."""
+    if distributed.num_processes() == 1:
+        return model
+    weights = distributed.whole_weights(model)
+    if not distributed.is_main():
+        return None
+    with torch.device("meta"):
+        copy = build.build(model.config)
+    copy.load_state_dict({name: weights[name] for name in copy.state_dict()}, assign=True)
+    return copy.to(device()).eval()
+
+
+def num_trained(model: build.Model) -> int:
+    """The number of parameters that training moves."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def prepare(recipe: Recipe[Any], resume: bool) -> Stage:
+    """Tokenizer, corpora, and the model with its starting weights; writes nothing."""
+    data, out, seed = recipe.data, recipe.out, recipe.seed
+    if recipe.init is not None and not layout.has_model(recipe.init):
+        raise FileNotFoundError(f"{recipe.init} holds no model: train it to its end, or name another init")
+    source = recipe.tokenizer.path or recipe.init or folder_of(data.source)
+    if source is None and resume and (out / FILE_NAME).exists():
+        source = out
+    if source is not None:
+        tokenizer = Tokenizer.load(source)
+    else:
+        texts = itertools.islice(data.texts(seed), recipe.tokenizer.train_documents)
+        tokenizer = Tokenizer.train(texts, recipe.tokenizer.vocab_size, recipe.tokenizer.special)
+    place = (distributed.rank(), distributed.num_processes(), build.tokens_per_block(recipe.model))
+    corpus = Corpus(data, tokenizer, seed, *place)
+    # Another seed: of the story world it gives other stories.
+    valid = Corpus(replace(data, source=recipe.valid), tokenizer, seed + 1, *place) if recipe.valid else None
+    torch.manual_seed(seed)
+    model = build.build(build.sized(recipe.model, tokenizer))
+    if recipe.init is not None:
+        load_parts(model, recipe.init, str(source))
+    build.start(model)
+    return Stage(recipe, tokenizer, model.to(device()), corpus, valid)
+
+
+def load_parts(model: build.Model, init: Path, tokenizer: str) -> None:
+    """Give a model, which is as large as its tokenizer asks, the parts that a folder holds, of those it starts from."""
+    for name, needed in build.starting_parts(model.config).items():
+        part = PARTS[name]
+        if place := part.find(init):
+            stored, config = part.load(place), part.config(model.config)
+            if part.has_vocabulary and config.vocab_size != stored.config.vocab_size:
+                raise ValueError(
+                    f"the tokenizer in {tokenizer} has {config.vocab_size} ids, but the {part.title} in {init} "
+                    f"knows {stored.config.vocab_size}: leave tokenizer.path out, or name the one it was trained with"
+                )
+            part.check_same(config, stored.config, str(init))
+            part.module(model).load_state_dict(stored.state_dict())
+        elif needed:
+            raise FileNotFoundError(f"{init} holds no {part.title} ({part.folder}): name another init")
+
+
+@torch.no_grad()
+def validate(model: build.Model, corpus: Corpus) -> dict[str, Any]:
+    """Loss, its terms and metrics, as in metrics.jsonl, over the first batches of a corpus."""
+    means = Means()
+    for batch in itertools.islice(corpus, VALID_BATCHES):
+        batch = batch.to(device())
+        loss = model.loss(replace(batch, counts=distributed.counts_of_step([model.counts(batch)])))
+        means.add({"loss": loss.total, **{f"loss/{name}": term for name, term in loss.terms.items()}, **loss.metrics})
+    return {"batches": VALID_BATCHES, **means.take()}

@@ -1,0 +1,41 @@
+"""A run of a tiny recipe, and the command line inside the tests' own process."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from command_line import TINY, Main, opencola
+
+from opencola.commands import main as cli
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with texts and a recipe that has run there; left as it is by all tests."""
+    folder = tmp_path_factory.mktemp("trained")
+    sentences = [f"The fox number {i} ran to the hill and sat there with a friend." for i in range(60)]
+    (folder / "words.txt").write_text("\n".join(sentences))
+    (folder / "tiny.yaml").write_text(TINY)
+    done = opencola("train", "tiny.yaml", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "opencola generate --model runs/tiny" in done.stdout
+    return folder
+
+
+@pytest.fixture
+def place(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of that folder, to work in."""
+    shutil.copytree(trained, tmp_path / "place")
+    monkeypatch.chdir(tmp_path / "place")
+    return tmp_path / "place"
+
+
+@pytest.fixture
+def main(place: Path, capsys: pytest.CaptureFixture[str]) -> Main:
+    """The command in this process, which has loaded everything already: exit code, output, errors."""
+
+    def run(*argv: str) -> tuple[int, str, str]:
+        code = cli.main(argv)
+        return code, *capsys.readouterr()
+
+    return run
