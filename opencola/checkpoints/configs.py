@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from opencola.checkpoints.files import checked
+from opencola.errors import UserError
 from opencola.flow.dit import DiTConfig
 from opencola.vae.text_vae import TextVAEConfig
 
@@ -71,7 +72,7 @@ def dit_to_release(config: DiTConfig) -> Values:
 
 
 def dit_from_release(file: Path, values: Mapping[str, Any]) -> DiTConfig:
-    """Read a DiT's config.json. Raises ValueError naming file, key and value for what our DiT cannot be."""
+    """Read a DiT's config.json. Raises UserError naming file, key and value for what our DiT cannot be."""
     check_type(file, values, "cola_dit")
     fields = _fields(file, values, DIT_FIELDS, DiTConfig)
     check_fixed(file, values, {"txt_out_channels": fields["latent_dim"], "emb_dim": fields["width"], "patch_size": 1})
@@ -91,13 +92,13 @@ def vae_to_release(config: TextVAEConfig) -> Values:
 
 
 def vae_from_release(file: Path, values: Mapping[str, Any]) -> TextVAEConfig:
-    """Read a Text VAE's config.json. Raises ValueError naming file, key and value for what our VAE cannot be."""
+    """Read a Text VAE's config.json. Raises UserError naming file, key and value for what our VAE cannot be."""
     check_type(file, values, "cola_text_vae")
     check_fixed(file, values, VAE_FIXED)
     fields = _fields(file, values, VAE_FIELDS, TextVAEConfig)
     shared = required(file, values, "shared_heads_kv", int)
     if shared not in (1, fields["num_heads"]):
-        raise ValueError(f"{file}: shared_heads_kv is {shared}, but must be 1 or num_heads, {fields['num_heads']}")
+        raise UserError(f"{file}: shared_heads_kv is {shared}, but must be 1 or num_heads, {fields['num_heads']}")
     fields["multi_query"] = shared > 1
     block_size = required(file, values, "block_size", int)
     if not required(file, values, "block_causal", bool):
@@ -112,28 +113,28 @@ def vae_from_release(file: Path, values: Mapping[str, Any]) -> TextVAEConfig:
 
 
 def check_type(file: Path, values: Mapping[str, Any], wanted: str) -> None:
-    """Raise ValueError when model_type is there and another than the one wanted."""
+    """Raise UserError when model_type is there and another than the one wanted."""
     found = values.get("model_type", wanted)
     if found != wanted:
-        raise ValueError(f"{file}: model_type is {found!r}, but a {wanted} is wanted here")
+        raise UserError(f"{file}: model_type is {found!r}, but a {wanted} is wanted here")
 
 
 def check_fixed(file: Path, values: Mapping[str, Any], wanted: Values) -> None:
-    """Raise ValueError when one of the wanted keys is there with another value."""
+    """Raise UserError when one of the wanted keys is there with another value."""
     for key, value in wanted.items():
         found = values.get(key, value)
         if found != value:
-            raise ValueError(f"{file}: {key} is {found!r}, but only {value!r} is supported")
+            raise UserError(f"{file}: {key} is {found!r}, but only {value!r} is supported")
 
 
 def required(file: Path, values: Mapping[str, Any], key: str, hint: Any) -> Any:
-    """The value of a key, as `files.checked`. Raises ValueError when it is missing, too, and for sizes below 1."""
+    """The value of a key, as `files.checked`. Raises UserError when it is missing, too, and for sizes below 1."""
     if key not in values:
-        raise ValueError(f"{file}: {key} is missing")
+        raise UserError(f"{file}: {key} is missing")
     value = checked(file, key, values[key], hint)
     smallest = 0 if key in ("rope_dim", "encoder_num_blocks", "decoder_num_blocks") else 1
     if hint is int and value < smallest:
-        raise ValueError(f"{file}: {key} is {value}, but must be at least {smallest}")
+        raise UserError(f"{file}: {key} is {value}, but must be at least {smallest}")
     return value
 
 
@@ -143,8 +144,8 @@ def _fields(file: Path, values: Mapping[str, Any], names: Mapping[str, str], con
 
 
 def build(file: Path, config: type[Config], fields: Values) -> Config:
-    """A configuration. Its own ValueError gets the file's name."""
+    """A configuration. Its own UserError gets the file's name."""
     try:
         return config(**fields)
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+        raise UserError(f"{file}: {error}") from error

@@ -13,23 +13,25 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from opencola.errors import UserError
+
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises FileNotFoundError, or ValueError with the line when it is not one."""
+    """The object in a JSON file. Raises FileNotFoundError, or UserError with the line when it is not one."""
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing")
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file}, line {error.lineno}: not valid JSON: {error.msg}") from error
+        raise UserError(f"{file}, line {error.lineno}: not valid JSON: {error.msg}") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file}, byte {error.start}: not UTF-8 text") from error
+        raise UserError(f"{file}, byte {error.start}: not UTF-8 text") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{file}: expected a JSON object, found {type(values).__name__}")
+        raise UserError(f"{file}: expected a JSON object, found {type(values).__name__}")
     return values
 
 
@@ -41,7 +43,7 @@ def write_json(file: Path, values: Mapping[str, Any]) -> None:
 
 
 def checked(file: Path | str, key: str, value: Any, hint: Any) -> Any:
-    """`value` as the type `hint` of a configuration field asks for it. Raises ValueError naming file, key and value.
+    """`value` as the type `hint` of a configuration field asks for it. Raises UserError naming file, key and value.
 
     file: where the value stands, be it a file or not.
     """
@@ -58,7 +60,7 @@ def checked(file: Path | str, key: str, value: Any, hint: Any) -> Any:
     else:
         fits, wanted = type(value) is hint, {int: "a whole number", bool: "true or false", str: "a string"}[hint]
     if not fits:
-        raise ValueError(f"{file}: {key} is {value!r}, but must be {wanted}")
+        raise UserError(f"{file}: {key} is {value!r}, but must be {wanted}")
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -69,7 +71,7 @@ class StoredTensors:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Open the folder's files. Raises FileNotFoundError for a missing one, ValueError for a damaged one."""
+        """Open the folder's files. Raises FileNotFoundError for a missing one, UserError for a damaged one."""
         single, index = folder / WEIGHTS, folder / INDEX
         if single.is_file():
             self.files = dict.fromkeys(_names(single), single)
@@ -79,11 +81,11 @@ class StoredTensors:
             raise FileNotFoundError(f"{folder} holds neither {WEIGHTS} nor {INDEX}")
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map or {str} != {type(v) for v in weight_map.values()}:
-            raise ValueError(f"{index}: weight_map must say which file each tensor is in")
+            raise UserError(f"{index}: weight_map must say which file each tensor is in")
         self.files = {name: folder / shard for name, shard in weight_map.items()}
         for name, shard in self.files.items():
             if shard.parent != folder:
-                raise ValueError(f"{index}: tensor {name} is said to be outside the folder, in {weight_map[name]}")
+                raise UserError(f"{index}: tensor {name} is said to be outside the folder, in {weight_map[name]}")
             if not shard.is_file():
                 raise FileNotFoundError(f"{shard} is missing, but {index.name} says that it holds tensor {name}")
         shards = sorted(set(self.files.values()))
@@ -91,33 +93,33 @@ class StoredTensors:
         held = {shard: _names(shard) for shard in shards}
         for name, shard in self.files.items():
             if name not in held[shard]:
-                raise ValueError(
+                raise UserError(
                     f"{shard} holds no tensor {name}, though {index.name} says so: the download is incomplete"
                 )
 
     def read(self, name: str, shape: torch.Size) -> Tensor:
-        """A tensor of the given shape. Raises ValueError when it is missing or of another shape or kind."""
+        """A tensor of the given shape. Raises UserError when it is missing or of another shape or kind."""
         if name not in self.files:
-            raise ValueError(f"{self._somewhere}: tensor {name} is missing; {CONFIG} asks for it")
+            raise UserError(f"{self._somewhere}: tensor {name} is missing; {CONFIG} asks for it")
         file = self.files[name]
         try:
             with safe_open(file, framework="pt") as handle:
                 tensor: Tensor = handle.get_tensor(name)
         except (SafetensorError, RuntimeError) as error:
-            raise ValueError(f"{file}: tensor {name} cannot be read: {_one_line(error)}") from error
+            raise UserError(f"{file}: tensor {name} cannot be read: {_one_line(error)}") from error
         if tensor.shape != shape:
-            raise ValueError(
+            raise UserError(
                 f"{file}: tensor {name} has shape {list(tensor.shape)}, but {CONFIG} gives it {list(shape)}"
             )
         if not tensor.is_floating_point():
-            raise ValueError(f"{file}: tensor {name} has dtype {tensor.dtype}; quantised weights are not supported")
+            raise UserError(f"{file}: tensor {name} has dtype {tensor.dtype}; quantised weights are not supported")
         return tensor
 
     def refuse_others(self, expected: set[str]) -> None:
-        """Raise ValueError when there are tensors that are not expected."""
+        """Raise UserError when there are tensors that are not expected."""
         if others := sorted(self.files.keys() - expected):
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-            raise ValueError(
+            raise UserError(
                 f"{self.files[others[0]]}: unexpected tensor {others[0]}{more}; {CONFIG} describes a model without"
             )
 
@@ -166,7 +168,7 @@ def _names(file: Path) -> set[str]:
         with safe_open(file, framework="pt") as handle:
             return set(handle.keys())
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is damaged or not a safetensors file: {_one_line(error)}") from error
+        raise UserError(f"{file} is damaged or not a safetensors file: {_one_line(error)}") from error
 
 
 def _draft(file: Path) -> Path:

@@ -10,6 +10,7 @@ from huggingface_hub import HfApi, snapshot_download
 
 from opencola.checkpoints import card, official, parts
 from opencola.checkpoints.files import CONFIG
+from opencola.errors import UserError
 from opencola.layers.device import device
 from opencola.models.build import WholeModel
 from opencola.models.cola.model import Cola
@@ -45,7 +46,7 @@ def from_pretrained(
     """Load a model from a folder, or from a repository of the Hub, on the CPU with its parameters as `dtype`.
 
     revision: branch, tag or commit of the repository; token: of the Hub, where the one that `hf auth login` keeps is
-    not wanted. Raises FileNotFoundError where there is none, OSError where the Hub does not answer, and ValueError for
+    not wanted. Raises FileNotFoundError where there is none, OSError where the Hub does not answer, and UserError for
     damaged files and for models that our classes cannot be.
     """
     folder = locate(name, revision, token)
@@ -63,7 +64,7 @@ def locate(
         )
     if folder.is_dir():
         if revision is not None:
-            raise ValueError(f"{name} is a folder: it has no revision {revision}")
+            raise UserError(f"{name} is a folder: it has no revision {revision}")
         return folder
     if not is_repo_id(repo_id):
         raise FileNotFoundError(f"no such folder: {name}")
@@ -83,17 +84,17 @@ def load(model: Path) -> tuple[WholeModel, Tokenizer]:
 
 
 def load_cola(model: Path) -> tuple[Cola, Tokenizer]:
-    """The same, for what only a model with latents can do. Raises ValueError for another one, too."""
+    """The same, for what only a model with latents can do. Raises UserError for another one, too."""
     loaded, tokenizer = load(model)
     if not isinstance(loaded, Cola):
-        raise ValueError(f"{model} holds a model without latents ({type(loaded).__name__}): name a Cola DLM")
+        raise UserError(f"{model} holds a model without latents ({type(loaded).__name__}): name a Cola DLM")
     return loaded, tokenizer
 
 
 def check_vocabulary(tokenizer: Tokenizer, known: int, model: Path) -> None:
-    """Raise ValueError where a tokenizer has ids that the model beside it does not know."""
+    """Raise UserError where a tokenizer has ids that the model beside it does not know."""
     if tokenizer.vocab_size > known:
-        raise ValueError(f"the tokenizer in {model} has {tokenizer.vocab_size} ids, but its model knows {known}")
+        raise UserError(f"the tokenizer in {model} has {tokenizer.vocab_size} ids, but its model knows {known}")
 
 
 def title(model: Path) -> str:
@@ -104,7 +105,7 @@ def title(model: Path) -> str:
 def push_to_hub(folder: str | Path, repo_id: str, private: bool = False, token: str | None = None) -> str:
     """Upload the model in a folder, and nothing else of it, to a repository, made if it is not there; returns its URL.
 
-    Raises FileNotFoundError where there is no model, ValueError for an impossible name, and OSError where the Hub
+    Raises FileNotFoundError where there is no model, UserError for an impossible name, and OSError where the Hub
     refuses (`hf auth login` makes you known to it) or does not answer.
     """
     root = Path(folder)
@@ -121,9 +122,9 @@ def push_to_hub(folder: str | Path, repo_id: str, private: bool = False, token: 
 
 
 def check_repo_id(name: str) -> None:
-    """Raise ValueError for what cannot be the name of a repository."""
+    """Raise UserError for what cannot be the name of a repository."""
     if not is_repo_id(name):
-        raise ValueError(f"{name!r} is no name of a repository: write OWNER/NAME")
+        raise UserError(f"{name!r} is no name of a repository: write OWNER/NAME")
 
 
 def is_repo_id(name: str) -> bool:

@@ -16,6 +16,7 @@ from opencola.checkpoints.configs import Values, build, check_fixed, check_type,
 from opencola.checkpoints.files import CONFIG, StoredTensors, checked, read_json, write_json, write_tensors
 from opencola.checkpoints.names import Table, fill, release_views
 from opencola.checkpoints.official import MAX_SHARD_BYTES
+from opencola.errors import UserError
 from opencola.layers.llama import LlamaConfig
 from opencola.models.ar.model import AR
 from opencola.models.ar.network import ARConfig
@@ -72,7 +73,7 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32, bos_id: int | N
     """Load a Llama from its folder; parameters get `dtype`.
 
     bos_id: in place of config.json's bos_token_id, which not every model has. Raises FileNotFoundError for what is
-    missing, ValueError for damaged files and for models that our class cannot be, naming file and key or tensor.
+    missing, UserError for damaged files and for models that our class cannot be, naming file and key or tensor.
     """
     file = Path(folder) / CONFIG
     config = read_config(file.parent, bos_id)
@@ -86,7 +87,7 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32, bos_id: int | N
         expected.add(HEAD)
         embedding = model.embedding.weight
         if not torch.equal(stored.read(HEAD, embedding.shape).to(dtype), embedding):
-            raise ValueError(
+            raise UserError(
                 f"{stored.files[HEAD]}: tensor {HEAD} is not {EMBEDDING}, but {CONFIG} says tie_word_embeddings"
             )
     stored.refuse_others(expected)
@@ -136,7 +137,7 @@ def write_config(config: ARConfig) -> Values:
 
 
 def read_config(folder: Path, bos_id: int | None = None) -> ARConfig:
-    """Read a Llama's config.json. Raises ValueError naming file, key and value for what our AR cannot be."""
+    """Read a Llama's config.json. Raises UserError naming file, key and value for what our AR cannot be."""
     file = folder / CONFIG
     values = read_json(file)
     check_type(file, values, "llama")
@@ -151,7 +152,7 @@ def read_config(folder: Path, bos_id: int | None = None) -> ARConfig:
         check_fixed(file, values, {"head_dim": trunk.head_dim})
     if bos_id is None:
         if values.get("bos_token_id") is None:
-            raise ValueError(f"{file}: bos_token_id is missing: give the id to predict the first token of a text from")
+            raise UserError(f"{file}: bos_token_id is missing: give the id to predict the first token of a text from")
         bos_id = checked(file, "bos_token_id", values["bos_token_id"], int)
     vocabulary = required(file, values, "vocab_size", int)
     tied = checked(file, "tie_word_embeddings", values.get("tie_word_embeddings", False), bool)
@@ -167,6 +168,6 @@ def _rope_base(file: Path, values: Mapping[str, Any]) -> float:
             continue
         kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else None
         if kind != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
-            raise ValueError(f"{file}: {key} is {rope!r}, but only unscaled rotary positions are supported")
+            raise UserError(f"{file}: {key} is {rope!r}, but only unscaled rotary positions are supported")
         base = rope.get("rope_theta", base)
     return float(checked(file, "rope_theta", base, float))

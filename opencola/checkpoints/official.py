@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from opencola.checkpoints import configs, names
 from opencola.checkpoints.files import CONFIG, StoredTensors, checked, read_json, write_json, write_tensors
+from opencola.errors import UserError
 from opencola.flow.dit import BlockCausalDiT, DiTConfig
 from opencola.models.cola.model import Cola
 from opencola.models.cola.parts import ColaConfig
@@ -34,14 +35,14 @@ def load(root: str | Path, dtype: torch.dtype = torch.float32) -> Cola:
     """Load a whole model; the training settings, which a release does not hold, are `ColaConfig`'s defaults.
 
     root: a release folder, with the models in cola_dlm/ or directly in it. Raises FileNotFoundError for what is
-    missing, ValueError for damaged files and for models that our classes cannot be, naming the file.
+    missing, UserError for damaged files and for models that our classes cannot be, naming the file.
     """
     vae_folder, dit_folder = _find(Path(root), VAE_FOLDER), _find(Path(root), DIT_FOLDER)
     vae, dit = load_vae(vae_folder, dtype), load_dit(dit_folder, dtype)
     try:
         config = ColaConfig(vae=vae.config, dit=dit.config)
     except ValueError as error:
-        raise ValueError(f"{root}: {error}") from error
+        raise UserError(f"{root}: {error}") from error
     with torch.device("meta"):
         cola = Cola(config)
     cola.vae, cola.dit = vae, dit
@@ -79,26 +80,26 @@ def read_dit_config(folder: Path) -> DiTConfig:
 def load_sampling(root: str | Path) -> Sampling:
     """The sampling settings that a model brings along in `opencola.json`; defaults where it is silent or absent.
 
-    Raises ValueError for keys that are not settings and values that they cannot have, naming the file.
+    Raises UserError for keys that are not settings and values that they cannot have, naming the file.
     """
     file = Path(root) / EXTRAS
     if not file.is_file():
         return Sampling()
     extras = read_json(file)
     if unknown := sorted(extras.keys() - {"sampling"}):
-        raise ValueError(f"{file}: unknown key {unknown[0]!r}; only 'sampling' is known")
+        raise UserError(f"{file}: unknown key {unknown[0]!r}; only 'sampling' is known")
     values = extras.get("sampling", {})
     if not isinstance(values, dict):
-        raise ValueError(f"{file}: sampling must be an object, not {values!r}")
+        raise UserError(f"{file}: sampling must be an object, not {values!r}")
     hints = get_type_hints(Sampling)
     if unknown := sorted(values.keys() - hints.keys()):
         known = ", ".join(field.name for field in fields(Sampling))
-        raise ValueError(f"{file}: sampling.{unknown[0]} is not a setting; there are: {known}")
+        raise UserError(f"{file}: sampling.{unknown[0]} is not a setting; there are: {known}")
     checked_values = {key: checked(file, f"sampling.{key}", value, hints[key]) for key, value in values.items()}
     try:
         return Sampling(**checked_values)
     except ValueError as error:
-        raise ValueError(f"{file}: sampling: {error}") from error
+        raise UserError(f"{file}: sampling: {error}") from error
 
 
 def save(
@@ -162,7 +163,7 @@ def _fill(model: Model, table: names.Table, constants: Mapping[str, Tensor], fol
     for name, value in constants.items():
         found = stored.read(name, value.shape)
         if not torch.allclose(found.float(), value, rtol=1e-2):  # they may be stored in half precision
-            raise ValueError(
+            raise UserError(
                 f"{stored.files[name]}: tensor {name} is not 10000^(-2j / rope_dim), the only supported values"
             )
     stored.refuse_others({*constants, *names.fill(model, table, stored, dtype)})

@@ -10,6 +10,7 @@ import torch
 from opencola.checkpoints.configs import Values, build
 from opencola.checkpoints.files import CONFIG, StoredTensors, checked, read_json, write_json, write_tensors
 from opencola.checkpoints.official import MAX_SHARD_BYTES
+from opencola.errors import UserError
 from opencola.models.llada.model import LLaDA
 from opencola.models.llada.network import LLaDAConfig
 from opencola.models.plaid.model import Plaid
@@ -22,7 +23,7 @@ LLADA, PLAID = "opencola_llada", "opencola_plaid"
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> LLaDA | Plaid:
     """Load a model from its folder; parameters get `dtype`.
 
-    Raises FileNotFoundError for what is missing, ValueError for damaged files, naming file and key or tensor.
+    Raises FileNotFoundError for what is missing, UserError for damaged files, naming file and key or tensor.
     """
     config = read_config(folder)
     with torch.device("meta"):
@@ -53,12 +54,12 @@ def save(
 
 
 def read_config(folder: Path) -> LLaDAConfig | PlaidConfig:
-    """A configuration, its fields nested as ours are. Raises ValueError naming file, key and value for any other."""
+    """A configuration, its fields nested as ours are. Raises UserError naming file, key and value for any other."""
     file = folder / CONFIG
     values = read_json(file)
     kinds: dict[str, type[LLaDAConfig] | type[PlaidConfig]] = {LLADA: LLaDAConfig, PLAID: PlaidConfig}
     if values.get("model_type") not in kinds:
-        raise ValueError(f"{file}: model_type is {values.get('model_type')!r}, but must be one of {', '.join(kinds)}")
+        raise UserError(f"{file}: model_type is {values.get('model_type')!r}, but must be one of {', '.join(kinds)}")
     return _read(file, kinds[values.pop("model_type")], values, "")
 
 
@@ -66,15 +67,15 @@ def _read(file: Path, config: type[Config], values: Mapping[str, Any], prefix: s
     hints = get_type_hints(config)
     if odd := sorted(hints.keys() ^ values.keys()):
         what = "is missing" if odd[0] in hints else f"is unknown; there are: {', '.join(hints)}"
-        raise ValueError(f"{file}: {prefix}{odd[0]} {what}")
+        raise UserError(f"{file}: {prefix}{odd[0]} {what}")
     fields: Values = {}
     for key, hint in hints.items():
         if isinstance(hint, type) and is_dataclass(hint):
             if not isinstance(values[key], dict):
-                raise ValueError(f"{file}: {prefix}{key} is {values[key]!r}, but must be an object")
+                raise UserError(f"{file}: {prefix}{key} is {values[key]!r}, but must be an object")
             fields[key] = _read(file, hint, values[key], f"{prefix}{key}.")
         else:
             fields[key] = checked(file, f"{prefix}{key}", values[key], hint)
             if type(fields[key]) is int and fields[key] < 1:
-                raise ValueError(f"{file}: {prefix}{key} is {fields[key]}, but must be at least 1")
+                raise UserError(f"{file}: {prefix}{key} is {fields[key]}, but must be at least 1")
     return build(file, config, fields)

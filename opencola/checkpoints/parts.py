@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from opencola.checkpoints import llama, official, own
+from opencola.errors import UserError
 from opencola.flow.dit import BlockCausalDiT, DiTConfig
 from opencola.models.ar.model import AR
 from opencola.models.ar.network import ARConfig
@@ -63,11 +64,11 @@ class Part:
         return model.get_submodule(self.field)
 
     def check_same(self, config: Any, found: Any, where: str) -> None:
-        """Raise ValueError where a configuration is another one than that of the weights to start from."""
+        """Raise UserError where a configuration is another one than that of the weights to start from."""
         there = dict(_flat(asdict(self.essence(found))))
         for name, value in _flat(asdict(self.essence(config))):
             if there[name] != value:
-                raise ValueError(
+                raise UserError(
                     f"{self.setting}{name} is {value}, but {there[name]} in {where}, where its weights are from"
                 )
 
@@ -173,7 +174,7 @@ def family_in(root: Path) -> str:
 def load(root: Path, dtype: torch.dtype = torch.float32) -> WholeModel:
     """Load a whole model of whatever family; parameters get `dtype`.
 
-    Raises FileNotFoundError for what is missing, ValueError for damaged files and for models that our classes cannot
+    Raises FileNotFoundError for what is missing, UserError for damaged files and for models that our classes cannot
     be, naming the file.
     """
     family = family_in(root)

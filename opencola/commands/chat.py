@@ -17,6 +17,7 @@ import tyro
 
 from opencola.checkpoints.hub import load
 from opencola.commands.terminal import ModelFlags, read_flags, show
+from opencola.errors import UserError
 from opencola.models.language_model import LanguageModel
 from opencola.models.sampling import Sampling
 from opencola.models.text_stream import generate_text
@@ -65,7 +66,7 @@ def command(argv: Sequence[str]) -> None:
                     case _:
                         check_text(line, "this text")
                         said = write(model, tokenizer, said, line, sampling, turn)
-            except ValueError as error:
+            except UserError as error:
                 print(f"error: {error}")
     print()
 
@@ -91,7 +92,7 @@ def write(
 
 
 def change_setting(sampling: Sampling, change: str = "") -> Sampling:
-    """Settings with one of them changed ("KEY VALUE"), or the same ones, shown. Raises ValueError."""
+    """Settings with one of them changed ("KEY VALUE"), or the same ones, shown. Raises UserError."""
     if not change:
         print("\n".join(f"  {name} {value}" for name, value in asdict(sampling).items()))
         return sampling

@@ -22,6 +22,7 @@ from rich.table import Table
 
 from opencola.checkpoints.hub import load_cola, title
 from opencola.commands.terminal import ModelFlags, read_flags
+from opencola.errors import UserError
 from opencola.evaluation.diagnosis import tasks
 from opencola.evaluation.diagnosis.conditions import prepare
 from opencola.evaluation.diagnosis.figure import draw
@@ -49,7 +50,7 @@ class DiagnoseFlags(ModelFlags):
         for name, least in (("num_stories", 4), ("places", 1), ("batch_size", 1)):
             if getattr(self, name) < least:
                 flag = name.replace("_", "-")
-                raise ValueError(f"--{flag} must be at least {least}, but is {getattr(self, name)}")
+                raise UserError(f"--{flag} must be at least {least}, but is {getattr(self, name)}")
 
 
 def command(argv: Sequence[str]) -> None:

@@ -28,6 +28,7 @@ from rich.table import Table
 
 from opencola.checkpoints import card, hub, official, parts
 from opencola.commands import terminal
+from opencola.errors import UserError
 from opencola.evaluation.benchmarks import answering
 from opencola.evaluation.benchmarks import hub as hub_tasks
 from opencola.evaluation.benchmarks.answering import Answers, Ask, Batch, Job, to_records
@@ -107,14 +108,14 @@ class EvaluateFlags(terminal.ModelFlags, Generic[Settings]):
     def __post_init__(self) -> None:
         for name in ("limit", "batch_size", "processes"):
             if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, but is {value}")
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1, but is {value}")
         for name in self.chosen:
             if name not in (*BENCHMARKS, *STORIES):
-                raise ValueError(f"unknown task {name!r}: choose among {', '.join((*BENCHMARKS, *STORIES))}")
+                raise UserError(f"unknown task {name!r}: choose among {', '.join((*BENCHMARKS, *STORIES))}")
             if name in BENCHMARKS and self.data is None:
-                raise ValueError(f"{name} needs --data: the folder that holds {name}.jsonl")
+                raise UserError(f"{name} needs --data: the folder that holds {name}.jsonl")
         if len(set(self.chosen)) < len(self.chosen):
-            raise ValueError(f"--tasks {' '.join(self.chosen)}: each once is enough")
+            raise UserError(f"--tasks {' '.join(self.chosen)}: each once is enough")
 
     @property
     def chosen(self) -> tuple[str, ...]:
@@ -179,7 +180,7 @@ def run(jobs: Mapping[str, Job], results: Results, options: EvaluateFlags[Any]) 
 def make_jobs(options: EvaluateFlags[Any], tokenizer: Tokenizer) -> tuple[dict[str, Job], dict[str, dict[str, Any]]]:
     """What the model is asked, by task, and what is to be told of it.
 
-    Raises FileNotFoundError and ValueError for records and demonstrations that are not there, or not as they must be.
+    Raises FileNotFoundError and UserError for records and demonstrations that are not there, or not as they must be.
     """
     jobs: dict[str, Job] = {}
     facts: dict[str, dict[str, Any]] = {}

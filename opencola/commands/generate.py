@@ -21,6 +21,7 @@ import tyro
 
 from opencola.checkpoints.hub import load
 from opencola.commands.terminal import ModelFlags, read_flags, show
+from opencola.errors import UserError
 from opencola.models.language_model import LanguageModel
 from opencola.models.text_stream import TextPiece, generate_text
 from opencola.text.lines import check_text, parse_json, read_lines
@@ -48,13 +49,13 @@ def command(argv: Sequence[str]) -> None:
     if options.prompts_file is not None:
         prompts += read_prompts(options.prompts_file)
         if options.jsonl is not None and options.jsonl.exists() and options.jsonl.samefile(options.prompts_file):
-            raise ValueError(f"{options.jsonl} holds the prompts: choose another file for --jsonl")
+            raise UserError(f"{options.jsonl} holds the prompts: choose another file for --jsonl")
     if not prompts:
-        raise ValueError("nothing to continue: give --prompt TEXT or --prompts-file FILE")
+        raise UserError("nothing to continue: give --prompt TEXT or --prompts-file FILE")
     for prompt in prompts:
         check_text(prompt, f"prompt {prompt!r}")
     if options.batch_size < 1:
-        raise ValueError(f"--batch-size must be at least 1, but is {options.batch_size}")
+        raise UserError(f"--batch-size must be at least 1, but is {options.batch_size}")
     model, tokenizer = load(options.model)
     with contextlib.ExitStack() as stack:
         file = None
@@ -111,12 +112,12 @@ def write_batch(
 def read_prompts(file: Path) -> list[str]:
     """Prompts from a .txt or .jsonl file; blank lines are none.
 
-    Raises FileNotFoundError, and ValueError naming the line that is no prompt.
+    Raises FileNotFoundError, and UserError naming the line that is no prompt.
     """
     lines = read_lines(file, "prompts")
     prompts = [line if file.suffix == ".txt" else prompt_of(line, place) for place, line in lines]
     if not prompts:
-        raise ValueError(f"{file} holds no prompts")
+        raise UserError(f"{file} holds no prompts")
     return prompts
 
 
@@ -124,6 +125,6 @@ def prompt_of(line: str, place: str) -> str:
     """The prompt in a line of a .jsonl file; raises ValueError, naming the place, where it holds none."""
     row = parse_json(line, place)
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-        raise ValueError(f"{place}: expected an object with a string in its field 'prompt'")
+        raise UserError(f"{place}: expected an object with a string in its field 'prompt'")
     check_text(row["prompt"], place)
     return row["prompt"]

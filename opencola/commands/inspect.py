@@ -23,6 +23,7 @@ from rich.table import Table
 
 from opencola.checkpoints.hub import load_cola, title
 from opencola.commands.terminal import ModelFlags, read_flags
+from opencola.errors import UserError
 from opencola.evaluation.figures import standalone
 from opencola.evaluation.latents.slices import slices
 from opencola.evaluation.latents.tokens import Seen, inspect_tokens, slice_of
@@ -54,9 +55,9 @@ class InspectFlags(ModelFlags):
 
     def __post_init__(self) -> None:
         if self.samples < 2:
-            raise ValueError(f"--samples must be at least 2, but is {self.samples}")
+            raise UserError(f"--samples must be at least 2, but is {self.samples}")
         if self.probe < 0:
-            raise ValueError(f"--probe must not be negative, but is {self.probe}")
+            raise UserError(f"--probe must not be negative, but is {self.probe}")
 
 
 def command(argv: Sequence[str]) -> None:
@@ -66,12 +67,12 @@ def command(argv: Sequence[str]) -> None:
     model, tokenizer = load_cola(options.model)
     ids = tokenizer.encode(options.text)
     if not ids:
-        raise ValueError('nothing to inspect: give a text, as in opencola inspect "Once upon a time"')
+        raise UserError('nothing to inspect: give a text, as in opencola inspect "Once upon a time"')
     for number in options.tokens:
         if not 0 <= number < len(ids):
-            raise ValueError(f"--tokens {number}: the text has the tokens 0 to {len(ids) - 1}")
+            raise UserError(f"--tokens {number}: the text has the tokens 0 to {len(ids) - 1}")
     if model.vae.config.latent_dim < 2:
-        raise ValueError(f"{options.model} has latents of one channel, which no plane cuts")
+        raise UserError(f"{options.model} has latents of one channel, which no plane cuts")
     options.out.mkdir(parents=True, exist_ok=True)
     with Console(stderr=True).status(f"sampling {options.samples} times {len(ids)} tokens"):
         found, seen = inspect_tokens(

@@ -24,6 +24,7 @@ from torch import Tensor
 from opencola.checkpoints import official
 from opencola.checkpoints.hub import SHIPPED, check_vocabulary, locate, title
 from opencola.data.corpus import Corpus, CorpusConfig
+from opencola.errors import UserError
 from opencola.evaluation.figures import standalone
 from opencola.evaluation.latents import report
 from opencola.evaluation.latents.figure import overview
@@ -67,7 +68,7 @@ class LatentsFlags:
     def __post_init__(self) -> None:
         for name in ("length", "sequences", "batch_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, but is {getattr(self, name)}")
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1, but is {getattr(self, name)}")
 
 
 def command(argv: Sequence[str]) -> None:
@@ -93,14 +94,14 @@ def command(argv: Sequence[str]) -> None:
 
 
 def read_documents(options: LatentsFlags, tokenizer: Tokenizer, vae: TextVAE) -> Documents:
-    """The sequences to measure. Raises FileNotFoundError and ValueError for data that cannot be read or is too short,
+    """The sequences to measure. Raises FileNotFoundError and UserError for data that cannot be read or is too short,
     and for a length that the latents do not divide."""
     multiple = vae.config.patch_size * vae.config.visible_block
     if options.data is None:
         stories = held_out(options.sequences)
         return pack_documents([[*tokenizer.encode(tale.text), tokenizer.eos_id] for tale in stories], multiple)
     if options.length % multiple:
-        raise ValueError(f"--length {options.length} must be a multiple of {multiple}: the model's latents demand it")
+        raise UserError(f"--length {options.length} must be a multiple of {multiple}: the model's latents demand it")
     config = CorpusConfig(
         source=options.data, length=options.length, batch_size=options.sequences, text_field=options.text_field
     )
@@ -108,7 +109,7 @@ def read_documents(options: LatentsFlags, tokenizer: Tokenizer, vae: TextVAE) ->
     tokens = next(corpus).tokens
     (position,) = corpus.state_dict()["streams"].values()
     if tuple(position.values()) > (1, 0, 0):  # (epoch, index, offset) of what comes next: a sequence went round
-        raise ValueError(
+        raise UserError(
             f"{options.data} holds fewer than {options.sequences} sequences of {options.length} tokens: lower "
             "--sequences or --length"
         )
@@ -116,7 +117,7 @@ def read_documents(options: LatentsFlags, tokenizer: Tokenizer, vae: TextVAE) ->
 
 
 def examine(vae: TextVAE, documents: Documents, options: LatentsFlags) -> list[Entry]:
-    """All figures, with a bar while they come. Raises ValueError for latents that are not finite."""
+    """All figures, with a bar while they come. Raises UserError for latents that are not finite."""
 
     def encode(tokens: Tensor) -> tuple[Tensor, Tensor]:
         posterior = vae.encode(tokens)
@@ -135,7 +136,7 @@ def examine(vae: TextVAE, documents: Documents, options: LatentsFlags) -> list[E
         )
         result = join(list(parts))
     if not (result.posteriors.mean.isfinite().all() and result.posteriors.variance.isfinite().all()):
-        raise ValueError(f"the latents of {options.model} are not finite: its weights are damaged, or diverged")
+        raise UserError(f"the latents of {options.model} are not finite: its weights are damaged, or diverged")
     return report.entries(result, documents, measured, draw)
 
 

@@ -14,14 +14,16 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 
+from opencola.errors import UserError
+
 
 def command(argv: Sequence[str]) -> None:
-    """Run `opencola lm_eval`. Raises ValueError, with what to do, where the harness is not installed."""
+    """Run `opencola lm_eval`. Raises UserError, with what to do, where the harness is not installed."""
     if not argv or argv[0] in ("-h", "--help"):
         print(f"usage: opencola lm_eval ARGUMENTS\n\n{__doc__}")
         raise SystemExit(0)
     if importlib.util.find_spec("lm_eval") is None:
-        raise ValueError("the lm-evaluation-harness is not installed: pip install 'opencola[harness]'")
+        raise UserError("the lm-evaluation-harness is not installed: pip install 'opencola[harness]'")
     from lm_eval.__main__ import cli_evaluate
 
     from opencola.evaluation import harness  # noqa: F401 makes the harness know the model

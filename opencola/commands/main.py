@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from opencola.errors import UserError
 from opencola.version import __version__
 
 USAGE = """usage: opencola COMMAND [FLAGS]
@@ -49,7 +50,7 @@ COMMANDS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; returns the exit code: 0, 2 after a mistake of the user's, 130 after Ctrl-C."""
+    """Run a command line; returns the exit code: 0, 1 after a bug, 2 after a mistake, 130 after Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may lack a letter that a model writes
@@ -67,11 +68,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the output has gone, as in `opencola generate ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (OSError, ValueError, FloatingPointError) as error:
-        if isinstance(error, ValueError) and not is_ours(error):
-            raise
+    except (UserError, OSError) as error:  # files, disks and networks are the user's to mend, too
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except Exception:
+        traceback.print_exc()
+        print(f"this is a bug in OpenCola {__version__}: please report it, with what is above", file=sys.stderr)
+        return 1
 
 
 def dispatch(argv: Sequence[str]) -> int:
@@ -86,7 +89,7 @@ def dispatch(argv: Sequence[str]) -> int:
         case [name, *_]:
             near = difflib.get_close_matches(name, COMMANDS, 1)
             advice = f"did you mean {near[0]}?" if near else f"the commands are: {', '.join(COMMANDS)}"
-            raise ValueError(f"there is no command {name!r}; {advice}")
+            raise UserError(f"there is no command {name!r}; {advice}")
     return 0
 
 
@@ -94,9 +97,3 @@ def summary(command: str) -> str:
     """What a command does, in a line: the first of its module, which is not loaded."""
     with (Path(__file__).parent / f"{command}.py").open(encoding="utf-8") as source:
         return source.readline().strip().strip('"')
-
-
-def is_ours(error: Exception) -> bool:
-    """Whether an error was raised by this package: then its message is meant for users."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return Path(frames[-1].filename).is_relative_to(Path(__file__).parent.parent)

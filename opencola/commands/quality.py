@@ -22,6 +22,7 @@ from rich.table import Table
 
 from opencola.checkpoints.hub import load, title
 from opencola.commands.terminal import ModelFlags, read_flags
+from opencola.errors import UserError
 from opencola.evaluation.figures import standalone
 from opencola.evaluation.likelihood import read_pairs
 from opencola.evaluation.quality import judge as judges
@@ -63,10 +64,10 @@ class QualityFlags(ModelFlags):
     def __post_init__(self) -> None:
         for name in ("num_samples", "batch_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, but is {getattr(self, name)}")
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1, but is {getattr(self, name)}")
         different = len({*self.temperatures}) == len(self.temperatures) > 0
         if not different or not all(0 <= temperature < math.inf for temperature in self.temperatures):
-            raise ValueError("--temperatures must be different numbers, at least one and none of them negative")
+            raise UserError("--temperatures must be different numbers, at least one and none of them negative")
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def command(argv: Sequence[str]) -> None:
     """Run `opencola quality`."""
     options: QualityFlags = read_flags(QualityFlags, argv, prog="opencola quality", description=__doc__)
     if options.sampling.chat:
-        raise ValueError("quality is that of texts, not of answers: give --no-chat")
+        raise UserError("quality is that of texts, not of answers: give --no-chat")
     texts = read_texts(options)
     model, tokenizer = load(options.model)
     judge = None if options.judge is None else judges.load(options.judge)
@@ -118,7 +119,7 @@ def command(argv: Sequence[str]) -> None:
 
 
 def read_texts(options: QualityFlags) -> list[Text]:
-    """Twice as many reference texts as samples. Raises ValueError where there are fewer, and as `score.read_pairs`."""
+    """Twice as many reference texts as samples. Raises UserError where there are fewer, and as `score.read_pairs`."""
     count = 2 * options.num_samples
     if options.reference == STORIES:
         stories = held_out(count)
@@ -126,7 +127,7 @@ def read_texts(options: QualityFlags) -> list[Text]:
         return [Text(prompt, tale.text[len(prompt) :]) for prompt, tale in zip(prompts, stories, strict=True)]
     texts = [pair.prompt + pair.continuation for pair in read_pairs(Path(options.reference))]
     if len(texts) < count:
-        raise ValueError(
+        raise UserError(
             f"{options.reference} holds {len(texts)} texts, but two for each of --num-samples {options.num_samples} "
             "are needed"
         )

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as Grid
 
+from opencola.errors import UserError
 from opencola.evaluation.figures import standalone
 from opencola.evaluation.reporting.accuracy_figure import accuracies
 from opencola.evaluation.reporting.results import read_results
@@ -45,7 +46,7 @@ def command(argv: Sequence[str]) -> None:
     """Run `opencola report`."""
     options: ReportFlags = flags.parse(ReportFlags, argv, prog="opencola report", description=__doc__)
     if not options.results:
-        raise ValueError("nothing to report: name results files, as in opencola report runs/mine/results.jsonl")
+        raise UserError("nothing to report: name results files, as in opencola report runs/mine/results.jsonl")
     check_files(options)
     summaries = summarise([read_results(file) for file in options.results])
     drawing = accuracies(summaries)
@@ -63,15 +64,15 @@ def command(argv: Sequence[str]) -> None:
 
 
 def check_files(options: ReportFlags) -> None:
-    """Raise ValueError for a file that is named twice, or that the report would replace."""
+    """Raise UserError for a file that is named twice, or that the report would replace."""
     seen: set[Path] = set()
     for file in options.results:
         real = file.resolve()
         if real in seen:
-            raise ValueError(f"{file} is named twice")
+            raise UserError(f"{file} is named twice")
         seen.add(real)
         if real in {(options.out / name).resolve() for name in (PAGE, TEXT, DRAWING, FIGURES)}:
-            raise ValueError(f"{file} holds results, but the report would replace it: choose another folder for --out")
+            raise UserError(f"{file} holds results, but the report would replace it: choose another folder for --out")
 
 
 def show(summaries: Sequence[Summary]) -> None:

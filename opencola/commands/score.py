@@ -24,6 +24,7 @@ from rich.table import Table
 from opencola.checkpoints import hub
 from opencola.checkpoints import parts as layout
 from opencola.commands import terminal
+from opencola.errors import UserError
 from opencola.evaluation.likelihood import read_pairs, score_pairs, together, total
 from opencola.models import build
 from opencola.run import flags
@@ -56,9 +57,9 @@ def command(argv: Sequence[str]) -> None:
     options: ScoreFlags[Any] = flags.parse(target, argv, prog="opencola score", description=__doc__)
     pairs = list(read_pairs(options.file))
     if not pairs:
-        raise ValueError(f"{options.file} holds no texts")
+        raise UserError(f"{options.file} holds no texts")
     if options.jsonl is not None and options.jsonl.exists() and options.jsonl.samefile(options.file):
-        raise ValueError(f"{options.jsonl} holds the texts: choose another file for --jsonl")
+        raise UserError(f"{options.jsonl} holds the texts: choose another file for --jsonl")
     model, tokenizer = hub.load(options.model)
     model.requires_grad_(False)  # a graph of the latents only
     columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

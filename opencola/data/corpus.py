@@ -17,6 +17,7 @@ from opencola.data import shards
 from opencola.data.batch import Batch
 from opencola.data.packing import Packer, Packing, Tokenised, TokenSource, plain
 from opencola.data.sources import documents, one_pass
+from opencola.errors import UserError
 from opencola.text.conversations import ChatML, conversation_of
 from opencola.text.files import text_of
 from opencola.text.tokenizer import Tokenizer
@@ -64,19 +65,19 @@ class CorpusConfig:
 
     def __post_init__(self) -> None:
         if self.length < 1 or self.batch_size < 1:
-            raise ValueError(f"length and batch_size must be at least 1, but are {self.length} and {self.batch_size}")
+            raise UserError(f"length and batch_size must be at least 1, but are {self.length} and {self.batch_size}")
         if self.streams < 1:
-            raise ValueError(f"streams must be at least 1, but is {self.streams}")
+            raise UserError(f"streams must be at least 1, but is {self.streams}")
         for name, value, known in (("packing", self.packing, Packing), ("format", self.format, Format)):
             if value not in get_args(known):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(known))}, but is {value!r}")
+                raise UserError(f"{name} must be one of {', '.join(get_args(known))}, but is {value!r}")
         if self.format == "messages" and self.packing != "whole":
-            raise ValueError(f"packing {self.packing} would cut conversations: set packing to whole")
+            raise UserError(f"packing {self.packing} would cut conversations: set packing to whole")
 
     def texts(self, seed: int) -> Iterator[str]:
-        """The source's documents once, in order, to train a tokenizer on. Raises ValueError for conversations."""
+        """The source's documents once, in order, to train a tokenizer on. Raises UserError for conversations."""
         if self.format == "messages":
-            raise ValueError("conversations need the tokenizer of a trained model: set init, or tokenizer.path")
+            raise UserError("conversations need the tokenizer of a trained model: set init, or tokenizer.path")
         return one_pass(self.source, seed, self.text_field)
 
 
@@ -98,12 +99,12 @@ class Corpus:
     ) -> None:
         """Open the source. multiple: tokens of a block, at whose multiples documents start that are packed whole.
 
-        Raises FileNotFoundError or ValueError when the source cannot be read, naming the place. ValueError, too, for a
+        Raises FileNotFoundError or UserError when the source cannot be read, naming the place. UserError, too, for a
         batch size that is not a multiple of `num_ranks`, for fewer documents than streams, for tokenised shards that
         are damaged or of another tokenizer, and for a tokenizer that lacks a special token that is needed.
         """
         if config.batch_size % num_ranks:
-            raise ValueError(f"data.batch_size {config.batch_size} cannot be divided among {num_ranks} processes")
+            raise UserError(f"data.batch_size {config.batch_size} cannot be divided among {num_ranks} processes")
         self._config = config
         self._tokenizer = tokenizer
         self._seed = seed
@@ -114,7 +115,7 @@ class Corpus:
         self._documents: TokenSource
         if (folder := shards.folder_of(config.source)) is not None:
             if messages:
-                raise ValueError(f"{config.source} holds tokenised text: conversations are read from their files")
+                raise UserError(f"{config.source} holds tokenised text: conversations are read from their files")
             verify = slice(rank, None, num_ranks) if config.verify else slice(0)
             self._documents = shards.ShardDocuments(folder, seed, tokenizer, verify)
         else:
@@ -124,7 +125,7 @@ class Corpus:
             self._documents = Tokenised(found, encode, read_ahead)
         count = self._documents.num_documents
         if count is not None and count < config.streams:
-            raise ValueError(f"{config.source}: data.streams is {config.streams}, but there are {count} documents")
+            raise UserError(f"{config.source}: data.streams is {config.streams}, but there are {count} documents")
         self._num_batches = 0
         self._num_sequences = 0
         start = {"epoch": 0, "index": 0, "offset": 0}
@@ -147,7 +148,7 @@ class Corpus:
             else:
                 packer.fill(*dropped)
         if tokens.max() >= self._tokenizer.vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"{config.source} holds token {tokens.max()}, but the tokenizer has {self._tokenizer.vocab_size}: "
                 "check its shards with data.verify"
             )
@@ -174,18 +175,18 @@ class Corpus:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue with exactly the batch that would have followed when `state` was taken, by any number of ranks.
 
-        Raises ValueError when the state belongs to another corpus (a changed batch size is fine) or lacks a stream.
+        Raises UserError when the state belongs to another corpus (a changed batch size is fine) or lacks a stream.
         """
         for name, value in self._identity().items():
             saved = state["made_with"].get(name)
             if saved != value:
-                raise ValueError(f"cannot resume the corpus: {name} was {saved!r} when it was saved, but is {value!r}")
+                raise UserError(f"cannot resume the corpus: {name} was {saved!r} when it was saved, but is {value!r}")
         self._num_sequences = state["num_sequences"]
         self._num_batches = state["num_batches"]
         self._packers = {}
         for stream in self._own_streams():
             if str(stream) not in state["streams"]:
-                raise ValueError(f"cannot resume the corpus: the state has no stream {stream}; merge the ranks' states")
+                raise UserError(f"cannot resume the corpus: the state has no stream {stream}; merge the ranks' states")
             position = state["streams"][str(stream)]
             self._packers[stream] = self._open(stream, **position)
             try:
@@ -193,9 +194,7 @@ class Corpus:
             except ValueError:
                 found = None
             if found != position:
-                raise ValueError(
-                    f"cannot resume the corpus: {self._config.source} is not what it was when it was saved"
-                )
+                raise UserError(f"cannot resume the corpus: {self._config.source} is not what it was when it was saved")
 
     def _identity(self) -> dict[str, Any]:
         """All that decides the order of tokens."""
@@ -232,11 +231,11 @@ class Corpus:
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The state of a corpus out of those of its ranks; the same for any number of ranks.
 
-    Raises ValueError where the ranks do not stand at the same batch.
+    Raises UserError where the ranks do not stand at the same batch.
     """
     streams: dict[str, Any] = {}
     for rank, state in enumerate(states):
         rest = [{**one, "streams": None} for one in (state, states[0])]
         if rest[0] != rest[1] or any(streams.setdefault(s, at) != at for s, at in state["streams"].items()):
-            raise ValueError(f"the corpus of rank {rank} does not stand where that of rank 0 does")
+            raise UserError(f"the corpus of rank {rank} does not stand where that of rank 0 does")
     return {**states[0], "streams": dict(sorted(streams.items(), key=lambda item: int(item[0])))}

@@ -7,6 +7,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from opencola.data.sources import Document, Documents
+from opencola.errors import UserError
 from opencola.text.tokenizer import Tokenizer
 
 
@@ -89,11 +90,11 @@ class Packer:
     def position(self) -> dict[str, int]:
         """Where the next sequence begins: epoch and index of a document, and the offset in it.
 
-        Raises ValueError when the first document is shorter than the offset that was given.
+        Raises UserError when the first document is shorter than the offset that was given.
         """
         document = self._current()
         if self._offset >= len(document.ids):
-            raise ValueError(f"document {document.index} of epoch {document.epoch} is shorter than it was")
+            raise UserError(f"document {document.index} of epoch {document.epoch} is shorter than it was")
         return {"epoch": document.epoch, "index": document.index, "offset": self._offset}
 
     def fill(self, tokens: np.ndarray, documents: np.ndarray, scored: np.ndarray) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 from opencola.data.encoding import Encoded, encode, encode_all
 from opencola.data.shards import FORMAT, INDEX_TYPE, MANIFEST, Manifest, Shard, checksum, folder_of, load_tokenizer
 from opencola.data.sources import one_pass
+from opencola.errors import UserError
 from opencola.text.tokenizer import FILE_NAME, Tokenizer
 
 TRAIN_DOCUMENTS = 10_000  # that a new tokenizer is trained on
@@ -48,17 +49,17 @@ class Order:
 
     def __post_init__(self) -> None:
         if (self.tokenizer is None) == (self.vocab_size is None):
-            raise ValueError("give either a tokenizer (--tokenizer PATH) or the size of a new one (--vocab-size N)")
+            raise UserError("give either a tokenizer (--tokenizer PATH) or the size of a new one (--vocab-size N)")
         if self.special and self.vocab_size is None:
-            raise ValueError("an existing tokenizer has its special tokens: leave out --special, or train a new one")
+            raise UserError("an existing tokenizer has its special tokens: leave out --special, or train a new one")
         if self.source == "stories" and self.limit is None:
-            raise ValueError("stories never end: say how many (--limit N)")
+            raise UserError("stories never end: say how many (--limit N)")
         if folder_of(self.source) is not None:
-            raise ValueError(f"{self.source} is tokenised already")
+            raise UserError(f"{self.source} is tokenised already")
         for name in ("limit", "shard_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, but is {value}")
+                raise UserError(f"{name} must be at least 1, but is {value}")
 
     def texts(self, first: int = 0) -> Iterator[str]:
         """The documents from number `first` on."""
@@ -80,12 +81,12 @@ class Progress:
 def tokenise(order: Order, folder: Path, workers: int = 1) -> Iterator[Progress]:
     """Write shards into a folder, or what is missing and damaged of them; yields how far it is, as often as it knows.
 
-    Raises ValueError and FileNotFoundError, naming the place, for a source, tokenizer or folder that cannot be used,
-    ValueError where the folder holds the shards of another order or the source has changed, and OSError, naming the
+    Raises UserError and FileNotFoundError, naming the place, for a source, tokenizer or folder that cannot be used,
+    UserError where the folder holds the shards of another order or the source has changed, and OSError, naming the
     file, for a full disk.
     """
     if workers < 1:
-        raise ValueError(f"workers must be at least 1, but is {workers}")
+        raise UserError(f"workers must be at least 1, but is {workers}")
     manifest = _begin(order, folder)
     done = _progress(manifest)
     yield done
@@ -99,7 +100,7 @@ def tokenise(order: Order, folder: Path, workers: int = 1) -> Iterator[Progress]
                     written = part
                     break
             if written != shard:
-                raise ValueError(f"{damage}, and {order.source} has changed since: choose another folder")
+                raise UserError(f"{damage}, and {order.source} has changed since: choose another folder")
     if manifest.finished:
         return
     _check_last(order, manifest, folder)
@@ -112,7 +113,7 @@ def tokenise(order: Order, folder: Path, workers: int = 1) -> Iterator[Progress]
             before = _progress(manifest)
             yield dataclasses.replace(before, documents=before.documents + part[0], tokens=before.tokens + part[1])
     if not manifest.shards:
-        raise ValueError(f"no documents in {order.source}")
+        raise UserError(f"no documents in {order.source}")
     _save(dataclasses.replace(manifest, finished=True), folder)
 
 
@@ -134,13 +135,11 @@ def _begin(order: Order, folder: Path) -> Manifest:
         asked |= {"shard_tokens": order.shard_tokens, "trained_vocab_size": order.vocab_size}
         for name, value in asked.items():
             if (there := getattr(manifest, name)) != value:
-                raise ValueError(f"{folder} holds shards of {name} {there}, not {value}: choose another folder")
+                raise UserError(f"{folder} holds shards of {name} {there}, not {value}: choose another folder")
         for name in order.special:
             tokenizer.special_id(name)
         if order.tokenizer is not None and Tokenizer.load(order.tokenizer).fingerprint != tokenizer.fingerprint:
-            raise ValueError(
-                f"{folder} holds shards of another tokenizer than {order.tokenizer}: choose another folder"
-            )
+            raise UserError(f"{folder} holds shards of another tokenizer than {order.tokenizer}: choose another folder")
         return manifest
     if folder.exists() and any(file.name != FILE_NAME and file.name[0] != "." for file in folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty: choose another folder")
@@ -173,7 +172,7 @@ def _begin(order: Order, folder: Path) -> Manifest:
 
 
 def _check_last(order: Order, manifest: Manifest, folder: Path) -> None:
-    """Raise ValueError where the source no longer holds the last document that was written."""
+    """Raise UserError where the source no longer holds the last document that was written."""
     if not manifest.shards:
         return
     last = manifest.shards[-1]
@@ -182,7 +181,7 @@ def _check_last(order: Order, manifest: Manifest, folder: Path) -> None:
     texts = list(itertools.islice(order.texts(manifest.num_documents - 1), 1))
     ids, _ = encode(texts, Tokenizer.load(folder), manifest.dtype)
     if not np.array_equal(ids, written):
-        raise ValueError(f"{order.source} is not what it was when {folder} was begun: choose another folder")
+        raise UserError(f"{order.source} is not what it was when {folder} was begun: choose another folder")
 
 
 def _write(

@@ -21,6 +21,7 @@ import numpy as np
 
 from opencola.data.packing import Tokens
 from opencola.data.sources import Shuffled, check_seed
+from opencola.errors import UserError
 from opencola.text.tokenizer import FILE_NAME, Tokenizer
 
 MANIFEST = "manifest.json"
@@ -108,7 +109,7 @@ class Manifest:
     def read(cls, folder: Path) -> "Manifest":
         """Read `folder/manifest.json`.
 
-        Raises FileNotFoundError where there is none, and ValueError, naming file and key, for one of another kind.
+        Raises FileNotFoundError where there is none, and UserError, naming file and key, for one of another kind.
         """
         file = folder / MANIFEST
         if not file.is_file():
@@ -118,15 +119,15 @@ class Manifest:
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{file}: not JSON: {error}") from error
+            raise UserError(f"{file}: not JSON: {error}") from error
         manifest = _filled(cls, values, file)
         if not isinstance(manifest.shards, list):
-            raise ValueError(f"{file}: 'shards' must be a list")
+            raise UserError(f"{file}: 'shards' must be a list")
         manifest = dataclasses.replace(manifest, shards=tuple(_filled(Shard, shard, file) for shard in manifest.shards))
         if manifest.format != FORMAT:
-            raise ValueError(f"{file}: format {manifest.format}, but this version of opencola reads format {FORMAT}")
+            raise UserError(f"{file}: format {manifest.format}, but this version of opencola reads format {FORMAT}")
         if manifest.dtype not in ("uint16", "uint32"):
-            raise ValueError(f"{file}: dtype must be uint16 or uint32, but is {manifest.dtype!r}")
+            raise UserError(f"{file}: dtype must be uint16 or uint32, but is {manifest.dtype!r}")
         return manifest
 
     @property
@@ -141,7 +142,7 @@ class ShardDocuments:
     def __init__(self, folder: Path, seed: int, tokenizer: Tokenizer, verify: slice = slice(None)) -> None:
         """Map the shards. verify: which of them to read whole and compare with their checksums.
 
-        Raises FileNotFoundError without a manifest; ValueError, naming the file, for one that cannot be read, for
+        Raises FileNotFoundError without a manifest; UserError, naming the file, for one that cannot be read, for
         shards that are unfinished, missing, of another size or (of those to verify) altered, and for a tokenizer other
         than theirs.
         """
@@ -149,17 +150,17 @@ class ShardDocuments:
         manifest = Manifest.read(folder)
         own = load_tokenizer(folder, manifest)
         if tokenizer.fingerprint != own.fingerprint:
-            raise ValueError(
+            raise UserError(
                 f"the shards in {folder} were written with {folder / FILE_NAME} ({own.vocab_size} ids), but the run's "
                 f"tokenizer is another one ({tokenizer.vocab_size} ids, from tokenizer.path, init or training): set "
                 f"tokenizer.path to {folder}, or tokenise the text anew with the run's tokenizer"
             )
         if not manifest.finished:
-            raise ValueError(f"{folder} is not finished ({manifest.num_tokens} tokens so far): {AGAIN}")
+            raise UserError(f"{folder} is not finished ({manifest.num_tokens} tokens so far): {AGAIN}")
         checked = {shard.name for shard in manifest.shards[verify]}
         for shard in manifest.shards:
             if damage := shard.damage(folder, whole=shard.name in checked):
-                raise ValueError(f"{damage}: {AGAIN}")
+                raise UserError(f"{damage}: {AGAIN}")
         # np.memmap's own slicing is slow; as a plain array it stays mapped.
         self._tokens = [
             np.asarray(np.memmap(folder / f"{shard.name}.bin", manifest.token_type, "r")) for shard in manifest.shards
@@ -169,7 +170,7 @@ class ShardDocuments:
         ]
         for shard, starts in zip(manifest.shards, self._starts, strict=True):
             if (starts[0], starts[-1]) != (0, shard.tokens):
-                raise ValueError(f"{folder / shard.name}.idx does not fit its shard: {AGAIN}")
+                raise UserError(f"{folder / shard.name}.idx does not fit its shard: {AGAIN}")
         self._first = [0, *itertools.accumulate(shard.documents for shard in manifest.shards)]
         self.num_documents: int | None = manifest.num_documents
         self._order = Shuffled(manifest.num_documents, seed)
@@ -194,10 +195,10 @@ def folder_of(source: str) -> Path | None:
 
 
 def load_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
-    """The tokenizer that wrote a folder's shards. Raises FileNotFoundError, and ValueError where it was altered."""
+    """The tokenizer that wrote a folder's shards. Raises FileNotFoundError, and UserError where it was altered."""
     tokenizer = Tokenizer.load(folder)
     if checksum(folder / FILE_NAME) != manifest.tokenizer_sha256:
-        raise ValueError(
+        raise UserError(
             f"{folder / FILE_NAME} is not the tokenizer that wrote the shards (its checksum differs): put the right "
             "one back, or tokenise into another folder"
         )
@@ -213,9 +214,9 @@ def checksum(file: Path) -> str:
 def _filled(target: Any, values: Any, file: Path) -> Any:
     """A dataclass from JSON values, whose keys must be there; others are passed over."""
     if not isinstance(values, dict):
-        raise ValueError(f"{file}: not a manifest of tokenised shards: expected an object, found {values!r:.40}")
+        raise UserError(f"{file}: not a manifest of tokenised shards: expected an object, found {values!r:.40}")
     names = [field.name for field in dataclasses.fields(target)]
     for name in names:
         if name not in values:
-            raise ValueError(f"{file}: not a manifest of tokenised shards: the key {name!r} is missing")
+            raise UserError(f"{file}: not a manifest of tokenised shards: the key {name!r} is missing")
     return target(**{name: values[name] for name in names})

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from opencola.errors import UserError
 from opencola.text.files import Reader, iter_documents, read_documents, text_of
 
 HUB_WINDOW = 10_000
@@ -54,12 +55,12 @@ def documents(source: str, seed: int, text_field: str = "text", read: Reader = t
     - the path of a file or folder (`./stories` for a folder of that name): see `opencola.text.files`. These are read
       into memory; `text_field` is the field or column of `.jsonl` and `.parquet` that holds the text.
 
-    Documents of white space alone are skipped. read: what to take of a row. Raises FileNotFoundError and ValueError,
+    Documents of white space alone are skipped. read: what to take of a row. Raises FileNotFoundError and UserError,
     naming the place.
     """
     check_seed(seed)
     if source in ("stories", "bible") and read is not text_of:
-        raise ValueError(f"{source} are no conversations: name a .jsonl or .parquet file, a folder of these or hf:NAME")
+        raise UserError(f"{source} are no conversations: name a .jsonl or .parquet file, a folder of these or hf:NAME")
     if source == "stories":
         return StoryDocuments(seed)
     if source == "bible":
@@ -83,9 +84,9 @@ def one_pass(source: str, seed: int, text_field: str = "text", first: int = 0) -
 
 
 def check_seed(seed: int) -> None:
-    """Raise ValueError for a negative seed."""
+    """Raise UserError for a negative seed."""
     if seed < 0:
-        raise ValueError(f"the seed must not be negative, but is {seed}")
+        raise UserError(f"the seed must not be negative, but is {seed}")
 
 
 class Shuffled:
@@ -101,7 +102,7 @@ class Shuffled:
     def stream(self, epoch: int, index: int, part: int, parts: int) -> Iterator[tuple[int, int, int]]:
         """Endless (epoch, index, number of the document)."""
         if part >= self.count:
-            raise ValueError(f"{self.count} documents are too few for {parts} streams: lower data.streams")
+            raise UserError(f"{self.count} documents are too few for {parts} streams: lower data.streams")
         while True:
             order = self._order(epoch)
             for place in range(part + index * parts, self.count, parts):
@@ -160,13 +161,13 @@ class HubDocuments:
         place, _, split = source.removeprefix("hf:").partition("@")
         name, _, config = place.partition(":")
         if not name:
-            raise ValueError(f"{source!r} names no dataset: write hf:NAME, hf:NAME:CONFIG or hf:NAME:CONFIG@SPLIT")
+            raise UserError(f"{source!r} names no dataset: write hf:NAME, hf:NAME:CONFIG or hf:NAME:CONFIG@SPLIT")
         datasets = _optional("datasets", "datasets", f"the source {source}")
         try:
             self._rows: Any = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
         except (OSError, ValueError, RuntimeError) as error:
             reason = str(error).strip().split("\n")[0]
-            raise ValueError(f"cannot open {source}: {reason}") from error
+            raise UserError(f"cannot open {source}: {reason}") from error
 
     def one_pass(self) -> Iterator[str]:
         """Every document once, in order."""
@@ -199,7 +200,7 @@ class HubDocuments:
                 start += HUB_WINDOW
             if not found:
                 few = f" for stream {part} of {parts}: lower data.streams" if parts > 1 else ""
-                raise ValueError(f"no documents in {self._source}{few}")
+                raise UserError(f"no documents in {self._source}{few}")
             epoch, index = epoch + 1, 0
 
     def _text(self, row: dict[str, Any], number: int) -> str:
@@ -226,4 +227,4 @@ def _optional(module: str, package: str, purpose: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ValueError(f"{purpose} needs the package {package}: pip install '{package}'") from error
+        raise UserError(f"{purpose} needs the package {package}: pip install '{package}'") from error

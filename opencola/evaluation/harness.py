@@ -22,6 +22,7 @@ from rich.progress import track
 
 from opencola.checkpoints import hub, parts
 from opencola.checkpoints.files import checked
+from opencola.errors import UserError
 from opencola.layers.device import device as own_device
 from opencola.models import build
 from opencola.models.sampling import Sampling
@@ -59,7 +60,7 @@ class OpenCola(LM):
         device: torch's name for it (else a GPU if there is one); batch_size: requests at a time; max_length: tokens
         of the windows of loglikelihood_rolling; greedy: whether a continuation is the model's own is found out by
         generating, for models without exact log-probabilities, too; settings: Sampling's, and by `score_names` those
-        of the family's scoring. Raises ValueError for what is none and for impossible values; errors of loading as
+        of the family's scoring. Raises UserError for what is none and for impossible values; errors of loading as
         `hub.from_pretrained`.
         """
         super().__init__()
@@ -86,7 +87,7 @@ class OpenCola(LM):
     ) -> "OpenCola":
         """The model that --model_args describe; --batch_size and --device hold where these are silent."""
         if "pretrained" not in arg_dict:
-            raise ValueError("model_args name no model: add pretrained=FOLDER or pretrained=OWNER/NAME")
+            raise UserError("model_args name no model: add pretrained=FOLDER or pretrained=OWNER/NAME")
         flags = {name: value for name, value in (additional_config or {}).items() if value is not None}
         return cls(**flags | arg_dict)
 
@@ -109,9 +110,7 @@ class OpenCola(LM):
     def chat_template(self, chat_template: bool | str = False) -> str:
         """There is none: a tokenizer of ours never reads special tokens out of a text."""
         if chat_template:
-            raise ValueError(
-                "--apply_chat_template is not supported: answers of a chat model need model_args chat=true"
-            )
+            raise UserError("--apply_chat_template is not supported: answers of a chat model need model_args chat=true")
         return ""
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -217,16 +216,16 @@ def score_names(scoring: type) -> dict[str, tuple[str, Any]]:
 
 
 def read_settings(place: str, given: Mapping[str, Any], hints: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings by name, each of its type. Raises ValueError, naming place and setting, for others."""
+    """Settings by name, each of its type. Raises UserError, naming place and setting, for others."""
     if unknown := sorted(given.keys() - hints.keys()):
-        raise ValueError(f"{place}: {unknown[0]} is no setting of opencola; there are: {', '.join(hints)}")
+        raise UserError(f"{place}: {unknown[0]} is no setting of opencola; there are: {', '.join(hints)}")
     return {name: checked(place, name, value, hints[name]) for name, value in given.items()}
 
 
 def positive(name: str, value: int | str) -> int:
-    """A number that must be whole and at least 1: --batch_size comes as a text. Raises ValueError."""
+    """A number that must be whole and at least 1: --batch_size comes as a text. Raises UserError."""
     if not str(value).isdecimal() or int(value) < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+        raise UserError(f"{name} must be a whole number of at least 1, not {value!r}")
     return int(value)
 
 
@@ -234,7 +233,7 @@ def generation(sampling: Sampling, given: Mapping[str, Any]) -> Sampling:
     """The settings that a task's generation_kwargs ask for, over those of the model.
 
     Of the harness: until, max_gen_toks (and its other names), do_sample, without which tokens are the most probable
-    ones whatever the model's temperature; and our own settings by name. Raises ValueError for others.
+    ones whatever the model's temperature; and our own settings by name. Raises UserError for others.
     """
     asked = dict(normalize_gen_kwargs(dict(given), sampling.max_new_tokens))
     until = [string for string in asked.pop("until") if string]

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from opencola.errors import UserError
 from opencola.models.language_model import LanguageModel, Score
 from opencola.text import lines
 from opencola.text.tokenizer import Tokenizer
@@ -74,7 +75,7 @@ def figures(score: Score, place: int, num_bytes: int) -> dict[str, Any]:
 def read_pairs(file: Path) -> Iterator[Pair]:
     """Texts from a .txt or .jsonl file; blank lines are none.
 
-    Raises FileNotFoundError, and ValueError naming the line that holds none.
+    Raises FileNotFoundError, and UserError naming the line that holds none.
     """
     for place, line in lines.read_lines(file, "texts"):
         yield Pair("", line) if file.suffix == ".txt" else pair_of(line, place)
@@ -88,7 +89,7 @@ def pair_of(line: str, place: str) -> Pair:
         case {"prompt": str(prompt), "continuation": str(text)} if text:
             pair = Pair(prompt, text)
         case _:
-            raise ValueError(f"{place}: expected strings in a field 'text', or in 'prompt' and 'continuation'")
+            raise UserError(f"{place}: expected strings in a field 'text', or in 'prompt' and 'continuation'")
     for text in (pair.prompt, pair.continuation):
         lines.check_text(text, place)
     return pair

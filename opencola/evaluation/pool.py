@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import signal
+import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from multiprocessing.connection import Connection, wait
@@ -61,11 +62,8 @@ def _receive(connection: Connection) -> Any:
         raise OSError(
             "a process has died (out of memory?), but what is done is kept: try fewer --processes, or less --batch-size"
         ) from None
-    match result:
-        case ValueError():
-            raise ValueError(str(result)) from result
-        case OSError():
-            raise OSError(str(result)) from result
+    if isinstance(result, Exception):
+        raise result
     return result
 
 
@@ -78,6 +76,7 @@ def _work(connection: Connection, prepare: Callable[[], Callable[[Item], Result]
             try:
                 work = work or prepare()
                 result: Result | Exception = work(item)
-            except (ValueError, OSError) as error:
+            except Exception as error:
+                error.add_note(f"in a process of its own:\n{traceback.format_exc()}")
                 result = error
             connection.send(result)

@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from opencola.errors import UserError
 from opencola.evaluation.statistics import Share, share
 from opencola.models.language_model import LanguageModel
 from opencola.models.sampling import Sampling
@@ -94,9 +95,9 @@ class LastWord:
 
 
 def held_out(count: int, seed: int = HELD_OUT_SEED) -> list[Story]:
-    """Stories 0 to count - 1 of a seed that no corpus can have. Raises ValueError for a seed that one can."""
+    """Stories 0 to count - 1 of a seed that no corpus can have. Raises UserError for a seed that one can."""
     if seed >= 0:
-        raise ValueError(f"seed {seed} may have been trained on: held-out stories have a negative seed")
+        raise UserError(f"seed {seed} may have been trained on: held-out stories have a negative seed")
     return [story(seed, index) for index in range(count)]
 
 

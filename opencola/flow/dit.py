@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from opencola.errors import UserError
 from opencola.layers.attention import Attend, rotary, turns
 from opencola.layers.cache import KVCache
 from opencola.layers.packed import Past, packed
@@ -43,9 +44,9 @@ class DiTConfig:
 
     def __post_init__(self) -> None:
         if self.rope_dim % 2 or not 0 <= self.rope_dim <= self.head_dim:
-            raise ValueError(f"dit.rope_dim {self.rope_dim} must be even and at most dit.head_dim {self.head_dim}")
+            raise UserError(f"dit.rope_dim {self.rope_dim} must be even and at most dit.head_dim {self.head_dim}")
         if self.block_size < 1:
-            raise ValueError(f"dit.block_size must be at least 1, not {self.block_size}")
+            raise UserError(f"dit.block_size must be at least 1, not {self.block_size}")
 
 
 class BlockCausalDiT(nn.Module):

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from opencola.errors import UserError
 from opencola.flow.ode import time_grid
 from opencola.layers import randomness
 
@@ -48,10 +49,10 @@ class Likelihood:
     def __post_init__(self) -> None:
         for name in ("steps", "probes"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
         for name in ("tolerance", "shift"):
             if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
+                raise UserError(f"{name} must be above 0, not {getattr(self, name)}")
 
     def label(self) -> str:
         """All that the figures depend on, in words."""
@@ -78,7 +79,7 @@ def log_density(
     """Log-density of every group of z_0 (B, G, ...), in its dtype.
 
     probes (M, B, G, ...): for Hutchinson's estimator; free (B, G, ...) bool, all when not given: the numbers that have
-    a density; others stay where they are, and are conditions. Raises ValueError for probes that the settings do not
+    a density; others stay where they are, and are conditions. Raises UserError for probes that the settings do not
     need, and where needed ones are missing.
     """
     import torchdiffeq  # brings scipy, a second of start-up

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opencola.errors import UserError
 from opencola.layers.attention import Attend, Rotary, rotary, rotate_halves
 from opencola.layers.cache import KVCache
 from opencola.layers.transformer import Linear, initialise
@@ -35,9 +36,9 @@ class LlamaConfig:
 
     def __post_init__(self) -> None:
         if self.width % (2 * self.num_heads):
-            raise ValueError(f"width {self.width} must be a multiple of twice num_heads {self.num_heads}")
+            raise UserError(f"width {self.width} must be a multiple of twice num_heads {self.num_heads}")
         if self.num_heads % self.kv_heads:
-            raise ValueError(f"num_kv_heads {self.num_kv_heads} must divide num_heads {self.num_heads}")
+            raise UserError(f"num_kv_heads {self.num_kv_heads} must divide num_heads {self.num_heads}")
 
     @property
     def head_dim(self) -> int:

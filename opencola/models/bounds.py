@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from opencola.errors import UserError
+
 
 @dataclass(frozen=True)
 class BoundScoring:
@@ -17,7 +19,7 @@ class BoundScoring:
     def __post_init__(self) -> None:
         for name in ("samples", "rows"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
 
     @classmethod
     def quick(cls) -> "BoundScoring":

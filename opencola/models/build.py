@@ -5,6 +5,7 @@ from typing import assert_never
 
 from torch import Tensor, nn
 
+from opencola.errors import UserError
 from opencola.models.ar.model import AR
 from opencola.models.ar.network import ARConfig
 from opencola.models.ar.score import ARScoring
@@ -29,7 +30,7 @@ FAMILIES = ("vae", "cola", "ar", "llada", "plaid")
 
 
 def config_class(family: str) -> type[ModelConfig]:
-    """The configuration class of a family. Raises ValueError, with the names there are, for any other name."""
+    """The configuration class of a family. Raises UserError, with the names there are, for any other name."""
     match family:
         case "vae":
             return StageOneConfig
@@ -42,11 +43,11 @@ def config_class(family: str) -> type[ModelConfig]:
         case "plaid":
             return PlaidConfig
         case _:
-            raise ValueError(f"there is no model family {family!r}; the families are: {', '.join(FAMILIES)}")
+            raise UserError(f"there is no model family {family!r}; the families are: {', '.join(FAMILIES)}")
 
 
 def scoring_class(family: str) -> type[Scoring] | type[ARScoring] | type[BoundScoring]:
-    """The class of the settings of `score`. Raises ValueError for what is no family of whole models."""
+    """The class of the settings of `score`. Raises UserError for what is no family of whole models."""
     match family:
         case "cola":
             return Scoring
@@ -55,7 +56,7 @@ def scoring_class(family: str) -> type[Scoring] | type[ARScoring] | type[BoundSc
         case "llada" | "plaid":
             return BoundScoring
         case _:
-            raise ValueError(f"models of the family {family!r} score nothing")
+            raise UserError(f"models of the family {family!r} score nothing")
 
 
 def build(config: ModelConfig) -> Model:

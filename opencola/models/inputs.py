@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from opencola.errors import UserError
+
 
 def sample_ids(prompts: Sequence[object], ids: Sequence[int] | None) -> list[int]:
     """The samples' ids, which decide their draws: their places in the list when not given."""
@@ -9,7 +11,7 @@ def sample_ids(prompts: Sequence[object], ids: Sequence[int] | None) -> list[int
 
 
 def checked_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> list[list[int]]:
-    """The prompts (token ids, maybe none) as lists. Raises ValueError, naming the prompt, for other ids."""
+    """The prompts (token ids, maybe none) as lists. Raises UserError, naming the prompt, for other ids."""
     texts = [list(prompt) for prompt in prompts]
     for number, text in enumerate(texts):
         _check(text, f"prompt {number}", vocab_size)
@@ -19,16 +21,16 @@ def checked_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> list[l
 def checked_texts(
     prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], vocab_size: int
 ) -> list[list[int]]:
-    """Each prompt with its continuation behind it. Raises ValueError, naming it, for an empty continuation and for
+    """Each prompt with its continuation behind it. Raises UserError, naming it, for an empty continuation and for
     ids beyond the vocabulary."""
     texts = [[*prompt, *continuation] for prompt, continuation in zip(prompts, continuations, strict=True)]
     for number, (text, continuation) in enumerate(zip(texts, continuations, strict=True)):
         if not continuation:
-            raise ValueError(f"continuation {number} is empty")
+            raise UserError(f"continuation {number} is empty")
         _check(text, f"text {number}", vocab_size)
     return texts
 
 
 def _check(tokens: list[int], name: str, vocab_size: int) -> None:
     if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
-        raise ValueError(f"{name} has a token id outside 0..{vocab_size - 1}")
+        raise UserError(f"{name} has a token id outside 0..{vocab_size - 1}")

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from opencola.errors import UserError
 from opencola.flow.ode import Solver
 
 FirstBlock = Literal["clean", "partial", "left_pad", "right_pad"]
@@ -73,15 +74,15 @@ class Sampling:
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "steps", "candidates", "repaint_repeats", "guidance_every", "block_length"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be a number of at least 0, not {self.temperature}")
+            raise UserError(f"temperature must be a number of at least 0, not {self.temperature}")
         if self.top_k < 0 or not 0 < self.top_p <= 1 or not self.repetition_penalty > 0:
-            raise ValueError("top_k must be at least 0, top_p in (0, 1], repetition_penalty above 0")
+            raise UserError("top_k must be at least 0, top_p in (0, 1], repetition_penalty above 0")
         if self.shift <= 0:
-            raise ValueError(f"shift must be above 0, not {self.shift}")
+            raise UserError(f"shift must be above 0, not {self.shift}")
         if not 0 <= self.eta <= 1 or not 0 <= self.repaint_fraction <= 1:
-            raise ValueError("eta and repaint_fraction must lie in [0, 1]")
+            raise UserError("eta and repaint_fraction must lie in [0, 1]")
 
 
 def penalise(logits: Tensor, seen: Sequence[Sequence[int]], penalty: float) -> Tensor:

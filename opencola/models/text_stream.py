@@ -4,6 +4,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from opencola.errors import UserError
 from opencola.models.language_model import LanguageModel
 from opencola.models.sampling import Sampling
 from opencola.models.stopping import Finished, TokenBlock
@@ -36,19 +37,17 @@ def generate_text(
 
     With sampling.chat a prompt is what a user says, or all messages of a conversation so far, and the text is the
     assistant's answer. A sample's pieces join to its exact continuation. ids: the samples' ids, which with the seed
-    decide their noise (their places in the list when not given). Raises ValueError for a model and a tokenizer that do
+    decide their noise (their places in the list when not given). Raises UserError for a model and a tokenizer that do
     not belong together, an empty stop string, messages without chat, or a token that the sampling needs and the
     tokenizer lacks.
     """
     release = sampling.compatibility == "release"
     if tokenizer.vocab_size > model.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, but the model knows only {model.vocab_size}"
-        )
+        raise UserError(f"the tokenizer has {tokenizer.vocab_size} tokens, but the model knows only {model.vocab_size}")
     if "" in sampling.stop:
-        raise ValueError("an empty stop string would end every text at once: leave it out")
+        raise UserError("an empty stop string would end every text at once: leave it out")
     if release and sampling.stop:
-        raise ValueError("the public release knows no stop strings: leave out either stop or compatibility release")
+        raise UserError("the public release knows no stop strings: leave out either stop or compatibility release")
     encoded, end_ids = encode(tokenizer, prompts, sampling.chat)
     texts = [_Continuation(tokenizer, prompt, sampling.stop) for prompt in encoded]
     blocks = model.generate(
@@ -86,7 +85,7 @@ def encode(
     if not chat:
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
         if len(texts) < len(prompts):
-            raise ValueError("messages are answered with chat only: set it, or give texts")
+            raise UserError("messages are answered with chat only: set it, or give texts")
         return [tokenizer.encode(text) for text in texts], (tokenizer.eos_id,)
     chatml = ChatML(tokenizer)
     turns = [[Message("user", prompt)] if isinstance(prompt, str) else prompt for prompt in prompts]

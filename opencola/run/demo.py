@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from opencola.checkpoints import card, official
+from opencola.errors import UserError
 from opencola.evaluation.latents.reconstruction import (
     Reconstruction,
 )
@@ -60,11 +61,11 @@ def finish(out: Path, num_stories: int = 200, display: bool = True, started: flo
 
     out: an exported model with its tokenizer, the training stages' folders in it; display: show progress, samples and
     results; started: `time.time()` at the start of everything that `seconds` shall count (by default the stages'
-    training and this evaluation). Returns what metrics.json holds. Raises FileNotFoundError or ValueError when `out`
+    training and this evaluation). Returns what metrics.json holds. Raises FileNotFoundError or UserError when `out`
     holds no such model.
     """
     if num_stories < 1:
-        raise ValueError(f"num_stories must be at least 1, but is {num_stories}")
+        raise UserError(f"num_stories must be at least 1, but is {num_stories}")
     begin = time.time()
     model, tokenizer, sampling = official.load(out).eval(), Tokenizer.load(out), official.load_sampling(out)
     stages = read_stages(out)

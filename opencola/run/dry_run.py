@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from opencola.data.batch import Batch
+from opencola.errors import UserError
 from opencola.models import build
 from opencola.run import checks, cost, run
 from opencola.run.cost import PassCost
@@ -105,16 +106,16 @@ def dry_run(
 ) -> None:
     """Print the estimates of a recipe's stages, or of `only` one, for one kind of GPU or all known; writes nothing.
 
-    Raises ValueError for an unknown stage or GPU, and where a stage would not start.
+    Raises UserError for an unknown stage or GPU, and where a stage would not start.
     """
     if gpu is not None and gpu.upper() not in GPUS:
-        raise ValueError(f"there is no GPU {gpu!r} in the table; it has: {', '.join(GPUS)}")
+        raise UserError(f"there is no GPU {gpu!r} in the table; it has: {', '.join(GPUS)}")
     if devices < 1:
-        raise ValueError(f"--devices must be at least 1, not {devices}")
+        raise UserError(f"--devices must be at least 1, not {devices}")
     if not 0 < utilisation <= 1:
-        raise ValueError(f"--utilisation must be above 0 and at most 1, not {utilisation}")
+        raise UserError(f"--utilisation must be above 0 and at most 1, not {utilisation}")
     if only is not None and only not in dict(stages):
-        raise ValueError(f"there is no stage {only!r}; the stages are: {', '.join(dict(stages))}")
+        raise UserError(f"there is no stage {only!r}; the stages are: {', '.join(dict(stages))}")
     gpus = {name: figures for name, figures in GPUS.items() if gpu is None or name == gpu.upper()}
     chosen = [(name, recipe) for name, recipe in stages if only in (None, name)]
     for name, recipe in chosen:

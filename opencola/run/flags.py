@@ -9,6 +9,8 @@ from typing import Any
 
 import tyro
 
+from opencola.errors import UserError
+
 
 @dataclass(frozen=True)
 class RunFlags:
@@ -21,7 +23,7 @@ class RunFlags:
 
 
 def parse(target: Any, args: Sequence[str], **options: Any) -> Any:
-    """`tyro.cli(target, args=args, **options)`, with mistakes as ValueError of one line; --help still exits."""
+    """`tyro.cli(target, args=args, **options)`, with mistakes as UserError of one line; --help still exits."""
     said = io.StringIO()
     try:
         with contextlib.ExitStack() as stack:
@@ -32,7 +34,7 @@ def parse(target: Any, args: Sequence[str], **options: Any) -> Any:
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise ValueError(_one_line(said.getvalue())) from None
+        raise UserError(_one_line(said.getvalue())) from None
 
 
 def _one_line(said: str) -> str:

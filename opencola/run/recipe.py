@@ -25,6 +25,7 @@ import tyro
 import yaml
 
 from opencola.data.corpus import CorpusConfig
+from opencola.errors import UserError
 from opencola.models.sampling import Sampling
 from opencola.run import flags
 from opencola.train.loop import TrainConfig
@@ -81,8 +82,8 @@ def read(recipe: str | Path, argv: Sequence[str], families: Families) -> list[tu
     """The stages of a recipe, by name and in order, with the flags of `argv` over all of them.
 
     `recipe` is a YAML file or the name of a shipped recipe; `families` gives a family's config dataclass and raises
-    ValueError for an unknown name. A flag counts in every stage that has it; at least one must. Raises
-    FileNotFoundError and ValueError with one line that names the file and key, or the flag; `--help` prints every
+    UserError for an unknown name. A flag counts in every stage that has it; at least one must. Raises
+    FileNotFoundError and UserError with one line that names the file and key, or the flag; `--help` prints every
     stage's flags with the recipe's values as defaults and raises SystemExit.
     """
     path = find(recipe)
@@ -92,14 +93,14 @@ def read(recipe: str | Path, argv: Sequence[str], families: Families) -> list[tu
         where = f"{path}: stage {name}" if several else str(path)
         init = values.pop("init") if values.get("init") in [*from_file] else None
         if "family" not in values:
-            raise ValueError(f"{where}: the key 'family' is missing")
+            raise UserError(f"{where}: the key 'family' is missing")
         try:
             stage = _type(families(values["family"]))
             parsed, unknown = _parse(stage, flags_of(values))
             if unknown:
                 _parse(stage, unknown, parsed, strict=True)
         except ValueError as error:
-            raise ValueError(f"{where}: {re.sub(r'--(?=[a-z])', '', str(error))}") from None
+            raise UserError(f"{where}: {re.sub(r'--(?=[a-z])', '', str(error))}") from None
         from_file[name] = parsed, init
     if {"-h", "--help"} & {*argv}:
         for name, (default, _) in from_file.items():
@@ -156,13 +157,13 @@ def _stages(path: Path) -> tuple[bool, dict[str, dict[str, Any]]]:
             raise FileNotFoundError(f"{path}: base {base}: no such file")
         below = _load(base)
         if "base" in below:
-            raise ValueError(f"{path}: base {base} has a base of its own: name a recipe that is complete")
+            raise UserError(f"{path}: base {base} has a base of its own: name a recipe that is complete")
         shared = _merged(below, shared)
     if "stages" not in shared:
         return False, {str(shared.get("family")): shared}
     stages = shared.pop("stages")
     if not isinstance(stages, dict) or not stages or not all(isinstance(stage, dict) for stage in stages.values()):
-        raise ValueError(f"{path}: 'stages' maps the stages' names to their keys and values")
+        raise UserError(f"{path}: 'stages' maps the stages' names to their keys and values")
     return True, {str(name): _merged(shared, stage) for name, stage in stages.items()}
 
 
@@ -172,11 +173,11 @@ def _load(path: Path) -> dict[str, Any]:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ValueError(f"{path}{line}: not valid YAML: {error.problem}") from None
+        raise UserError(f"{path}{line}: not valid YAML: {error.problem}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: a recipe is a mapping of keys to values")
+        raise UserError(f"{path}: a recipe is a mapping of keys to values")
     return values
 
 
@@ -199,7 +200,7 @@ def _override(
         recipe, rest = _parse(_type(type(default.model)), argv, default)
         unknown.append(rest)
         if recipe.family != default.family:
-            raise ValueError("--family cannot be changed on the command line: edit the recipe file")
+            raise UserError("--family cannot be changed on the command line: edit the recipe file")
         if recipe.init and not recipe.init.exists():
             raise FileNotFoundError(
                 f"{path}: stage {name}: init {recipe.init} is neither an earlier stage nor a folder"
@@ -225,7 +226,7 @@ def _type(config: type) -> Any:
 def _parse(
     stage: Any, args: Sequence[str], default: Recipe[Any] | None = None, strict: bool = False
 ) -> tuple[Recipe[Any], list[str]]:
-    """Parse flags; returns the recipe and, unless `strict`, the tokens not understood. Raises ValueError, one line."""
+    """Parse flags; returns the recipe and, unless `strict`, the tokens not understood. Raises UserError, one line."""
     options: dict[str, Any] = {"return_unknown_args": not strict, **_STYLE}
     if default is not None:
         options["default"] = default

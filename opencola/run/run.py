@@ -17,6 +17,7 @@ import yaml
 
 from opencola.checkpoints import card, official, parts
 from opencola.checkpoints.parts import PARTS
+from opencola.errors import UserError
 from opencola.models import build
 from opencola.run import checks
 from opencola.run import recipe as recipes
@@ -41,7 +42,7 @@ def run(
 
     command: how the user asked for it, for the model's card; resume: pass over finished stages (exported, and their
     recipe unchanged) and go on from the last checkpoint of the others; overwrite: start anew. Raises FileExistsError
-    where there is a run and neither is asked for, ValueError and FileNotFoundError for settings and files that do not
+    where there is a run and neither is asked for, UserError and FileNotFoundError for settings and files that do not
     fit each other, KeyboardInterrupt after Ctrl-C.
     """
     last = stages[-1][1].out
@@ -83,16 +84,16 @@ def plan(
 ) -> list[Recipe[Any]]:
     """The stages to train; errors that can be told before anything is done are raised here."""
     if only is not None and only not in dict(stages):
-        raise ValueError(f"there is no stage {only!r}; the stages are: {', '.join(dict(stages))}")
+        raise UserError(f"there is no stage {only!r}; the stages are: {', '.join(dict(stages))}")
     if resume and overwrite:
-        raise ValueError("choose one of --resume and --overwrite")
+        raise UserError("choose one of --resume and --overwrite")
     ahead: list[Recipe[Any]] = []
     for number, (name, recipe) in enumerate(stages):
         check_start(name, recipe, [earlier for _, earlier in stages[:number]])
         chosen = only in (None, name)
         begun = (recipe.out / RECIPE).exists()
         if begun and any(recipe.init == changed.out for changed in ahead) and not (chosen and overwrite):
-            raise ValueError(f"{recipe.out} started from {recipe.init}, which would change: use --overwrite")
+            raise UserError(f"{recipe.out} started from {recipe.init}, which would change: use --overwrite")
         if begun and chosen and not resume and not overwrite:
             raise FileExistsError(
                 f"{recipe.out} holds a run: go on with --resume, replace it with --overwrite, or choose another --out"
@@ -105,11 +106,11 @@ def plan(
 
 
 def check_start(name: str, recipe: Recipe[Any], earlier: Sequence[Recipe[Any]]) -> None:
-    """Raise ValueError where a stage lacks the weights that it needs, or is sized unlike the stage it starts from."""
+    """Raise UserError where a stage lacks the weights that it needs, or is sized unlike the stage it starts from."""
     for part, needed in build.starting_parts(recipe.model).items():
         if needed and recipe.init is None:
             title = PARTS[part].title
-            raise ValueError(f"stage {name} needs a trained {title}: set init to an earlier stage or a model's folder")
+            raise UserError(f"stage {name} needs a trained {title}: set init to an earlier stage or a model's folder")
         for other in earlier:
             if recipe.init == other.out and part in build.starting_parts(other.model):
                 config, found = (PARTS[part].config(model) for model in (recipe.model, other.model))

@@ -14,6 +14,7 @@ from opencola.checkpoints import parts as layout
 from opencola.checkpoints.parts import PARTS
 from opencola.data.corpus import Corpus
 from opencola.data.shards import folder_of
+from opencola.errors import UserError
 from opencola.layers.device import device
 from opencola.models import build
 from opencola.models.language_model import Sample
@@ -127,7 +128,7 @@ def load_parts(model: build.Model, init: Path, tokenizer: str) -> None:
         if place := part.find(init):
             stored, config = part.load(place), part.config(model.config)
             if part.has_vocabulary and config.vocab_size != stored.config.vocab_size:
-                raise ValueError(
+                raise UserError(
                     f"the tokenizer in {tokenizer} has {config.vocab_size} ids, but the {part.title} in {init} "
                     f"knows {stored.config.vocab_size}: leave tokenizer.path out, or name the one it was trained with"
                 )

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from opencola.errors import UserError
 from opencola.text.files import check_text, field_of, kind
 from opencola.text.tokenizer import Tokenizer
 
@@ -34,29 +35,29 @@ def conversation_of(row: Any, field: str, place: str) -> str:
     """The conversation in a row's field, as JSON that `parse` reads.
 
     It is a list of objects {"role": ..., "content": ...}: maybe a system's message, then a user's and an assistant's in
-    turn, an assistant's last. Raises ValueError, naming place, message and field, for anything else.
+    turn, an assistant's last. Raises UserError, naming place, message and field, for anything else.
     """
     value = field_of(row, field, place)
     if not isinstance(value, list) or not value:
         found = "empty" if value == [] else kind(value)
-        raise ValueError(f"{place}: field {field!r} must be a list of messages, but is {found}")
+        raise UserError(f"{place}: field {field!r} must be a list of messages, but is {found}")
     pairs: list[tuple[str, str]] = []
     for number, message in enumerate(value, 1):
         where = f"{place}: message {number} of field {field!r}"
         if not isinstance(message, dict):
-            raise ValueError(f"{where}: expected an object with role and content, found {kind(message)}")
+            raise UserError(f"{where}: expected an object with role and content, found {kind(message)}")
         role, content = message.get("role"), message.get("content")
         expected = "assistant" if pairs and pairs[-1][0] == "user" else "user"
         if role != expected and (pairs or role != "system"):
-            raise ValueError(f"{where}: role must be {expected!r} here, but is {role!r}")
+            raise UserError(f"{where}: role must be {expected!r} here, but is {role!r}")
         if not isinstance(content, str):
-            raise ValueError(f"{where}: content must be a string, but is {kind(content)}")
+            raise UserError(f"{where}: content must be a string, but is {kind(content)}")
         if not content.strip():
-            raise ValueError(f"{where}: content is empty")
+            raise UserError(f"{where}: content is empty")
         check_text(content, f"{where}: content")
         pairs.append((role, content))
     if pairs[-1][0] != "assistant":
-        raise ValueError(f"{place}: the last message of field {field!r} must be the assistant's")
+        raise UserError(f"{place}: the last message of field {field!r} must be the assistant's")
     return json.dumps(pairs, ensure_ascii=False)
 
 
@@ -69,12 +70,12 @@ class ChatML:
     """Conversations as the token ids of a tokenizer that has the two marks."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        """Raises ValueError, with what to do, for a tokenizer without the marks."""
+        """Raises UserError, with what to do, for a tokenizer without the marks."""
         self._tokenizer = tokenizer
         try:
             self._start_id, self.end_id = tokenizer.special_id(TURN_START), tokenizer.special_id(TURN_END)
         except ValueError as error:
-            raise ValueError(
+            raise UserError(
                 f"{error}: conversations need a base model whose tokenizer was trained with tokenizer.special "
                 f"'{TURN_START}' '{TURN_END}', as by the recipe text"
             ) from None

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from opencola.errors import UserError
+
 Reader = Callable[[Any, str, str], str]
 """What to take of a row: called with the row, the name of a field and the place, as `text_of` is."""
 
@@ -25,7 +27,7 @@ def text_of(row: Any, text_field: str, place: str) -> str:
     """The text of a row (a mapping) found at `place`; raises ValueError when it holds none that can be encoded."""
     text = field_of(row, text_field, place)
     if not isinstance(text, str):
-        raise ValueError(f"{place}: field {text_field!r} must be a string, but is {kind(text)}")
+        raise UserError(f"{place}: field {text_field!r} must be a string, but is {kind(text)}")
     check_text(text, f"{place}: field {text_field!r}")
     return text
 
@@ -33,19 +35,19 @@ def text_of(row: Any, text_field: str, place: str) -> str:
 def field_of(row: Any, field: str, place: str) -> Any:
     """The value of a row's field; raises ValueError, naming the place, where the row has none."""
     if not isinstance(row, dict):
-        raise ValueError(f"{place}: expected an object with a field {field!r}, found {kind(row)}")
+        raise UserError(f"{place}: expected an object with a field {field!r}, found {kind(row)}")
     if field not in row:
         fields = ", ".join(map(str, row)) or "none"
-        raise ValueError(f"{place}: no field {field!r}; the fields are: {fields} (choose one with text_field)")
+        raise UserError(f"{place}: no field {field!r}; the fields are: {fields} (choose one with text_field)")
     return row[field]
 
 
 def check_text(text: str, what: str) -> None:
-    """Raise ValueError for a string that cannot be encoded."""
+    """Raise UserError for a string that cannot be encoded."""
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which no UTF-8 text can hold
-        raise ValueError(f"{what} holds half a surrogate pair at {error.start}") from error
+        raise UserError(f"{what} holds half a surrogate pair at {error.start}") from error
 
 
 def read_documents(path: str | Path, text_field: str = "text", read: Reader = text_of) -> list[str]:
@@ -60,7 +62,7 @@ def read_documents(path: str | Path, text_field: str = "text", read: Reader = te
 def iter_documents(path: str | Path, text_field: str = "text", read: Reader = text_of) -> Iterator[str]:
     """The documents of `read_documents`, one at a time: a file of any size takes the memory of its longest document.
 
-    Raises FileNotFoundError when nothing is there, and ValueError, naming file and line or byte, for what cannot be
+    Raises FileNotFoundError when nothing is there, and UserError, naming file and line or byte, for what cannot be
     read: a binary file, bytes that are not UTF-8, broken JSON, a text field that is missing or not a string. Where
     another `read` takes something else of the rows than text, a .txt file is none of these.
     """
@@ -70,13 +72,13 @@ def iter_documents(path: str | Path, text_field: str = "text", read: Reader = te
     if place.is_dir():
         files = [file for file in sorted(place.rglob("*")) if _is_readable(file, place)]
         if not files:
-            raise ValueError(f"no .txt, .jsonl or .parquet file in folder {place}")
+            raise UserError(f"no .txt, .jsonl or .parquet file in folder {place}")
     else:
         files = [place]
     texts = (text for file in files for text in _read_file(file, text_field, read) if text.strip())
     first = next(texts, None)
     if first is None:
-        raise ValueError(f"no documents in {place}: it is empty or holds only white space")
+        raise UserError(f"no documents in {place}: it is empty or holds only white space")
     yield first
     yield from texts
 
@@ -89,7 +91,7 @@ def _is_readable(file: Path, folder: Path) -> bool:
 def _read_file(file: Path, text_field: str, read: Reader) -> Iterator[str]:
     match file.suffix.lower():
         case ".txt" if read is not text_of:
-            raise ValueError(f"{file}: conversations are in .jsonl and .parquet files")
+            raise UserError(f"{file}: conversations are in .jsonl and .parquet files")
         case ".txt":
             return _read_txt(file)
         case ".jsonl":
@@ -97,7 +99,7 @@ def _read_file(file: Path, text_field: str, read: Reader) -> Iterator[str]:
         case ".parquet":
             return _read_parquet(file, text_field, read)
         case _:
-            raise ValueError(f"{file}: cannot tell what it holds; give .txt, .jsonl, .parquet or a folder of these")
+            raise UserError(f"{file}: cannot tell what it holds; give .txt, .jsonl, .parquet or a folder of these")
 
 
 def _lines(file: Path) -> Iterator[str]:
@@ -107,12 +109,12 @@ def _lines(file: Path) -> Iterator[str]:
         for data in lines:
             nul = data.find(b"\0")
             if nul >= 0:
-                raise ValueError(f"{file}: NUL byte at byte {start + nul}: a binary file, or text that is not UTF-8")
+                raise UserError(f"{file}: NUL byte at byte {start + nul}: a binary file, or text that is not UTF-8")
             try:
                 line = data.decode("utf-8")
             except UnicodeDecodeError as error:
                 byte = f"byte {start + error.start} (0x{data[error.start]:02x})"
-                raise ValueError(f"{file}: not UTF-8 at {byte}") from error
+                raise UserError(f"{file}: not UTF-8 at {byte}") from error
             yield line if start else line.removeprefix(BYTE_ORDER_MARK)
             start += len(data)
 
@@ -135,7 +137,7 @@ def _read_jsonl(file: Path, text_field: str, read: Reader) -> Iterator[str]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{file}, line {number}: not JSON: {error}") from error
+            raise UserError(f"{file}, line {number}: not JSON: {error}") from error
         yield read(row, text_field, f"{file}, line {number}")
 
 
@@ -148,7 +150,7 @@ def _read_parquet(file: Path, text_field: str, read: Reader) -> Iterator[str]:
             columns = table.schema_arrow.names
             if text_field not in columns:
                 names = ", ".join(columns) or "none"
-                raise ValueError(f"{file}: no column {text_field!r}; the columns are: {names} (choose with text_field)")
+                raise UserError(f"{file}: no column {text_field!r}; the columns are: {names} (choose with text_field)")
             number = 0
             for batch in table.iter_batches(columns=[text_field]):
                 for row in batch.to_pylist():
@@ -156,7 +158,7 @@ def _read_parquet(file: Path, text_field: str, read: Reader) -> Iterator[str]:
                     yield read(row, text_field, f"{file}, row {number}")
     except (ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{file}: not a readable parquet file: {reason}") from error
+        raise UserError(f"{file}: not a readable parquet file: {reason}") from error
 
 
 def kind(value: Any) -> str:

@@ -9,6 +9,8 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
+from opencola.errors import UserError
+
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
 FILE_NAME = "tokenizer.json"
@@ -31,7 +33,7 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer, eos: str | None = None, pad: str | None = None) -> None:
         """Wrap a `tokenizers.Tokenizer`; `eos` and `pad` name these two tokens where their names are unusual.
 
-        Raises ValueError when a given name is not a token of the file.
+        Raises UserError when a given name is not a token of the file.
         """
         # A file may ask for truncation or padding, which would silently change documents.
         backend.no_truncation()
@@ -52,16 +54,16 @@ class Tokenizer:
         """Learn byte-level BPE merges from `texts`; the same texts give the same tokenizer.
 
         Ids 0 and 1 are `<|endoftext|>` and `<|pad|>`, then come further `special` tokens, the 256 bytes, and the
-        merges. Little text may hold fewer merges than asked for: read `vocab_size` afterwards. Raises ValueError for a
+        merges. Little text may hold fewer merges than asked for: read `vocab_size` afterwards. Raises UserError for a
         size below 258 (more with `special`), and for an empty or repeated name.
         """
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         names = [END_OF_TEXT, PADDING, *special]
         if "" in names or len({*names}) < len(names):
-            raise ValueError(f"special tokens need different names, but are {', '.join(map(repr, names))}")
+            raise UserError(f"special tokens need different names, but are {', '.join(map(repr, names))}")
         smallest = SMALLEST_VOCABULARY + len(special)
         if vocab_size < smallest:
-            raise ValueError(
+            raise UserError(
                 f"vocab_size {vocab_size} is too small: 256 bytes and {len(names)} special tokens need {smallest}"
             )
         backend = tokenizers.Tokenizer(models.BPE())
@@ -81,7 +83,7 @@ class Tokenizer:
     def load(cls, path: str | Path, eos: str | None = None, pad: str | None = None) -> "Tokenizer":
         """Load a `tokenizer.json`, given as the file or as the folder that holds it.
 
-        Raises FileNotFoundError when there is none, ValueError when it is not a tokenizer file.
+        Raises FileNotFoundError when there is none, UserError when it is not a tokenizer file.
         """
         file = Path(path)
         if file.is_dir():
@@ -91,7 +93,7 @@ class Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
         except Exception as error:  # the library raises plain Exception
-            raise ValueError(f"{file} is not a Hugging Face tokenizer file: {_one_line(error)}") from error
+            raise UserError(f"{file} is not a Hugging Face tokenizer file: {_one_line(error)}") from error
         return cls(backend, eos=eos, pad=pad)
 
     def save(self, path: str | Path) -> Path:
@@ -122,19 +124,19 @@ class Tokenizer:
 
     @property
     def eos_id(self) -> int:
-        """The token that ends a document. Raises ValueError when the file has none of the usual names."""
+        """The token that ends a document. Raises UserError when the file has none of the usual names."""
         return self._find(self._eos_id, END_NAMES, "eos")
 
     @property
     def pad_id(self) -> int:
-        """The token that fills up a row. Raises ValueError when the file has none of the usual names."""
+        """The token that fills up a row. Raises UserError when the file has none of the usual names."""
         return self._find(self._pad_id, PAD_NAMES, "pad")
 
     def special_id(self, name: str) -> int:
-        """The id of the special token `name`, such as `<|im_end|>`. Raises ValueError, with the names there are."""
+        """The id of the special token `name`, such as `<|im_end|>`. Raises UserError, with the names there are."""
         if name not in self._added:
             known = ", ".join(self._added) or "none"
-            raise ValueError(f"the tokenizer has no special token {name!r}; it has: {known}")
+            raise UserError(f"the tokenizer has no special token {name!r}; it has: {known}")
         return self._added[name]
 
     def encode(self, text: str) -> list[int]:
@@ -181,7 +183,7 @@ class Tokenizer:
             if name in self._added:
                 return self._added[name]
         known = ", ".join(self._added) or "none"
-        raise ValueError(f"the tokenizer names no usual {role} token; pass {role}=NAME, one of its own: {known}")
+        raise UserError(f"the tokenizer names no usual {role} token; pass {role}=NAME, one of its own: {known}")
 
 
 class TextStream:

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from opencola.data.batch import Batch
 from opencola.data.corpus import merge_states
 from opencola.data.shards import checksum
+from opencola.errors import UserError
 from opencola.train import distributed
 from opencola.train.optimizer import EMA
 
@@ -181,12 +182,12 @@ def damage(path: Path) -> str | None:
 def load(state: TrainState, path: Path) -> None:
     """Put a checkpoint into `state`, whose optimizers keep their own learning rates, weight decay and the like.
 
-    Raises ValueError, naming file or folder, when the checkpoint is damaged or of a model with other parameters.
+    Raises UserError, naming file or folder, when the checkpoint is damaged or of a model with other parameters.
     """
     options = [[_options(group) for group in optimizer.param_groups] for optimizer in state.optimizers]
     (found, *_) = distributed.gather(damage(path) if distributed.is_main() else None)
     if found:
-        raise ValueError(found)
+        raise UserError(found)
     try:
         run = json.loads((path / RUN).read_text())
         tensors = _tensors(state, distributed.rank() % run["processes"])
@@ -197,7 +198,7 @@ def load(state: TrainState, path: Path) -> None:
         state.step, state.num_tokens, state.seconds = run["step"], run["num_tokens"], run["seconds"]
         state.corpus.load_state_dict(run["corpus"])
     except (Exception, CheckpointException) as error:  # what DCP raises depends on the damage; not all are Exceptions
-        raise ValueError(f"{path} does not fit this recipe, or is damaged: {_cause(error)}") from error
+        raise UserError(f"{path} does not fit this recipe, or is damaged: {_cause(error)}") from error
     for optimizer, saved in zip(state.optimizers, options, strict=True):
         for group, values in zip(optimizer.param_groups, saved, strict=True):
             group.update(values)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from opencola.errors import NotFiniteError
 from opencola.train.checkpoint import checkpoints, latest
 from opencola.train.distributed import is_main
 
@@ -59,10 +60,10 @@ class Divergence:
         )
 
     def stop(self, fault: str, folder: Path) -> NoReturn:
-        """Raise FloatingPointError with the fault and how to go on, from the last good checkpoint in `folder`."""
+        """Raise NotFiniteError with the fault and how to go on, from the last good checkpoint in `folder`."""
         last = set_aside(folder, self.good_until) if self.suspected else latest(folder)
         where = last or "the start, as there is no checkpoint yet"
-        raise FloatingPointError(
+        raise NotFiniteError(
             f"{fault}; lower train.learning_rate and train.muon_learning_rate, and go on with --resume from {where}"
         )
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from opencola.data.batch import Batch
+from opencola.errors import UserError
 from opencola.layers import randomness
 from opencola.models.language_model import Loss, Trainable
 from opencola.train import checkpoint, distributed
@@ -62,11 +63,11 @@ class TrainConfig(OptimizerConfig):
     def __post_init__(self) -> None:
         for name in ("steps", "log_every", "save_every", "keep", "replicate", "accumulate"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}")
+                raise UserError(f"{name} must be at least 1, but is {getattr(self, name)}")
         if self.shard < 0:
-            raise ValueError(f"shard must be at least 0, but is {self.shard}")
+            raise UserError(f"shard must be at least 0, but is {self.shard}")
         if self.sample_every < 0 or (self.divergence and self.divergence <= 1):
-            raise ValueError("sample_every must be at least 0, and divergence above 1 (or 0)")
+            raise UserError("sample_every must be at least 0, and divergence above 1 (or 0)")
 
 
 class Interrupted(KeyboardInterrupt):
@@ -90,7 +91,7 @@ def train(
     `folder/samples.jsonl`; `settings` is what trackers are told of the run (the config if None). With `resume` the run
     goes on from its last checkpoint (from the start where there is none) and, unless paced by `seconds`, ends exactly
     as if it had never stopped. Raises FileExistsError when the folder holds a run and `resume` is off, Interrupted
-    after Ctrl-C, FloatingPointError when the loss is not finite or diverges, OSError when the disk has no room for a
+    after Ctrl-C, NotFiniteError when the loss is not finite or diverges, OSError when the disk has no room for a
     checkpoint.
     """
     assert isinstance(model, nn.Module)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from opencola.errors import UserError
 from opencola.train.distributed import full, like, local, num_processes, part_of, rank, repeated_blocks
 
 
@@ -52,7 +53,7 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, params: Iterable[Any], lr: float = 0.02, weight_decay: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": 0.95})
         if any(matrix.ndim != 2 for group in self.param_groups for matrix in group["params"]):
-            raise ValueError("Muon is for matrices: give vectors and higher tensors to AdamW")
+            raise UserError("Muon is for matrices: give vectors and higher tensors to AdamW")
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -134,7 +135,7 @@ def build(model: nn.Module, ratios: dict[str, float], config: OptimizerConfig) -
     """The optimizers of the parameters that require gradients (one, or two with Muon), at their peak learning rates.
 
     `ratios` are factors on the learning rates by prefix of the parameters' names (1 elsewhere); of several prefixes
-    that fit a name the longest counts. Raises ValueError for a prefix that fits no parameter, and where nothing is left
+    that fit a name the longest counts. Raises UserError for a prefix that fits no parameter, and where nothing is left
     to train.
     """
     hidden = hidden_matrices(model) if config.optimizer == "muon" else set()
@@ -146,9 +147,9 @@ def build(model: nn.Module, ratios: dict[str, float], config: OptimizerConfig) -
             groups[parameter in hidden].setdefault((ratio, decay), []).append(parameter)
     names = [name for name, _ in model.named_parameters()]
     if unused := [p for p in ratios if not any(name.startswith(p) for name in names)]:
-        raise ValueError(f"a learning-rate ratio is given for {unused[0]!r}, but no parameter's name begins so")
+        raise UserError(f"a learning-rate ratio is given for {unused[0]!r}, but no parameter's name begins so")
     if not groups[True] and not groups[False]:
-        raise ValueError("nothing to train: no parameter of the model requires a gradient")
+        raise UserError("nothing to train: no parameter of the model requires a gradient")
 
     def with_options(muon: bool, peak: float) -> list[dict[str, Any]]:
         return [

@@ -9,6 +9,8 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from opencola.errors import UserError
+
 Name = Literal["tensorboard", "wandb"]
 Value = float | list[Any] | None
 
@@ -27,10 +29,10 @@ class Tracker(Protocol):
 
 
 def check(names: Iterable[Name]) -> None:
-    """Raise ValueError, with what to install, where a tracker's package is missing."""
+    """Raise UserError, with what to install, where a tracker's package is missing."""
     for name in names:
         if importlib.util.find_spec(name) is None:
-            raise ValueError(
+            raise UserError(
                 f"train.trackers names {name}, whose package is not installed: pip install 'opencola[{name}]'"
             )
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opencola.errors import UserError
 from opencola.layers import masks
 from opencola.layers.attention import Attend, masked, rotary
 from opencola.layers.cache import KVCache
@@ -73,12 +74,12 @@ class TextVAEConfig:
 
     def __post_init__(self) -> None:
         if self.width % self.num_heads or self.width // self.num_heads % 2:
-            raise ValueError(f"vae.width {self.width} must be an even multiple of vae.num_heads {self.num_heads}")
+            raise UserError(f"vae.width {self.width} must be an even multiple of vae.num_heads {self.num_heads}")
         if self.activation == "swiglu" and self.ffn_dim % 2:
-            raise ValueError(f"vae.ffn_dim {self.ffn_dim} must be even with swiglu")
+            raise UserError(f"vae.ffn_dim {self.ffn_dim} must be even with swiglu")
         for name in ("vocab_size", "latent_dim", "patch_size", "block_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"vae.{name} must be at least 1, not {getattr(self, name)}")
+                raise UserError(f"vae.{name} must be at least 1, not {getattr(self, name)}")
 
     @property
     def visible_block(self) -> int:
@@ -142,11 +143,11 @@ class TextVAE(nn.Module):
 
         tokens (B, L) int64; lengths (B,): latents that exist, those behind are invisible padding; cache: the encoder's,
         holding what was encoded before; documents (B, L) int64: each token's, beyond which it sees nothing (a patch
-        belongs to its first token's). Raises ValueError when patch_size does not divide L.
+        belongs to its first token's). Raises UserError when patch_size does not divide L.
         """
         config = self.config
         if tokens.shape[1] % config.patch_size:
-            raise ValueError(f"{tokens.shape[1]} tokens are not a multiple of patch_size {config.patch_size}")
+            raise UserError(f"{tokens.shape[1]} tokens are not a multiple of patch_size {config.patch_size}")
         x = self.embedding(tokens).unflatten(1, (-1, config.patch_size)).transpose(2, 3).flatten(2)
         x = self._transform(self.encoder, self.patch(x), lengths, cache, documents)
         out = self.posterior(x)

@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from opencola.errors import UserError
 from opencola.worlds.story_world import ENGLISH, Kind, Template, World
 
 _SENTENCE = re.compile(r"[^.!?]*[.!?]+|[^.!?]+")
@@ -70,7 +71,7 @@ def split_sentences(text: str) -> list[str]:
 class Grammar:
     """A world made ready to write and to read: all functions of this module, for tables of one's own.
 
-    `slots` lists each template's slot names in order. Raises ValueError when a template names an unknown slot or when
+    `slots` lists each template's slot names in order. Raises UserError when a template names an unknown slot or when
     two values of a slot share a surface.
     """
 
@@ -255,11 +256,11 @@ class Grammar:
     def last_word_choices(self, text: str) -> dict[str, float]:
         """Exact distribution of a story's last word given all the text before it: word -> probability, summing to 1.
 
-        `text` is a whole story; its own last word plays no part. Raises ValueError when no story begins like that.
+        `text` is a whole story; its own last word plays no part. Raises UserError when no story begins like that.
         """
         match = re.fullmatch(r"(.*?)(\w+)([.!?])", text, re.DOTALL)
         if match is None:
-            raise ValueError(f"the text must end in a word and a full stop, and ends in {text[-20:]!r}")
+            raise UserError(f"the text must end in a word and a full stop, and ends in {text[-20:]!r}")
         before, _, stop = match.groups()
         sentences = split_sentences(before + "x" + stop)
         told = [self.parse_sentence(sentence) for sentence in sentences[:-1]]
@@ -272,7 +273,7 @@ class Grammar:
                 if chance > 0:
                     chances[word] = chance
         if not chances:
-            raise ValueError(f"no story of this world begins with {before[:60]!r}")
+            raise UserError(f"no story of this world begins with {before[:60]!r}")
         return {word: chance / sum(chances.values()) for word, chance in chances.items()}
 
     def _last_words(self, template: Template) -> list[str]:

@@ -18,6 +18,7 @@ going on. A wrong option always contradicts what has been told or what the world
 import random
 from typing import Any
 
+from opencola.errors import UserError
 from opencola.worlds.stories import GRAMMAR, Story, parse_sentence, story
 from opencola.worlds.story_world import Template
 
@@ -32,10 +33,10 @@ def records(task: str, count: int, seed: int) -> list[dict[str, Any]]:
     """`count` records of `task` as the evaluation reads them, determined by `seed` (record i also by i alone).
 
     Keys: `id`, `question`, `answer`; with options also `choices` and `answer_index`; for squad also `context`.
-    Raises ValueError for an unknown task.
+    Raises UserError for an unknown task.
     """
     if task not in CHANCE:
-        raise ValueError(f"unknown story task {task!r}: choose one of {', '.join(CHANCE)}")
+        raise UserError(f"unknown story task {task!r}: choose one of {', '.join(CHANCE)}")
     return [{"id": f"{task}-{seed}-{i}"} | _record(task, random.Random(f"{task} {seed} {i}")) for i in range(count)]
 
 

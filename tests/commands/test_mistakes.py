@@ -130,5 +130,12 @@ def test_a_model_with_the_tokenizer_of_a_larger_one(main: Main, place: Path) -> 
 
 def test_bugs_are_not_dressed_up_as_mistakes(main: Main, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("opencola.commands.generate.load", lambda folder: int("a bug, in code that is not ours"))
-    with pytest.raises(ValueError, match="a bug"):
-        main("generate", "--model", "runs/tiny", "--prompt", "a")
+    code, _, error = main("generate", "--model", "runs/tiny", "--prompt", "a")
+    assert code == 1 and "Traceback" in error and "a bug, in code that is not ours" in error
+    assert error.splitlines()[-1].startswith("this is a bug in OpenCola")
+
+
+def test_a_value_error_of_our_own_code_is_a_bug(main: Main, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opencola.layers.cache.KVCache.positions", lambda self, rows: self.attend(1 << 20, 1))
+    code, _, error = main("generate", "--model", "runs/tiny", "--prompt", "a")
+    assert code == 1 and "ValueError: cache holds" in error and "layers/cache.py" in error

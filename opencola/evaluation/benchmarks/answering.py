@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from opencola.errors import UserError
 from opencola.evaluation.benchmarks.tasks import Record, Task
 from opencola.evaluation.statistics import Share, share
 from opencola.evaluation.writing import Continuation, LastWord, Writer
@@ -105,7 +106,7 @@ def to_records(job: Job, answers: Answers) -> list[dict[str, Any]]:
 
 
 def benchmark(task: Task, records: Sequence[Record], demonstrations: Sequence[Record]) -> Job:
-    """A benchmark's records, to be answered. Raises ValueError for another number of demonstrations than it takes."""
+    """A benchmark's records, to be answered. Raises UserError for another number of demonstrations than it takes."""
 
     def judge(item: int, generation: str, sums: Sequence[float] | None) -> dict[str, Any]:
         record = records[item]
@@ -134,10 +135,10 @@ def benchmark(task: Task, records: Sequence[Record], demonstrations: Sequence[Re
 def choose(sums: Sequence[float], choices: Sequence[str], gold: int | None) -> dict[str, Any]:
     """The option of the largest log-probability, and that of the largest one per byte of its text; the first of equals.
 
-    gold: the right option, None where that is not known. Raises ValueError for a figure that is not finite.
+    gold: the right option, None where that is not known. Raises UserError for a figure that is not finite.
     """
     if not all(map(math.isfinite, sums)):
-        raise ValueError(f"log-probabilities {list(sums)} are not all finite: the weights are damaged, or diverged")
+        raise UserError(f"log-probabilities {list(sums)} are not all finite: the weights are damaged, or diverged")
     sums = [round(nats, DIGITS) for nats in sums]
     sizes = [len(choice.encode()) for choice in choices]
     per_byte = [nats / max(1, size) for nats, size in zip(sums, sizes, strict=True)]

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Literal
 
+from opencola.errors import UserError
+
 Rule = Literal["first_word", "exact", "option"]
 """What makes an answer right. `first_word`: LAMBADA; `exact`: equal norms, HellaSwag, Story Cloze, SQuAD; `option`: the
 same option, or else equal norms, MMLU, OBQA, RACE, SIQA."""
@@ -75,10 +77,10 @@ def norm(s: str) -> str:
 def map_choice(text: str, choices: Sequence[str]) -> int | None:
     """The index of the option that a text means: by letter, else by text; None if neither tells.
 
-    Each is tried on the answer segment, then on the whole text. Raises ValueError for no options, or more than 26.
+    Each is tried on the answer segment, then on the whole text. Raises UserError for no options, or more than 26.
     """
     if not 1 <= len(choices) <= 26:
-        raise ValueError(f"there are {len(choices)} options, not 1 to 26")
+        raise UserError(f"there are {len(choices)} options, not 1 to 26")
     whole = text.strip()
     segment = answer_segment(whole)
     for rule in (_by_letter, _by_text):

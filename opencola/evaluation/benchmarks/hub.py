@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from opencola.errors import UserError
 from opencola.evaluation.benchmarks.tasks import Record, Task, parse_record
 
 Row = Mapping[str, Any]
@@ -114,7 +115,7 @@ MAPPINGS: Mapping[str, Callable[[Row, int], dict[str, Any]]] = {
 def to_records(task: Task, rows: Iterable[Row], place: str) -> Iterator[Record]:
     """A record of every row; `place` begins the messages.
 
-    Raises ValueError, naming place and number of the row (from 0), for one that does not have the dataset's columns, or
+    Raises UserError, naming place and number of the row (from 0), for one that does not have the dataset's columns, or
     makes no record.
     """
     for number, row in enumerate(rows):
@@ -123,19 +124,19 @@ def to_records(task: Task, rows: Iterable[Row], place: str) -> Iterator[Record]:
             made = MAPPINGS[task.name](row, number)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{where}: not as {task.title}'s rows are ({reason})") from error
+            raise UserError(f"{where}: not as {task.title}'s rows are ({reason})") from error
         yield parse_record(made, task, where)
 
 
 def read_hub(task: Task, limit: int | None = None, story_cloze_file: Path | None = None) -> list[Record]:
     """A task's first `limit` records (all of them without it), streamed from the Hub.
 
-    Story Cloze's come from the .csv file that its authors send. Raises ValueError where the package `datasets` is
+    Story Cloze's come from the .csv file that its authors send. Raises UserError where the package `datasets` is
     missing, the dataset cannot be read, a row is not as it should be, or Story Cloze's file was not given, and
     FileNotFoundError where it is not there.
     """
     if limit is not None and limit < 1:
-        raise ValueError(f"the limit must be at least 1, but is {limit}")
+        raise UserError(f"the limit must be at least 1, but is {limit}")
     if task.name == "story_cloze":
         place, rows = str(story_cloze_file), read_story_cloze(story_cloze_file)
     else:
@@ -143,16 +144,16 @@ def read_hub(task: Task, limit: int | None = None, story_cloze_file: Path | None
         place, rows = f"{source.dataset}, {source.split}", stream(task, source)
     records = list(to_records(task, itertools.islice(rows, limit), place))
     if not records:
-        raise ValueError(f"{place}: no records")
+        raise UserError(f"{place}: no records")
     return records
 
 
 def stream(task: Task, source: Source) -> Iterator[Row]:
-    """The rows of a dataset. Raises ValueError where they cannot be read."""
+    """The rows of a dataset. Raises UserError where they cannot be read."""
     try:
         datasets = importlib.import_module("datasets")
     except ModuleNotFoundError as error:
-        raise ValueError(f"{task.title} from the Hub needs the package datasets: pip install 'datasets'") from error
+        raise UserError(f"{task.title} from the Hub needs the package datasets: pip install 'datasets'") from error
     try:
         yield from datasets.load_dataset(
             source.dataset,
@@ -164,7 +165,7 @@ def stream(task: Task, source: Source) -> Iterator[Row]:
         )
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(
+        raise UserError(
             f"cannot read {source.dataset}: {reason}; without the Hub, give a folder with {task.name}.jsonl"
         ) from error
 
@@ -172,7 +173,7 @@ def stream(task: Task, source: Source) -> Iterator[Row]:
 def read_story_cloze(file: Path | None) -> Iterator[Row]:
     """The rows of Story Cloze's validation or test file of 2016 or 2018; tests without answers cannot be graded."""
     if file is None:
-        raise ValueError(
+        raise UserError(
             f"Story Cloze is not on the Hub: its authors give it out on request ({STORY_CLOZE}); then name its .csv "
             "file, or make story_cloze.jsonl of it, or leave the task out"
         )
@@ -180,4 +181,4 @@ def read_story_cloze(file: Path | None) -> Iterator[Row]:
         try:
             yield from csv.DictReader(lines)
         except (UnicodeDecodeError, csv.Error) as error:
-            raise ValueError(f"{file}: not a CSV file in UTF-8: {error}") from error
+            raise UserError(f"{file}: not a CSV file in UTF-8: {error}") from error

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from opencola.errors import UserError
+
 RESULTS, DRAFT = "results.jsonl", "results.draft.jsonl"
 SHOWN = 4
 """Differences that a message names."""
@@ -27,7 +29,7 @@ class Results:
     def __init__(self, folder: Path, header: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
         """header: what is to be told of the run, JSON; sizes: how many records each task has, in the file's order.
 
-        Raises ValueError where the folder holds the results of a run that is told of otherwise, naming what differs.
+        Raises UserError where the folder holds the results of a run that is told of otherwise, naming what differs.
         """
         self.folder = folder
         self.header = dump(header)
@@ -44,10 +46,10 @@ class Results:
         if header is None and file.name == DRAFT and not any(rest):  # cut off in its first line
             return {}
         if header is None:
-            raise ValueError(f"{file}: line 1 is damaged, so that nobody knows of which run it is: --overwrite it")
+            raise UserError(f"{file}: line 1 is damaged, so that nobody knows of which run it is: --overwrite it")
         if found := list(differences(header, json.loads(self.header))):
             more = f", and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-            raise ValueError(
+            raise UserError(
                 f"{file} is of another run: {'; '.join(found[:SHOWN])}{more}. Choose another --out, or --overwrite it"
             )
         wanted, lines = set(self.keys), {}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from opencola.errors import UserError
 from opencola.evaluation.benchmarks.grading import Rule, Verdict, grade
 
 DEMONSTRATIONS = Path(__file__).parent / "demonstrations.json"
@@ -59,12 +60,12 @@ class Task:
     def prompt(self, record: Record, demonstrations: Sequence[Record]) -> str:
         """What a model is to continue: a ready prompt as it is, else instruction, shots and the question.
 
-        It ends in the anchor, without a space or a newline. Raises ValueError unless there are `shots` demonstrations.
+        It ends in the anchor, without a space or a newline. Raises UserError unless there are `shots` demonstrations.
         """
         if record.prompt is not None:
             return record.few_shot_prefix + record.prompt
         if len(demonstrations) != self.shots:
-            raise ValueError(f"{self.name} takes {self.shots} demonstrations, not {len(demonstrations)}")
+            raise UserError(f"{self.name} takes {self.shots} demonstrations, not {len(demonstrations)}")
         shots = [f"{self.ask(shot)} {shot.answer}" for shot in demonstrations]
         return "\n\n".join([*filter(None, [self.instruction]), *shots, self.ask(record)])
 
@@ -101,17 +102,17 @@ TASKS: tuple[Task, ...] = (
 
 
 def find_task(name: str) -> Task:
-    """The task of a name. Raises ValueError for an unknown one."""
+    """The task of a name. Raises UserError for an unknown one."""
     for task in TASKS:
         if task.name == name:
             return task
-    raise ValueError(f"unknown task {name!r}: choose one of {', '.join(task.name for task in TASKS)}")
+    raise UserError(f"unknown task {name!r}: choose one of {', '.join(task.name for task in TASKS)}")
 
 
 def read_records(folder: Path, task: Task) -> list[Record]:
     """A task's records from FOLDER/NAME.jsonl, one JSON object a line; blank lines are skipped.
 
-    Raises FileNotFoundError where there is no such file, and ValueError, naming file, line and field, for a record that
+    Raises FileNotFoundError where there is no such file, and UserError, naming file, line and field, for a record that
     is not as the task needs it, for an id that came before, and for a file without records.
     """
     file = folder / f"{task.name}.jsonl"
@@ -120,7 +121,7 @@ def read_records(folder: Path, task: Task) -> list[Record]:
     try:
         lines = file.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8: {error}") from error
+        raise UserError(f"{file}: not UTF-8: {error}") from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -128,41 +129,41 @@ def read_records(folder: Path, task: Task) -> list[Record]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{place}: not JSON: {error}") from error
+            raise UserError(f"{place}: not JSON: {error}") from error
         record = parse_record(row, task, place)
         if record.id in seen:
-            raise ValueError(f"{place}: field 'id': {record.id!r} is the id of line {seen[record.id]}, too")
+            raise UserError(f"{place}: field 'id': {record.id!r} is the id of line {seen[record.id]}, too")
         seen[record.id] = number
         records.append(record)
     if not records:
-        raise ValueError(f"{file}: no records")
+        raise UserError(f"{file}: no records")
     return records
 
 
 def read_demonstrations(file: Path = DEMONSTRATIONS) -> dict[str, tuple[Record, ...]]:
     """Demonstrations by task from a JSON file: an object of lists of records (an id is not needed), in prompt order.
 
-    A file may leave out tasks. Raises ValueError, naming file, task, number and field, for an unknown task, for another
+    A file may leave out tasks. Raises UserError, naming file, task, number and field, for an unknown task, for another
     number of demonstrations than the task's shots, and for a record that is not as the task needs it.
     """
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not JSON: {error}") from error
+        raise UserError(f"{file}: not JSON: {error}") from error
     if not isinstance(rows, dict):
-        raise ValueError(f"{file}: not an object of demonstrations by task")
+        raise UserError(f"{file}: not an object of demonstrations by task")
     found = {}
     for name, shots in rows.items():
         try:
             task = find_task(name)
         except ValueError as error:
-            raise ValueError(f"{file}: {error}") from error
+            raise UserError(f"{file}: {error}") from error
         if not isinstance(shots, list) or len(shots) != task.shots:
-            raise ValueError(f"{file}: {name} takes a list of {task.shots} demonstrations")
+            raise UserError(f"{file}: {name} takes a list of {task.shots} demonstrations")
         numbered = [(f"{file}, {name} {i}", shot) for i, shot in enumerate(shots, 1)]
         for place, shot in numbered:
             if isinstance(shot, dict) and "prompt" in shot:
-                raise ValueError(f"{place}: field 'prompt': a demonstration has none")
+                raise UserError(f"{place}: field 'prompt': a demonstration has none")
         found[name] = tuple(
             parse_record({"id": i, **shot} if isinstance(shot, dict) else shot, task, place)
             for i, (place, shot) in enumerate(numbered)
@@ -171,32 +172,32 @@ def read_demonstrations(file: Path = DEMONSTRATIONS) -> dict[str, tuple[Record, 
 
 
 def parse_record(row: Any, task: Task, place: str) -> Record:
-    """A record of what JSON holds; `place` begins the messages. Raises ValueError naming the field that is wrong."""
+    """A record of what JSON holds; `place` begins the messages. Raises UserError naming the field that is wrong."""
     if not isinstance(row, Mapping):
-        raise ValueError(f"{place}: not an object")
+        raise UserError(f"{place}: not an object")
 
     def text(field: str, needed: bool) -> str:
         value = row.get(field)
         if value is None and not needed:
             return ""
         if not isinstance(value, str) or (needed and not value.strip()):
-            raise ValueError(f"{place}: field {field!r} is {value!r}, not a text" + " with something in it" * needed)
+            raise UserError(f"{place}: field {field!r} is {value!r}, not a text" + " with something in it" * needed)
         return value
 
     name = row.get("id")
     if isinstance(name, bool) or not isinstance(name, str | int):
-        raise ValueError(f"{place}: field 'id' is {name!r}, not a text or a whole number")
+        raise UserError(f"{place}: field 'id' is {name!r}, not a text or a whole number")
     ready = row.get("prompt") is not None
     if row.get("few_shot_prefix") is not None and not ready:
-        raise ValueError(f"{place}: field 'few_shot_prefix' goes with a 'prompt', which is missing")
+        raise UserError(f"{place}: field 'few_shot_prefix' goes with a 'prompt', which is missing")
     choices = row.get("choices") if row.get("choices") is not None else []
     if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
-        raise ValueError(f"{place}: field 'choices' is {choices!r}, not a list of texts")
+        raise UserError(f"{place}: field 'choices' is {choices!r}, not a list of texts")
     if len(choices) != task.options:
-        raise ValueError(f"{place}: field 'choices' has {len(choices)} options; {task.name} has {task.options}")
+        raise UserError(f"{place}: field 'choices' has {len(choices)} options; {task.name} has {task.options}")
     index = row.get("answer_index")
     if index is not None and (type(index) is not int or not 0 <= index < len(choices)):
-        raise ValueError(f"{place}: field 'answer_index' is {index!r}, not the number of one of {len(choices)} options")
+        raise UserError(f"{place}: field 'answer_index' is {index!r}, not the number of one of {len(choices)} options")
     return Record(
         name,
         text("question", needed=not ready),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from opencola.errors import UserError
 from opencola.evaluation.diagnosis import tasks
 from opencola.evaluation.diagnosis.tasks import Cut, Task
 from opencola.evaluation.diagnosis.verdicts import Latents, Tally, tally
@@ -62,7 +63,7 @@ def prepare(
 ) -> Bench:
     """A model at a task, with its texts encoded and the spread of first blocks measured.
 
-    Raises ValueError for latents that are not finite.
+    Raises UserError for latents that are not finite.
     """
     # a text ends where its language says so: neither chat nor a stop string has a part in that
     own = replace(sampling, chat=False, stop=())
@@ -72,7 +73,7 @@ def prepare(
     tokens = torch.tensor([row + [tokenizer.eos_id] * (width - len(row)) for row in rows], device=device())
     data, prior = diagnosis.first_spreads(model, tokens[:, :chunk], diagnosis.settings(own)["prior"])
     if not all(0 < one.overall < math.inf for one in (data, prior)):
-        raise ValueError("the model's latents are not finite, or all alike: its weights are damaged, or diverged")
+        raise UserError("the model's latents are not finite, or all alike: its weights are damaged, or diverged")
     fitted = diagnosis.renormalised(model, data, prior)
     lengths = torch.tensor([[len(row)] for row in rows], device=tokens.device)
     scored = torch.arange(width, device=tokens.device) < lengths

@@ -11,6 +11,7 @@ from torch import Tensor
 from opencola.checkpoints import hub, llama
 from opencola.checkpoints import parts as layout
 from opencola.checkpoints.files import CONFIG, checked, read_json
+from opencola.errors import UserError
 from opencola.layers.device import device
 from opencola.text.tokenizer import Tokenizer
 
@@ -95,7 +96,7 @@ def load(name: str | Path) -> Judge:
 
     A Llama that our AR model can be is one; for all others there must be `transformers`. Its tokenizer.json makes the
     tokens, of which none is added but config.json's bos_token_id (where there is none, eos_token_id) in front. Raises
-    FileNotFoundError for what is missing, ValueError for damaged files and for models that cannot judge.
+    FileNotFoundError for what is missing, UserError for damaged files and for models that cannot judge.
     """
     root = hub.locate(name, files=FILES)
     folder = layout.PARTS["ar"].find(root) or root
@@ -104,7 +105,7 @@ def load(name: str | Path) -> Judge:
     tokenizer = Tokenizer.load(root)
     known = checked(file, "vocab_size", values.get("vocab_size"), int)
     if tokenizer.vocab_size > known:
-        raise ValueError(f"the tokenizer in {root} has {tokenizer.vocab_size} ids, but {CONFIG} tells of {known}")
+        raise UserError(f"the tokenizer in {root} has {tokenizer.vocab_size} ids, but {CONFIG} tells of {known}")
     bos_id, context = first_token(file, values), values.get("max_position_embeddings", values.get("n_positions"))
     try:
         llama.read_config(folder, bos_id)
@@ -117,7 +118,7 @@ def load(name: str | Path) -> Judge:
 
 
 def first_token(file: Path, values: Mapping[str, Any]) -> int:
-    """The token in front of a text. Raises ValueError where config.json names none."""
+    """The token in front of a text. Raises UserError where config.json names none."""
     for key in ("bos_token_id", "eos_token_id"):
         value = values.get(key)
         if isinstance(value, list) and value:
@@ -125,19 +126,19 @@ def first_token(file: Path, values: Mapping[str, Any]) -> int:
         if value is not None:
             found: int = checked(file, key, value, int)
             return found
-    raise ValueError(f"{file} has no bos_token_id and no eos_token_id, which the first token is predicted from")
+    raise UserError(f"{file} has no bos_token_id and no eos_token_id, which the first token is predicted from")
 
 
 def transformers_logits(folder: Path) -> Logits:
-    """Of any causal language model that transformers can load. Raises ValueError where it cannot, or is not there."""
+    """Of any causal language model that transformers can load. Raises UserError where it cannot, or is not there."""
     try:
         from transformers import AutoModelForCausalLM
     except ImportError:
-        raise ValueError(f"{folder} is no Llama of ours to judge by: pip install 'opencola[hf]'") from None
+        raise UserError(f"{folder} is no Llama of ours to judge by: pip install 'opencola[hf]'") from None
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder} holds no causal language model: {hub.reason(error)}") from error
+        raise UserError(f"{folder} holds no causal language model: {hub.reason(error)}") from error
     model = model.eval().to(device())
 
     def logits(tokens: Tensor) -> Tensor:
@@ -149,11 +150,11 @@ def transformers_logits(folder: Path) -> Logits:
 
 @torch.no_grad()
 def check_causal(folder: Path, logits: Logits, bos_id: int, vocab_size: int) -> None:
-    """Raise ValueError for a model that sees the tokens that it should predict, which would judge far too well."""
+    """Raise UserError for a model that sees the tokens that it should predict, which would judge far too well."""
     rows = torch.tensor([[bos_id, 0], [bos_id, vocab_size - 1]], device=device())
     first, second = logits(rows)[:, 0]
     if not torch.allclose(first, second, rtol=1e-3, atol=1e-3):
-        raise ValueError(f"{folder} holds no causal language model: it sees the tokens behind the one that it predicts")
+        raise UserError(f"{folder} holds no causal language model: it sees the tokens behind the one that it predicts")
 
 
 def shared(first: Sequence[int], second: Sequence[int]) -> int:

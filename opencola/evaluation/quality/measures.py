@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from opencola.errors import UserError
 from opencola.evaluation.latents.report import Entry, ratio
 from opencola.evaluation.quality.mauve import mauve
 from opencola.evaluation.statistics import Share, Z, share
@@ -58,7 +59,7 @@ def to_record(sample: Written) -> dict[str, Any]:
 
 
 def from_record(record: Mapping[str, Any], place: str) -> Written:
-    """A sample of a line of JSON. Raises ValueError, naming the place, where it is none."""
+    """A sample of a line of JSON. Raises UserError, naming the place, where it is none."""
     try:
         found = Written(
             record["temperature"],
@@ -69,16 +70,16 @@ def from_record(record: Mapping[str, Any], place: str) -> Written:
             None if record["judge"] is None else Judged(**record["judge"]),
         )
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{place}: not a record of a sample: {error}") from error
+        raise UserError(f"{place}: not a record of a sample: {error}") from error
     if record.get("num_tokens") != len(found.ids):
-        raise ValueError(f"{place}: num_tokens is {record.get('num_tokens')}, but there are {len(found.ids)} ids")
+        raise UserError(f"{place}: num_tokens is {record.get('num_tokens')}, but there are {len(found.ids)} ids")
     return found
 
 
 def by_temperature(samples: Iterable[Written]) -> dict[float | None, list[Written]]:
     """Samples of each temperature by their indices; held-out texts (None) first, then from cold to hot.
 
-    Raises ValueError where a temperature has an index twice.
+    Raises UserError where a temperature has an index twice.
     """
     found: dict[float | None, list[Written]] = {}
     for sample in samples:
@@ -86,7 +87,7 @@ def by_temperature(samples: Iterable[Written]) -> dict[float | None, list[Writte
     for temperature, some in found.items():
         some.sort(key=lambda sample: sample.index)
         if len({sample.index for sample in some}) < len(some):
-            raise ValueError(f"samples of temperature {temperature} have an index twice")
+            raise UserError(f"samples of temperature {temperature} have an index twice")
     return dict(sorted(found.items(), key=lambda item: -math.inf if item[0] is None else item[0]))
 
 
@@ -94,11 +95,11 @@ def entries(samples: Sequence[Written], reference: Sequence[str] = (), story_wor
     """All figures of the samples of one temperature.
 
     reference: whole texts (prompts included) that they should be like; story_world: judge them by the story world, too,
-    prompts being whole sentences of it. Intervals take samples for independent. Raises ValueError without samples, and
+    prompts being whole sentences of it. Intervals take samples for independent. Raises UserError without samples, and
     where not all or different judges have judged.
     """
     if not samples:
-        raise ValueError("there are no samples to measure")
+        raise UserError("there are no samples to measure")
     found = [*variety([sample.ids for sample in samples]), *judged(samples)]
     wholes = [sample.prompt + sample.text for sample in samples]
     if reference:
@@ -156,7 +157,7 @@ def judged(samples: Sequence[Written]) -> list[Entry]:
     verdicts = [sample.judge for sample in samples if sample.judge is not None]
     names = {verdict.name for verdict in verdicts}
     if len(verdicts) not in (0, len(samples)) or len(names) > 1:
-        raise ValueError(f"{len(verdicts)} of {len(samples)} samples are judged, by {', '.join(sorted(names))}")
+        raise UserError(f"{len(verdicts)} of {len(samples)} samples are judged, by {', '.join(sorted(names))}")
     nats, tokens, size = ([getattr(one, name) for one in verdicts] for name in ("nats", "tokens", "bytes"))
     if not sum(tokens):
         return []

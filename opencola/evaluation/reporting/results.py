@@ -7,6 +7,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any
 
+from opencola.errors import UserError
 from opencola.evaluation.benchmarks.tasks import TASKS
 from opencola.evaluation.writing import Continuation, LastWord, Sentence
 
@@ -74,7 +75,7 @@ def read_results(file: Path) -> Results:
     """Read a results file, or the draft of a run that goes on; blank lines are skipped.
 
     What stands behind the last line's end was cut off while it was written, and counts as a record that is not there.
-    Raises FileNotFoundError, and ValueError, naming file, line and field, for what is no such file: another first line,
+    Raises FileNotFoundError, and UserError, naming file, line and field, for what is no such file: another first line,
     a record of a task that the run did not have, a field that is missing or of another type, a record that came before.
     """
     run: dict[str, Any] | None = None
@@ -90,19 +91,19 @@ def read_results(file: Path) -> Results:
             continue
         kind = _take(row, "record", str, place)
         if kind not in KINDS:
-            raise ValueError(f"{place}: field 'record' is {kind!r}, not one of {', '.join(KINDS)}")
+            raise UserError(f"{place}: field 'record' is {kind!r}, not one of {', '.join(KINDS)}")
         task = KINDS[kind] or _take(row, "task", str, place)
         if task not in found or (kind == "answer") != (task in _names()):
-            raise ValueError(f"{place}: field 'task' is {task!r}, which the run in line 1 does not have")
+            raise UserError(f"{place}: field 'task' is {task!r}, which the run in line 1 does not have")
         record = _READ[kind](row, place)
         # samples are counted anew at each temperature, held-out ones (None) too
         series = -1.0 if not isinstance(record, Sample) or record.temperature is None else record.temperature
         key = (series, _take(row, "index", int, place))
         if key in found[task]:
-            raise ValueError(f"{place}: field 'index' is {key[1]}, as in an earlier record of {task}")
+            raise UserError(f"{place}: field 'index' is {key[1]}, as in an earlier record of {task}")
         found[task][key] = record
     if run is None:
-        raise ValueError(f"{file}: no results")
+        raise UserError(f"{file}: no results")
     ordered = {task: tuple(some[key] for key in sorted(some)) for task, some in found.items()}
     return Results(
         file,
@@ -120,26 +121,26 @@ def _parse(line: bytes, place: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place}: not JSON: {error}") from error
+        raise UserError(f"{place}: not JSON: {error}") from error
     if not isinstance(row, dict):
-        raise ValueError(f"{place}: not an object")
+        raise UserError(f"{place}: not an object")
     return row
 
 
 def _take(row: Mapping[str, Any], name: str, kind: type | UnionType, place: str) -> Any:
     """A field of such a type; true and false are no numbers."""
     if name not in row:
-        raise ValueError(f"{place}: field {name!r} is missing")
+        raise UserError(f"{place}: field {name!r} is missing")
     value = row[name]
     is_number = not isinstance(value, bool) or kind is bool or kind == bool | None
     if not isinstance(value, kind) or not is_number:
-        raise ValueError(f"{place}: field {name!r} is {value!r:.80}, not of type {getattr(kind, '__name__', kind)}")
+        raise UserError(f"{place}: field {name!r} is {value!r:.80}, not of type {getattr(kind, '__name__', kind)}")
     return value
 
 
 def _run(row: Mapping[str, Any], place: str) -> dict[str, Any]:
     if row.get("record") != "run":
-        raise ValueError(f"{place}: not the head of a results file: its field 'record' is not 'run'")
+        raise UserError(f"{place}: not the head of a results file: its field 'record' is not 'run'")
     types: dict[str, type | UnionType] = {
         "model": str, "model_hash": str, "family": str, "tasks": dict, "settings": dict, "likelihood": dict | None,
         "seed": int,
@@ -148,9 +149,9 @@ def _run(row: Mapping[str, Any], place: str) -> dict[str, Any]:
         _take(row, name, kind, place)
     for name, facts in row["tasks"].items():
         if name not in (*_names(), STORIES, LAST_WORD, SAMPLES):
-            raise ValueError(f"{place}: field 'tasks': unknown task {name!r}")
+            raise UserError(f"{place}: field 'tasks': unknown task {name!r}")
         if not isinstance(facts, dict):
-            raise ValueError(f"{place}: field 'tasks': {name} is {facts!r:.80}, not an object")
+            raise UserError(f"{place}: field 'tasks': {name} is {facts!r:.80}, not an object")
         _take(facts, "records", int, f"{place}, tasks, {name}")
     if row["likelihood"] is not None:
         _take(row["likelihood"], "estimator", str, f"{place}, likelihood")
@@ -161,7 +162,7 @@ def _texts(row: Mapping[str, Any], name: str, place: str) -> tuple[str, ...]:
     values: list[str] = _take(row, name, list, place)
     for value in values:
         if not isinstance(value, str):
-            raise ValueError(f"{place}: field {name!r} is {values!r:.80}, not a list of texts")
+            raise UserError(f"{place}: field {name!r} is {values!r:.80}, not a list of texts")
     return tuple(values)
 
 
@@ -184,11 +185,11 @@ def _story(row: Mapping[str, Any], place: str) -> Continuation:
     }  # fmt: skip
     values = {name: _take(row, name, kind, place) for name, kind in types.items()}
     if not all(isinstance(one, bool) for one in values["legal"]):
-        raise ValueError(f"{place}: field 'legal' is {values['legal']!r:.80}, not a list of true and false")
+        raise UserError(f"{place}: field 'legal' is {values['legal']!r:.80}, not a list of true and false")
     sentences = []
     for one in values["sentences"]:
         if not isinstance(one, dict):
-            raise ValueError(f"{place}: field 'sentences' holds {one!r:.80}, not an object")
+            raise UserError(f"{place}: field 'sentences' holds {one!r:.80}, not an object")
         sentences.append(Sentence(*(_take(one, field.name, str, f"{place}, sentences") for field in fields(Sentence))))
     values |= {"legal": tuple(values["legal"]), "conflicts": _texts(row, "conflicts", place)}
     return Continuation(**values | {"sentences": tuple(sentences)})

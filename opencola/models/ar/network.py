@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opencola.errors import UserError
 from opencola.layers import masks
 from opencola.layers.attention import masked
 from opencola.layers.cache import ROUND, KVCache
@@ -29,7 +30,7 @@ class ARConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.bos_id < self.vocab_size:
-            raise ValueError(f"bos_id {self.bos_id} is outside 0..{self.vocab_size - 1}, the vocabulary")
+            raise UserError(f"bos_id {self.bos_id} is outside 0..{self.vocab_size - 1}, the vocabulary")
 
 
 class ARNetwork(nn.Module):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from opencola.errors import UserError
 from opencola.models.ar.network import ARNetwork, whole_steps
 from opencola.models.inputs import checked_texts
 from opencola.models.language_model import Score
@@ -19,7 +20,7 @@ class ARScoring:
 
     def __post_init__(self) -> None:
         if self.rows < 1:
-            raise ValueError(f"rows must be at least 1, not {self.rows}")
+            raise UserError(f"rows must be at least 1, not {self.rows}")
 
     @classmethod
     def quick(cls) -> "ARScoring":
@@ -45,7 +46,7 @@ def score(
     """log p(continuation | prompt) of token ids, with the end-of-text id where that is meant to be scored.
 
     Sums are in float64; nothing is drawn, so that ids change nothing, nor does pad_id, which is never seen. What
-    comes out does not depend on what else is scored, but for rounding. Raises ValueError for empty continuations
+    comes out does not depend on what else is scored, but for rounding. Raises UserError for empty continuations
     and ids beyond the vocabulary.
     """
     texts = checked_texts(prompts, continuations, model.config.vocab_size)

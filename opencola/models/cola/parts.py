@@ -5,6 +5,7 @@ from typing import Literal
 
 from torch import nn
 
+from opencola.errors import UserError
 from opencola.flow.dit import BlockCausalDiT, DiTConfig
 from opencola.flow.path import TimestepLaw
 from opencola.vae.objective import VAEObjective
@@ -53,14 +54,14 @@ class ColaConfig:
 
     def __post_init__(self) -> None:
         if self.vae.latent_dim != self.dit.latent_dim:
-            raise ValueError(f"vae.latent_dim {self.vae.latent_dim} differs from dit.latent_dim {self.dit.latent_dim}")
+            raise UserError(f"vae.latent_dim {self.vae.latent_dim} differs from dit.latent_dim {self.dit.latent_dim}")
         if self.vae.attention == "full" or self.dit.block_size % self.vae.visible_block:
-            raise ValueError(
+            raise UserError(
                 f"vae.attention {self.vae.attention} with vae.block_size {self.vae.block_size} sees beyond blocks of "
                 f"dit.block_size {self.dit.block_size}, so blocks cannot be decoded one by one: it must divide that"
             )
         if self.prior.strategy == "scratch" and self.prior.lambda_ref:
-            raise ValueError("prior.strategy scratch has no stage-1 encoder to stay near: set prior.lambda_ref to 0")
+            raise UserError("prior.strategy scratch has no stage-1 encoder to stay near: set prior.lambda_ref to 0")
 
 
 class ColaParts(nn.Module):

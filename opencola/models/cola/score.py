@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from opencola.errors import UserError
 from opencola.flow.likelihood import Density, Likelihood, draw_groups, draw_probes, log_density
 from opencola.models.cola.importance import Estimator, Evaluation, Terms
 from opencola.models.cola.parts import ColaParts
@@ -39,7 +40,7 @@ class Scoring(Likelihood):
         super().__post_init__()
         for name in ("samples", "rows"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
 
     @classmethod
     def quick(cls) -> "Scoring":
@@ -74,7 +75,7 @@ def log_prior(
     """log p of every block of normalised latents z_0 (B, N, d) given those before it, by one packed solve: (B, G).
 
     keys: of every row, such as (text, sample), for its probes; free (B, N) bool: latents that are scored; others are
-    clean, at time 0, and do not move. Raises ValueError where N is not a number of whole blocks.
+    clean, at time 0, and do not move. Raises UserError where N is not a number of whole blocks.
     """
     num_latents = z_0.shape[1]
     size = model.dit.config.block_size
@@ -131,13 +132,13 @@ def evaluate(
 ) -> list[Evaluation]:
     """Terms of every continuation. ids: decide the draws (places in the list when not given); pad_id: fills blocks up.
 
-    A text's figures do not depend on the others, but for rounding. Raises ValueError for empty continuations, ids
+    A text's figures do not depend on the others, but for rounding. Raises UserError for empty continuations, ids
     beyond the vocabulary, and an encoder without a variance.
     """
     ids = sample_ids(prompts, ids)
     chunk = model.vae.config.patch_size * model.dit.config.block_size
     if not model.vae.config.variational:
-        raise ValueError("model.vae.variational is false: without a posterior there is no likelihood")
+        raise UserError("model.vae.variational is false: without a posterior there is no likelihood")
     texts, prefixes = [], []
     for prompt, tokens in zip(prompts, checked_texts(prompts, continuations, model.vae.config.vocab_size), strict=True):
         known = 0 if settings.conditional == "joint" else len(prompt)

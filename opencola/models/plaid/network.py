@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opencola.errors import UserError
 from opencola.layers.attention import Attend, masked
 from opencola.layers.llama import Llama, LlamaConfig
 from opencola.layers.masks import same_document
@@ -38,11 +39,11 @@ class PlaidConfig:
 
     def __post_init__(self) -> None:
         if self.vocab_size < 2 or self.embedding_dim < 1:
-            raise ValueError(
+            raise UserError(
                 f"vocab_size must be at least 2 and embedding_dim 1, not {self.vocab_size} and {self.embedding_dim}"
             )
         if not 0 <= self.self_conditioning <= 1:
-            raise ValueError(f"self_conditioning must lie in [0, 1], not {self.self_conditioning}")
+            raise UserError(f"self_conditioning must lie in [0, 1], not {self.self_conditioning}")
 
 
 class NoiseSchedule(nn.Module):
