@@ -28,8 +28,9 @@ def api() -> list[tuple[str, str, str]]:
         text = [f"# {dotted}", ""]
         for path in files:
             if path.suffix == ".py" and path.stem != "__main__":
-                module = dotted if path.stem == "__init__" else f"{dotted}.{path.stem}"
-                text += [f"## {module}", "", f"::: {module}", ""]
+                own = path.stem == "__init__"
+                text += [] if own else [f"## {dotted}.{path.stem}", ""]
+                text += [f"::: {dotted if own else f'{dotted}.{path.stem}'}", ""]
         pages.append((name or "opencola", f"api/{name or 'opencola'}.md", "\n".join(text)))
     return pages
 
