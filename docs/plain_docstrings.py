@@ -1,7 +1,7 @@
 """Docstrings for the site: plain text, of which Markdown's signs must be kept from meaning anything.
 
-An extension of griffe, which reads the package for mkdocstrings (mkdocs.yml). Code in backticks, lists and indented blocks
-stay what they are.
+An extension of griffe, which reads the package for mkdocstrings (mkdocs.yml). Code in backticks, lists and indented
+blocks stay what they are.
 """
 
 import re
