@@ -221,7 +221,7 @@ DEAD = [
     ("docs/spec/model.md", "as Q1 and Q0 say", "official-format.md has no Q0"),
     ("docs/page.md", "[more](nothing.md)", "there is no nothing.md"),
     ("docs/page.md", "[more](spec/model.md#nothing)", "spec/model.md has no #nothing"),
-    ("docs/page.md", "[above](#nothing)", "page.md has no #nothing"),
+    ("docs/scale.md", "[above](#nothing)", "scale.md has no #nothing"),
     ("docs/guide.md", "`layers/nothing.py`", "there is no layers/nothing.py"),
     ("docs/guide.md", "`nothing.c`", "there is no nothing.c"),
     ("docs/guide.md", "`layers/masks.nothing`", "there is no layers/masks.nothing"),
