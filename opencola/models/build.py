@@ -46,6 +46,11 @@ def config_class(family: str) -> type[ModelConfig]:
             raise UserError(f"there is no model family {family!r}; the families are: {', '.join(FAMILIES)}")
 
 
+def family(config: ModelConfig) -> str:
+    """The family of a configuration."""
+    return next(name for name in FAMILIES if type(config) is config_class(name))
+
+
 def scoring_class(family: str) -> type[Scoring] | type[ARScoring] | type[BoundScoring]:
     """The class of the settings of `score`. Raises UserError for what is no family of whole models."""
     match family:
