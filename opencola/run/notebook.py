@@ -1,6 +1,7 @@
-"""What notebooks and scripts call: load, generate, stream, score, train_recipe. The commands' own functions, with few arguments.
+"""What notebooks and scripts call: load, generate, stream, score, train_recipe.
 
-A seed means here what it means there: the texts and figures are those of `opencola generate` and `opencola score`.
+They are the commands' own functions with few arguments, and a seed means what it means there: the texts and figures are
+those of `opencola generate` and `opencola score`.
 """
 
 import shlex

@@ -29,11 +29,13 @@ from opencola.errors import UserError
 from opencola.models.sampling import Sampling
 from opencola.run import flags
 from opencola.train.loop import TrainConfig
+from opencola.vae.text_vae import ReleaseConventions
 
 Model = TypeVar("Model")
 Families = Callable[[str], type]
 # A wheel has recipes/ inside the package, a checkout beside it.
 PACKAGE = Path(__file__).parent.parent
+CONVENTIONS = {field.name for field in dataclasses.fields(ReleaseConventions)}
 FOLDERS = (PACKAGE / "recipes", PACKAGE.parent / "recipes")
 
 
@@ -135,6 +137,17 @@ def values(recipe: Recipe[Any]) -> dict[str, Any]:
     return plain
 
 
+def up_to_date(values: dict[str, Any]) -> dict[str, Any]:
+    """A stage's nested values with each key where it is today: files of version 0.1 have `model.vae.release`'s in
+    `model.vae`."""
+    match values:
+        case {"model": {"vae": dict(vae)} as model}:
+            moved = {name: vae[name] for name in vae if name in CONVENTIONS}
+            kept = {name: vae[name] for name in vae if name not in moved}
+            return values | {"model": _merged(model | {"vae": kept}, {"vae": {"release": moved}} if moved else {})}
+    return values
+
+
 class _Loader(yaml.SafeLoader):
     """YAML that refuses a repeated key, of which all but the last value would be lost without a word."""
 
@@ -160,11 +173,11 @@ def _stages(path: Path) -> tuple[bool, dict[str, dict[str, Any]]]:
             raise UserError(f"{path}: base {base} has a base of its own: name a recipe that is complete")
         shared = _merged(below, shared)
     if "stages" not in shared:
-        return False, {str(shared.get("family")): shared}
+        return False, {str(shared.get("family")): up_to_date(shared)}
     stages = shared.pop("stages")
     if not isinstance(stages, dict) or not stages or not all(isinstance(stage, dict) for stage in stages.values()):
         raise UserError(f"{path}: 'stages' maps the stages' names to their keys and values")
-    return True, {str(name): _merged(shared, stage) for name, stage in stages.items()}
+    return True, {str(name): up_to_date(_merged(shared, stage)) for name, stage in stages.items()}
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -128,7 +128,7 @@ def is_finished(recipe: Recipe[Any]) -> bool:
     if not (recipe.out / official.EXTRAS).exists():  # written last
         return False
     before = yaml.safe_load((recipe.out / RECIPE).read_text(encoding="utf-8"))
-    return movable(recipes.values(recipe)) == movable(before)
+    return movable(recipes.values(recipe)) == movable(recipes.up_to_date(before))
 
 
 def movable(values: dict[str, Any]) -> dict[str, Any]:

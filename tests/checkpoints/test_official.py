@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny import vae_config
 from torch import Tensor
 
 from opencola.checkpoints import official
@@ -20,7 +21,8 @@ from opencola.models.sampling import Sampling
 from opencola.text.tokenizer import Tokenizer
 from opencola.vae.text_vae import TextVAE, TextVAEConfig
 
-VAE = TextVAEConfig(vocab_size=17, latent_dim=4, width=8, ffn_dim=12, num_heads=2, encoder_layers=1, decoder_layers=2)
+SIZES = {"vocab_size": 17, "latent_dim": 4, "width": 8, "ffn_dim": 12, "num_heads": 2, "encoder_layers": 1}
+VAE = TextVAEConfig(**SIZES, decoder_layers=2)
 DIT = DiTConfig(latent_dim=4, width=8, num_layers=2, num_heads=2, head_dim=4, rope_dim=2)
 
 
@@ -72,7 +74,7 @@ def test_official_files_come_back_bit_for_bit(folder: Path, part: str, tmp_path:
     ids=lambda changes: "-".join(changes) or "defaults",
 )
 def test_vae_configurations_come_back(changes: dict[str, Any], tmp_path: Path) -> None:
-    model = TextVAE(replace(VAE, **changes))
+    model = TextVAE(vae_config(**SIZES | {"decoder_layers": 2} | changes))
     official.save_vae(model, tmp_path)
     again = official.load_vae(tmp_path)
     assert again.config == model.config

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from command_line import TINY, WEIGHTS, Main, command, environment
 
 from opencola.checkpoints import official
@@ -153,6 +154,16 @@ def test_resume_passes_over_finished_stages(main: Main, place: Path) -> None:
     assert code == 2 and "runs/other/prior started from runs/other/vae, which would change" in error
     assert main("train", "tiny.yaml", "--out", "runs/other", "--overwrite", "--stage", "vae")[0] == 2
     assert (out / WEIGHTS).read_bytes() == after
+
+
+def test_resume_knows_stages_that_version_0_1_finished(main: Main, place: Path) -> None:
+    for stage in ("vae", "prior"):  # whose files have the release's conventions among the VAE's settings
+        file = place / "runs" / "tiny" / stage / "recipe.yaml"
+        values = yaml.safe_load(file.read_text())
+        values["model"]["vae"] |= values["model"]["vae"].pop("release")
+        file.write_text(yaml.safe_dump(values, sort_keys=False))
+    code, said, _ = main("train", "tiny.yaml", "--resume")
+    assert code == 0 and said.count("finished before") == 2
 
 
 def test_stages_one_by_one(main: Main, place: Path) -> None:

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import yaml
 
+from opencola.models import build
 from opencola.run import recipe as recipe_module
-from opencola.run.recipe import Recipe, TokenizerConfig, dump, find, read
+from opencola.run.recipe import Recipe, TokenizerConfig, dump, find, read, up_to_date, values
 from opencola.train.loop import TrainConfig
+from opencola.vae.text_vae import ReleaseConventions
 
 
 @dataclass(frozen=True)
@@ -275,3 +277,36 @@ def test_help_shows_each_familys_fields_with_the_recipes_values(write: Any, caps
 
 def test_a_recipe_is_frozen() -> None:
     assert Recipe.__dataclass_params__.frozen  # type: ignore[attr-defined]
+
+
+OLD = """
+family: vae
+out: runs/x
+data: {length: 12, batch_size: 3}
+model: {vae: {width: 8, num_heads: 2, clip_qkv: 3.5, post_norm: false}}
+"""
+
+
+def test_files_of_version_0_1_have_the_releases_conventions_among_the_vaes(write: Any) -> None:
+    ((_, old),) = read(write(OLD), [], build.config_class)
+    ((_, new),) = read(write(OLD.replace("clip_qkv: 3.5", "release: {clip_qkv: 3.5}")), [], build.config_class)
+    assert old == new and old.model.vae.release == ReleaseConventions(clip_qkv=3.5, post_norm=False)
+    flat = values(old)
+    flat["model"]["vae"] |= flat["model"]["vae"].pop("release")
+    assert flat["model"]["vae"]["post_norm"] is False and up_to_date(flat) == values(old) == up_to_date(values(old))
+
+
+@pytest.mark.parametrize(
+    "model", [None, 3, "cola", {}, {"vae": None}, {"vae": [1]}, {"vae": {}}, {"trunk": {"bias": 1}}]
+)
+def test_other_files_stay_as_they_are(model: Any) -> None:
+    assert up_to_date({"out": "x", "model": model}) == {"out": "x", "model": model}
+
+
+def test_help_has_a_group_of_what_only_the_release_needs(write: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        read(write(OLD), ["--help"], build.config_class)
+    shown = capsys.readouterr().out
+    group = shown[shown.index("model.vae.release options") :]
+    assert "Only for files of the public release" in group
+    assert all(f"--model.vae.release.{field.name} " in group for field in dataclasses.fields(ReleaseConventions))

@@ -23,7 +23,7 @@ class PriorObjective:
     frozen_steps: int = 3000
     """Steps of a cycle in which it does not (interval)."""
     vae_learning_rate_ratio: float = 1.0
-    """The VAE's learning rate over the DiT's."""
+    """The VAE's learning rate over the DiT's, where it trains along; the paper's weak variant is 0.01."""
     lambda_vae: float = 1.0
     """Weight of the VAE's terms."""
     lambda_fm: float = 1.0

@@ -137,8 +137,8 @@ def evaluate(
     """
     ids = sample_ids(prompts, ids)
     chunk = model.vae.config.patch_size * model.dit.config.block_size
-    if not model.vae.config.variational:
-        raise UserError("model.vae.variational is false: without a posterior there is no likelihood")
+    if not model.vae.config.release.variational:
+        raise UserError("model.vae.release.variational is false: without a posterior there is no likelihood")
     texts, prefixes = [], []
     for prompt, tokens in zip(prompts, checked_texts(prompts, continuations, model.vae.config.vocab_size), strict=True):
         known = 0 if settings.conditional == "joint" else len(prompt)
