@@ -1,1 +1,1 @@
-"""Models in files: the public release's format, our own, Hugging Face's."""
+"""Models in files: the public release's format, Hugging Face's, and our own."""

@@ -1,1 +1,1 @@
-"""Tasks, generation quality and likelihood tables."""
+"""What models are worth: benchmarks, latents, sample quality, likelihood, and what of it is sure."""

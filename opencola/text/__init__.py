@@ -1,1 +1,1 @@
-"""Text to tokens and back, and the corpora that training reads."""
+"""Text to tokens and back, and the files that text comes in."""
