@@ -14,6 +14,8 @@ import opencola
 TEXT = "Once a little girl named Mia lived near the zoo. Mia met a frog behind the lions."
 
 cola, tokenizer, _ = opencola.load(*sys.argv[1:])
+if not isinstance(cola, opencola.Cola):
+    sys.exit("this model has no latents: name a Cola DLM")
 tokens = torch.tensor([tokenizer.encode(TEXT)], device=next(cola.parameters()).device)
 tokens = tokens[:, : tokens.shape[1] // cola.vae.config.patch_size * cola.vae.config.patch_size]
 
