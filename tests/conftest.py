@@ -38,8 +38,8 @@ def generator() -> Callable[[int], torch.Generator]:
 def golden() -> Path:
     """The folder of golden fixtures, with ``configA`` and ``configB`` inside.
 
-    ``$OPENCOLA_SHARED/golden`` if that variable is set (an error if it is not there), else ``shared/golden`` beside the repository, else
-    the repository's own small copies in ``tests/golden``.
+    ``$OPENCOLA_SHARED/golden`` if that variable is set (an error if it is not there), else ``shared/golden`` beside the
+    repository, else the repository's own small copies in ``tests/golden``.
     """
     if shared := os.environ.get("OPENCOLA_SHARED"):
         folder = Path(shared) / "golden"

@@ -71,6 +71,10 @@ def sampling_class(family: str) -> type[ColaSampling | ARSampling | LLaDASamplin
             raise unknown(family)
 
 
+SETTINGS = frozenset(name for family in FAMILIES for name in sampling_class(family).hints())
+"""The settings of generation that any family has."""
+
+
 def scoring_class(family: str) -> type[Scoring] | type[ARScoring] | type[BoundScoring]:
     """The class of the settings of `score`. Raises UserError for what is no family of whole models."""
     match family:

@@ -116,8 +116,9 @@ class LanguageModel(Trainable, Protocol):
     ) -> Iterator[list[TokenBlock]]:
         """Continue prompts, maybe empty ones, and yield new tokens of unfinished samples as they are ready.
 
-        sampling: of the family's own class (`build.sampling_class`); eos_ids end a sample and are not given out; pad_id: what prompts are filled up with, where a family does that;
-        ids: the samples' ids, which with the seed decide their draws (their places in the list when not given);
+        sampling: of the family's own class (`build.sampling_class`); eos_ids end a sample and are not given out;
+        pad_id: what prompts are filled up with, where a family does that; ids: the samples' ids, which with
+        the seed decide their draws (their places in the list when not given);
         stop(sample, new tokens) -> how many of these to keep, or None to go on. What a sample becomes does not depend
         on the others. Raises ValueError for prompts with ids beyond the vocabulary.
         """

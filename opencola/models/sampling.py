@@ -2,8 +2,9 @@
 §6)."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, get_type_hints
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from opencola.errors import UserError
 class Sampling:
     """Settings of generation. A family's own class adds those that only it has (`build.sampling_class`)."""
 
+    owner: ClassVar[str] = "a model"
+    """What messages call a model of the family."""
     max_new_tokens: int = 64
     """Tokens to write at most, the prompt not counted."""
     temperature: float = 0.0
@@ -46,6 +49,17 @@ class Sampling:
         for name in names:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+    @classmethod
+    def hints(cls) -> dict[str, Any]:
+        """The settings by name, with their types."""
+        types = get_type_hints(cls)
+        return {field.name: types[field.name] for field in fields(cls)}
+
+    @classmethod
+    def lacks(cls, name: str, spell: Callable[[str], str] = str) -> UserError:
+        """What to raise where somebody sets what is no setting of the family; spell: how a setting is written there."""
+        return UserError(f"{cls.owner} has no {spell(name)}; its settings are {', '.join(map(spell, cls.hints()))}")
 
     @property
     def shows_padding(self) -> bool:
@@ -83,9 +97,7 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     return logits.softmax(-1)
 
 
-def choose(
-    logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator], *, wide: bool = True
-) -> Tensor:
+def choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator], *, wide: bool = True) -> Tensor:
     """Token ids (B, R) from logits (B, R, V), every sample with its own generator.
 
     wide: draw in float64, so that no improbable token is lost to rounding; else in the logits' own type.

@@ -17,13 +17,14 @@ from tiny import tiny_cola
 
 from opencola.checkpoints import hub, official
 from opencola.checkpoints import parts as layout
+from opencola.checkpoints.settings import save_sampling
 from opencola.commands import main
 from opencola.layers.llama import LlamaConfig
 from opencola.models import build
 from opencola.models.ar.model import AR
 from opencola.models.ar.network import ARConfig
+from opencola.models.cola.sampling import ColaSampling
 from opencola.models.cola.score import Scoring
-from opencola.models.sampling import Sampling
 from opencola.models.text_stream import generate_text
 from opencola.text.tokenizer import Tokenizer
 
@@ -55,7 +56,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = Tokenizer.train(sentences, 300)
     root = tmp_path_factory.mktemp("model") / "tiny"
     cola = tiny_cola(vae={"vocab_size": tokenizer.vocab_size})
-    official.save(cola, root, tokenizer, Sampling(steps=4, guidance=2.0, temperature=1.0, stop=("zzz",)))
+    official.save(cola, root, tokenizer)
+    save_sampling(ColaSampling(steps=4, guidance=2.0, temperature=1.0, stop=("zzz",)), root)
     return root
 
 
@@ -67,7 +69,7 @@ def written(folder: Path) -> list[str]:
     return [write(model, tokenizer, prompt, sampling, number) for number, prompt in enumerate(PROMPTS)]
 
 
-def write(model: Any, tokenizer: Tokenizer, prompt: str, sampling: Sampling, id_: int) -> str:
+def write(model: Any, tokenizer: Tokenizer, prompt: str, sampling: ColaSampling, id_: int) -> str:
     blocks = generate_text(model, tokenizer, [prompt], sampling, [id_])
     return "".join(pieces[0].text for pieces in blocks)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from opencola.models.cola.sampling import ColaSampling
 from opencola.models.sampling import Sampling, choose, penalise, probabilities
 
 LOGITS = 2 * torch.randn(2, 3, 12, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
@@ -120,7 +121,7 @@ def test_every_sample_has_its_own_generator() -> None:
 )
 def test_impossible_settings_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(fields))):
-        replace(Sampling(), **fields)
+        replace(ColaSampling(), **fields)
 
 
 @pytest.mark.parametrize("temperature", [-0.1, float("nan"), float("inf")])

@@ -8,3 +8,5 @@ from opencola.models.sampling import Sampling
 @dataclass(frozen=True)
 class ARSampling(Sampling):
     """Settings of generation: those that every family has."""
+
+    owner = "an AR model"

@@ -59,7 +59,10 @@ class Clock:
 
 
 def guided(
-    conditional: Velocity, both: Callable[[Tensor, float], tuple[Tensor, Tensor]], sampling: ColaSampling, history: Tensor
+    conditional: Velocity,
+    both: Callable[[Tensor, float], tuple[Tensor, Tensor]],
+    sampling: ColaSampling,
+    history: Tensor,
 ) -> Velocity:
     """The velocity of one solve, by the rule of classifier-free guidance (model.md §5, item 3).
 

@@ -82,7 +82,9 @@ def inspect(
     return Inspection(posterior, samples, prior, probes, *decoded, log_decoder, torch.cat(log_p))
 
 
-def prior_samples(model: ColaParts, mean: Tensor, z_1: Tensor, noise: dict[int, Tensor], sampling: ColaSampling) -> Tensor:
+def prior_samples(
+    model: ColaParts, mean: Tensor, z_1: Tensor, noise: dict[int, Tensor], sampling: ColaSampling
+) -> Tensor:
     """Samples (K, N, d) of every block given the latents mean (1, N, d) before it: all blocks in one packed solve.
 
     z_1 (K, N, d): noise at t = 1; noise: by step, for the stochastic solver.

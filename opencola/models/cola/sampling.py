@@ -14,6 +14,8 @@ FirstBlock = Literal["clean", "partial", "left_pad", "right_pad"]
 class ColaSampling(Sampling):
     """Settings of generation."""
 
+    owner = "a Cola DLM"
+
     steps: int = 16
     """Solver steps per block."""
     solver: Solver = "euler"
@@ -44,7 +46,8 @@ class ColaSampling(Sampling):
     """Only to repeat the public release: `release` has its prompt padding, seeds, budget and stopping (official-format
     §5, §9), but no stop strings."""
     bf16_times: bool = False
-    """Only to repeat the public release on a GPU: round the times that the DiT sees to bfloat16 (official-format §8)."""
+    """Only to repeat the public release on a GPU: round the times that the DiT sees to bfloat16 (official-format
+    §8)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -10,6 +10,8 @@ from opencola.models.sampling import Sampling
 class LLaDASampling(Sampling):
     """Settings of generation."""
 
+    owner = "a LLaDA"
+
     steps: int = 16
     """Steps of unmasking per block, of which a block has at most one a token."""
     block_length: int = 16

@@ -10,6 +10,8 @@ from opencola.models.sampling import Sampling
 class PlaidSampling(Sampling):
     """Settings of generation."""
 
+    owner = "a Plaid"
+
     steps: int = 16
     """Steps of ancestral sampling."""
     shift: float = 1.0

@@ -10,8 +10,8 @@ from opencola.flow.likelihood import Likelihood
 from opencola.models.cola.inspect import decode_blocks, decode_instead, density_instead, inspect, prior_samples
 from opencola.models.cola.model import Cola
 from opencola.models.cola.parts import ColaConfig
+from opencola.models.cola.sampling import ColaSampling
 from opencola.models.cola.score import Scoring, log_prior, score
-from opencola.models.sampling import Sampling
 from opencola.vae.text_vae import TextVAEConfig
 
 COUNT, VOCABULARY = 3, 40
@@ -40,7 +40,7 @@ def test_prior_samples_are_what_generation_writes(patch_size: int, guidance: flo
     cola, size = model(patch_size), 2
     chunk = size * patch_size
     tokens = torch.randint(VOCABULARY, (1, 4 * chunk))
-    sampling = Sampling(steps=4, solver=solver, guidance=guidance, max_new_tokens=chunk)  # type: ignore[arg-type]
+    sampling = ColaSampling(steps=4, solver=solver, guidance=guidance, max_new_tokens=chunk)  # type: ignore[arg-type]
     with torch.inference_mode():
         mean = cola.vae.normalise(cola.vae.encode(tokens).mean)
         z_1 = torch.randn(COUNT, *mean.shape[1:], dtype=torch.float64)
@@ -57,7 +57,7 @@ def test_prior_samples_are_what_generation_writes(patch_size: int, guidance: flo
 def test_decoding_in_blocks_is_decoding(patch_size: int, attention: str) -> None:
     cola = model(patch_size, attention)
     tokens = torch.randint(VOCABULARY, (1, 8 * patch_size))
-    sampling = Sampling(steps=2, guidance=2.0, solver="stochastic", seed=4)
+    sampling = ColaSampling(steps=2, guidance=2.0, solver="stochastic", seed=4)
     found = inspect(cola, tokens, COUNT, sampling, 0.0, DENSITY)
     with torch.inference_mode():
         encoded = cola.vae.encode(tokens)
@@ -85,7 +85,7 @@ def test_the_bound_is_that_of_scoring(patch_size: int) -> None:
     """With an exact divergence both estimate the same ELBO, by samples of their own."""
     cola, count = model(patch_size, fixed_logsnr=3.0), 400
     tokens = torch.randint(VOCABULARY, (1, 4 * patch_size))
-    found = inspect(cola, tokens, count, Sampling(steps=1, guidance=1.0), 0.5, DENSITY)
+    found = inspect(cola, tokens, count, ColaSampling(steps=1, guidance=1.0), 0.5, DENSITY)
     elbo = found.elbo(4 * patch_size)
     settings = Scoring(**asdict(DENSITY), samples=count, estimator="elbo", rows=count)
     other = score(cola, [[]], [tokens[0].tolist()], settings)
@@ -108,15 +108,15 @@ def test_densities_in_a_latents_place() -> None:
 
 def test_draws_depend_on_the_sample_alone() -> None:
     cola, tokens = model(1), torch.randint(VOCABULARY, (1, 8))
-    sampling = Sampling(steps=3, guidance=2.0, solver="stochastic", seed=4)
+    sampling = ColaSampling(steps=3, guidance=2.0, solver="stochastic", seed=4)
     few, many = (inspect(cola, tokens, count, sampling, 0.5, DENSITY) for count in (2, 5))
     assert torch.allclose(few.prior_samples, many.prior_samples[:2], atol=1e-10)
     assert torch.allclose(few.posterior_samples, many.posterior_samples[:2], atol=1e-10)
-    again = inspect(cola, tokens, 2, Sampling(steps=3, guidance=2.0, solver="stochastic", seed=5), 0.5, DENSITY)
+    again = inspect(cola, tokens, 2, ColaSampling(steps=3, guidance=2.0, solver="stochastic", seed=5), 0.5, DENSITY)
     assert not torch.allclose(few.prior_samples, again.prior_samples)
     assert float((few.prior_samples - few.posterior_samples).abs().min()) > 0
 
 
 def test_whole_blocks_alone() -> None:
     with pytest.raises(ValueError, match="7 tokens are not a multiple of 2"):
-        inspect(model(1), torch.zeros(1, 7, dtype=torch.long), 2, Sampling(), 0.5, DENSITY)
+        inspect(model(1), torch.zeros(1, 7, dtype=torch.long), 2, ColaSampling(), 0.5, DENSITY)
