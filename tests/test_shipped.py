@@ -8,6 +8,7 @@ import pytest
 from command_line import environment
 
 from opencola.checkpoints import hub
+from opencola.checkpoints.settings import load_sampling
 from opencola.models.text_stream import generate_text
 from opencola.worlds.stories import check, split_sentences, story
 

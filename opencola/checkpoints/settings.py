@@ -30,7 +30,7 @@ def load_sampling(root: str | Path) -> Any:
         raise UserError(f"{file}: sampling must be an object, not {values!r}")
     values = without_others(values, hints)
     if unknown := sorted(values.keys() - hints.keys()):
-        raise UserError(f"{file}: {settings.lacks(unknown[0], 'sampling.{}'.format)}")
+        raise UserError(f"{file}: sampling.{unknown[0]} is not a setting; there are: {', '.join(hints)}")
     checked_values = {key: checked(file, f"sampling.{key}", value, hints[key]) for key, value in values.items()}
     try:
         return settings(**checked_values)

@@ -46,7 +46,7 @@ def read_flags(
         for word in argv:
             name = word.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_")
             if word.startswith("--") and name in build.SETTINGS - sampling.hints().keys():
-                raise sampling.lacks(name, flag) from None
+                raise sampling.lacks(flag(name), flag) from None
         raise
 
 

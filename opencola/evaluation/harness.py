@@ -219,7 +219,7 @@ def score_names(scoring: type, sampling: type[Sampling]) -> dict[str, tuple[str,
 def read_settings(place: str, given: Mapping[str, Any], hints: Mapping[str, Any], owner: str) -> dict[str, Any]:
     """Settings by name, each of its type. Raises UserError for others, naming the place, what `owner` has, and them."""
     if unknown := sorted(given.keys() - hints.keys()):
-        raise UserError(f"{place}: {owner} has no {unknown[0]}; its settings are {', '.join(hints)}")
+        raise UserError(f"{place}: {unknown[0]} is no setting of {owner}; there are: {', '.join(hints)}")
     return {name: checked(place, name, value, hints[name]) for name, value in given.items()}
 
 

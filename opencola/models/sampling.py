@@ -57,9 +57,9 @@ class Sampling:
         return {field.name: types[field.name] for field in fields(cls)}
 
     @classmethod
-    def lacks(cls, name: str, spell: Callable[[str], str] = str) -> UserError:
-        """What to raise where somebody sets what is no setting of the family; spell: how a setting is written there."""
-        return UserError(f"{cls.owner} has no {spell(name)}; its settings are {', '.join(map(spell, cls.hints()))}")
+    def lacks(cls, asked: str, spell: Callable[[str], str] = str) -> UserError:
+        """What to raise where `asked` is no setting of the family; spell: how those that it has are written."""
+        return UserError(f"{cls.owner} has no {asked}; its settings are {', '.join(map(spell, cls.hints()))}")
 
     @property
     def shows_padding(self) -> bool:

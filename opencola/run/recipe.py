@@ -86,8 +86,8 @@ def read(
 ) -> list[tuple[str, Recipe[Any, Any]]]:
     """The stages of a recipe, by name and in order, with the flags of `argv` over all of them.
 
-    `recipe` is a YAML file or the name of a shipped recipe; `families` gives a family's config, `samplings` its settings
-    of generation; both raise UserError for an unknown name. A flag counts in every stage that has it; at least
+    `recipe` is a YAML file or the name of a shipped recipe; `families` gives a family's config, `samplings` its
+    settings of generation; both raise UserError for an unknown name. A flag counts in every stage that has it; at least
     one must. Raises FileNotFoundError and UserError with one line that names the file and key, or the flag; `--help`
     prints every stage's flags with the recipe's values as defaults and raises SystemExit.
     """
@@ -100,7 +100,8 @@ def read(
         if "family" not in values:
             raise UserError(f"{where}: the key 'family' is missing")
         try:
-            stage = Recipe[families(values["family"]), settings := samplings(values["family"])]  # type: ignore[misc]
+            settings = samplings(values["family"])
+            stage = _type(families(values["family"]), settings)
             values["sampling"] = own_settings(values.get("sampling", {}), settings)
             parsed, unknown = _parse(stage, flags_of(values))
             if unknown:
@@ -111,7 +112,7 @@ def read(
     if {"-h", "--help"} & {*argv}:
         for name, (default, _) in from_file.items():
             with contextlib.suppress(SystemExit):
-                tyro.cli(_type(default), args=["--help"], default=default, prog=f"{path.name}, {name}", **_STYLE)
+                tyro.cli(_type_of(default), args=["--help"], default=default, prog=f"{path.name}, {name}", **_STYLE)
         raise SystemExit(0)
     return _override(path, from_file, argv, several)
 
@@ -201,7 +202,7 @@ def _override(
     unknown: list[list[str]] = []
     done: dict[str, Recipe[Any, Any]] = {}
     for name, (default, init) in from_file.items():
-        recipe, rest = _parse(_type(default), argv, default)
+        recipe, rest = _parse(_type_of(default), argv, default)
         unknown.append(rest)
         if recipe.family != default.family:
             raise UserError("--family cannot be changed on the command line: edit the recipe file")
@@ -215,11 +216,10 @@ def _override(
         stray = [token for token in rest[:1] if not token.startswith("--")]
         nowhere = [token for token in rest if token.startswith("--") and all(token in other for other in unknown)]
         for token in nowhere:
-            if token.startswith(SAMPLING):
-                name = token.removeprefix(SAMPLING).partition("=")[0]
-                raise default.sampling.lacks(name, f"{SAMPLING}{{}}".format)
+            if token.startswith("--sampling."):
+                raise default.sampling.lacks(token.partition("=")[0])
         if stray or nowhere:
-            _parse(_type(default), stray + nowhere, default, strict=True)
+            _parse(_type_of(default), stray + nowhere, default, strict=True)
     return [*done.items()]
 
 
@@ -232,17 +232,21 @@ def own_settings(values: Any, settings: type[Sampling]) -> Any:
         values = without_others(values, hints)
     for name in values:
         if name not in hints:
-            raise settings.lacks(name, "sampling.{}".format)
+            raise settings.lacks(f"sampling.{name}")
     return values
 
 
-SAMPLING = "--sampling."
 _STYLE: dict[str, Any] = {"use_underscores": True, "config": (tyro.conf.FlagConversionOff,)}
 
 
-def _type(stage: Recipe[Any, Any]) -> Any:
-    """The type of a stage of this family."""
-    return Recipe[type(stage.model), type(stage.sampling)]  # type: ignore[misc]
+def _type(config: type, settings: type[Sampling]) -> Any:
+    """The recipe of a family, by the classes of its configuration and of its settings of generation."""
+    return Recipe[config, settings]  # type: ignore[valid-type]
+
+
+def _type_of(stage: Recipe[Any, Any]) -> Any:
+    """The recipe of a stage's family."""
+    return _type(type(stage.model), type(stage.sampling))
 
 
 def _parse(

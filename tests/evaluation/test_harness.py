@@ -377,7 +377,7 @@ def test_what_is_given_holds_over_the_commands_flags(folder: Path) -> None:
     [
         ({}, "model_args name no model"),
         ({"pretrained": "nowhere"}, "no such folder: nowhere"),
-        ({"stepps": 3}, "model_args: stepps is no setting of opencola; there are: .*steps.*score_steps"),
+        ({"stepps": 3}, "model_args: stepps is no setting of a Cola DLM; there are: .*steps.*score_steps"),
         ({"score_seed": 3}, "score_seed is no setting"),
         ({"steps": "many"}, "model_args: steps is 'many', but must be a whole number"),
         ({"score_solver": "stochastic"}, "model_args: score_solver is 'stochastic', but must be one of"),
