@@ -19,10 +19,12 @@ from opencola.checkpoints import hub, official
 from opencola.checkpoints import parts as layout
 from opencola.checkpoints.settings import save_sampling
 from opencola.commands import main
+from opencola.errors import UserError
 from opencola.layers.llama import LlamaConfig
 from opencola.models import build
 from opencola.models.ar.model import AR
 from opencola.models.ar.network import ARConfig
+from opencola.models.ar.sampling import ARSampling
 from opencola.models.cola.sampling import ColaSampling
 from opencola.models.cola.score import Scoring
 from opencola.models.text_stream import generate_text
@@ -393,6 +395,22 @@ def test_mistakes_in_model_args(folder: Path, args: dict[str, Any], message: str
         OpenCola.create_from_arg_obj(given, {"batch_size": 1, "device": None})
 
 
+def test_settings_are_the_familys(tmp_path: Path, folder: Path) -> None:
+    tokenizer = Tokenizer.load(folder)
+    config = ARConfig(vocab_size=tokenizer.vocab_size, trunk=LlamaConfig(16, 1, 2, ffn_dim=24))
+    layout.PARTS["ar"].save(build.build(config), tmp_path / layout.PARTS["ar"].folder)
+    tokenizer.save(tmp_path)
+    message = "model_args: steps is no setting of an AR model; there are: max_new_tokens, .*, seed, rows$"
+    with pytest.raises(UserError, match=message):
+        OpenCola(str(tmp_path), steps=4)
+    lm = OpenCola(str(tmp_path), temperature=0.5)
+    assert lm.sampling == ARSampling(max_new_tokens=256, temperature=0.5)
+    with pytest.raises(UserError, match="generation_kwargs: solver is no setting of an AR model; there are: max_new"):
+        harness.generation(lm.sampling, {"until": [], "solver": "heun"})
+    with pytest.raises(UserError, match="model_args: block_length is no setting of a Cola DLM"):
+        OpenCola(str(folder), block_length=4)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -456,7 +474,7 @@ def test_every_family_answers(tmp_path: Path, folder: Path, tasks: Path, family:
     model = build.build(build.sized(config, tokenizer))
     layout.PARTS[family].save(model, tmp_path / layout.PARTS[family].folder)
     tokenizer.save(tmp_path)
-    args = {"pretrained": str(tmp_path), "guidance": 1.0, **({} if family == "ar" else {"samples": 3, "seed": 3})}
+    args = {"pretrained": str(tmp_path), **({} if family == "ar" else {"guidance": 1.0, "samples": 3, "seed": 3})}
     found = simple_evaluate(
         model="opencola",
         model_args=args,

@@ -1,6 +1,8 @@
 """Inspection against generation from the true text before each block, and against plain decoding."""
 
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,9 @@ from opencola.models.cola.score import Scoring, log_prior, score
 from opencola.vae.text_vae import TextVAEConfig
 
 COUNT, VOCABULARY = 3, 40
+DEFAULTS: dict[str, Any] = {
+    "guidance_every": 1, "guidance_from": 1.0, "guidance_until": 0.0, "bf16_times": False,
+}  # fmt: skip
 DENSITY = Likelihood(solver="euler", steps=3, shift=1.0, divergence="exact")
 
 
@@ -51,6 +56,36 @@ def test_prior_samples_are_what_generation_writes(patch_size: int, guidance: flo
             (written,) = cola.generate([prompt] * COUNT, sampling, noise=noise)
             assert [out.tokens for out in written] == logits.argmax(-1).tolist()
     assert len(z_0.unique()) == z_0.numel()
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "midpoint"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"guidance_every": 2},
+        {"guidance_from": 0.8, "guidance_until": 0.3},
+        {"bf16_times": True, "steps": 7},  # the times of 5 steps need no rounding
+        {"guidance_every": 2, "bf16_times": True, "shift": 2.0},
+    ],
+)
+def test_prior_samples_are_generations_latents(
+    generate: Callable[..., Any], changes: dict[str, Any], solver: str
+) -> None:
+    cola, size = model(1), 2
+    tokens = torch.randint(VOCABULARY, (1, 3 * size))
+    fields: dict[str, Any] = {"steps": 5, "solver": solver, "guidance": 2.5, "max_new_tokens": size} | changes
+    with torch.inference_mode():
+        mean = cola.vae.normalise(cola.vae.encode(tokens).mean)
+        z_1 = torch.randn(COUNT, *mean.shape[1:], dtype=torch.float64)
+        z_0 = prior_samples(cola, mean, z_1, {}, ColaSampling(**fields))
+        plain = prior_samples(cola, mean, z_1, {}, replace(ColaSampling(**fields), **DEFAULTS))
+    for block in range(3):
+        rows = slice(block * size, (block + 1) * size)
+        prompt = tokens[0, : block * size].tolist()
+        run = generate(cola, [prompt] * COUNT, noise=lambda i, _, rows=rows: z_1[i, rows], **fields)
+        for sample in range(COUNT):
+            torch.testing.assert_close(z_0[sample, rows], run.latents[sample, 0], rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(z_0[:, size:], plain[:, size:], atol=1e-4), "the settings have no effect"
 
 
 @pytest.mark.parametrize(("patch_size", "attention"), [(1, "causal"), (2, "block_causal")])
