@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of training")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    recipe = dict(recipes.read("demo", [], build.config_class))["prior"]
+    recipe = dict(recipes.read("demo", [], build.config_class, build.sampling_class))["prior"]
     vocab_size = recipe.tokenizer.vocab_size
     training = options.training or training_tokens_per_second(recipe, vocab_size)
     with tempfile.TemporaryDirectory() as folder:

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.common import SIZES, best_seconds, gemm_gflops, generation_flops, training_flops, training_step
 from opencola.models.cola.model import Cola
-from opencola.models.sampling import Sampling
+from opencola.models.cola.sampling import ColaSampling
 
 NEW = 32
 PROMPTS = (64, 256, 1024, 4096)
@@ -28,7 +28,7 @@ TRAINED = 2048
 
 def points(cola: Cola) -> list[tuple[str, int, int, int, Callable[[], object]]]:
     """(what grows, how far, tokens, useful operations, what to time) of every point."""
-    sampling = Sampling(max_new_tokens=NEW, steps=16)
+    sampling = ColaSampling(max_new_tokens=NEW, steps=16)
     found: list[tuple[str, int, int, int, Callable[[], object]]] = []
     for axis, batch, prompt in [*(("prompt", 1, p) for p in PROMPTS), *(("batch", b, 64) for b in BATCHES)]:
         texts = torch.randint(0, cola.vae.config.vocab_size, (batch, prompt)).tolist()

@@ -32,7 +32,7 @@ def main() -> None:
     """Estimate every stage for one and for several GPUs, and print both tables."""
     sizes, costs = [SIZES, ("---",) * len(SIZES)], [COSTS, ("---",) * len(COSTS)]
     for name in sys.argv[1:] or LADDER:
-        stages = recipes.read(name, [], build.config_class)
+        stages = recipes.read(name, [], build.config_class, build.sampling_class)
         for stage, recipe in stages:
             tokens = vocabulary(recipe, dict(stages))
             alone = replace(recipe, train=replace(recipe.train, accumulate=DEVICES * recipe.train.accumulate))

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from experiments.matched import FAMILIES, Options, Stages, num_parameters, step_flops
-from opencola.checkpoints import official
 from opencola.checkpoints.hub import load
+from opencola.checkpoints.settings import load_sampling
 from opencola.evaluation.writing import continuation_shares, held_out, last_word_scores, write_stories
 from opencola.models.ar.score import ARScoring
 from opencola.models.bounds import BoundScoring
@@ -60,7 +60,7 @@ def measure(family: str, options: Options, stages: Stages, tokenizer: Tokenizer)
     folder = options.out / family
     model, _ = load(folder)
     model.requires_grad_(False)
-    own = official.load_sampling(folder)
+    own = load_sampling(folder)
     shared = {
         "family": family,
         **training(folder, stages, tokenizer),
@@ -141,7 +141,7 @@ def speed(folder: Path) -> dict[str, Any]:
     """Tokens a second, alone and 16 at a time, the best of three; and evaluations that wait for each other, a token."""
     model, tokenizer = load(folder)
     model.requires_grad_(False)
-    sampling = official.load_sampling(folder)
+    sampling = load_sampling(folder)
     prompt = tokenizer.encode(held_out(1)[0].sentences[0])
     settings = replace(sampling, max_new_tokens=SPEED_TOKENS, ignore_eos=True)
     rates = {}
@@ -155,7 +155,7 @@ def speed(folder: Path) -> dict[str, Any]:
     return {**rates, "evaluations_per_token": evaluations(model, prompt, settings) / SPEED_TOKENS}
 
 
-def evaluations(model: WholeModel, prompt: list[int], sampling: Sampling) -> int:
+def evaluations(model: WholeModel, prompt: list[int], sampling: Any) -> int:
     """Passes through the networks that write (of Cola DLM: prior and decoder), those of the prompt among them."""
     counted = 0
 

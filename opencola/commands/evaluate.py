@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from opencola.checkpoints import card, hub, official, parts
+from opencola.checkpoints import card, hub, parts, settings
 from opencola.commands import terminal
 from opencola.errors import UserError
 from opencola.evaluation.benchmarks import answering
@@ -154,8 +154,8 @@ def command(argv: Sequence[str]) -> None:
 
 def run(jobs: Mapping[str, Job], results: Results, options: EvaluateFlags[Any]) -> None:
     """Make the records that are not there yet, with a bar, and then the file of results."""
-    # samples of the release's rule end together, so that each is asked alone
-    size = 1 if options.sampling.compatibility == "release" else options.batch_size
+    # samples that end together are asked alone
+    size = 1 if options.sampling.ends_together else options.batch_size
     batches = [batch for job in jobs.values() for batch in answering.make_batches(job, size)]
     # one of which anything is missing is done as a whole: what is computed together stays the same
     left = [batch for batch in batches if any((batch.job, i) not in results.lines for i in batch.ids)]
@@ -231,7 +231,7 @@ def digest(text: str) -> str:
 
 def hash_model(folder: Path) -> str:
     """SHA-256 over the names and the SHA-256 of a model's files: weights, their configurations, the tokenizer."""
-    told = {official.EXTRAS, card.FACTS, card.CARD}  # settings are in the results, and words change nothing
+    told = {settings.EXTRAS, card.FACTS, card.CARD}  # settings are in the results, and words change nothing
     names = [file.relative_to(folder).as_posix() for file in folder.rglob("*")]
     kept = [name for name in names if name not in told and any(fnmatchcase(name, pattern) for pattern in hub.FILES)]
     lines = []

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from opencola.checkpoints import card, official
+from opencola.checkpoints.settings import load_sampling
 from opencola.errors import UserError
 from opencola.evaluation.latents.reconstruction import (
     Reconstruction,
@@ -67,7 +68,7 @@ def finish(out: Path, num_stories: int = 200, display: bool = True, started: flo
     if num_stories < 1:
         raise UserError(f"num_stories must be at least 1, but is {num_stories}")
     begin = time.time()
-    model, tokenizer, sampling = official.load(out).eval(), Tokenizer.load(out), official.load_sampling(out)
+    model, tokenizer, sampling = official.load(out).eval(), Tokenizer.load(out), load_sampling(out)
     stages = read_stages(out)
     stories = held_out(num_stories)
     continuations, last_words, budget = write_stories(model, tokenizer, sampling, stories, display)

@@ -53,7 +53,7 @@ class Estimate:
     """A stage by the numbers. Bytes are those of one device."""
 
     name: str
-    recipe: Recipe[Any]
+    recipe: Recipe[Any, Any]
     devices: int
     shards: int
     parts: dict[str, tuple[int, bool]]
@@ -102,7 +102,7 @@ class Estimate:
 
 
 def dry_run(
-    stages: Sequence[tuple[str, Recipe[Any]]], only: str | None, devices: int, gpu: str | None, utilisation: float
+    stages: Sequence[tuple[str, Recipe[Any, Any]]], only: str | None, devices: int, gpu: str | None, utilisation: float
 ) -> None:
     """Print the estimates of a recipe's stages, or of `only` one, for one kind of GPU or all known; writes nothing.
 
@@ -128,7 +128,7 @@ def dry_run(
         show(estimate, gpus, utilisation, console)
 
 
-def vocabulary(recipe: Recipe[Any], stages: dict[str, Recipe[Any]]) -> int:
+def vocabulary(recipe: Recipe[Any, Any], stages: dict[str, Recipe[Any, Any]]) -> int:
     """Tokens: of the tokenizer to be used if it is there already, else what the recipe says they will be."""
     tokenised = recipe.data.source.removeprefix("shards:")
     place = recipe.tokenizer.path or recipe.init or Path(tokenised)
@@ -143,7 +143,7 @@ def vocabulary(recipe: Recipe[Any], stages: dict[str, Recipe[Any]]) -> int:
     return build.vocab_size(recipe.model)
 
 
-def estimated(name: str, recipe: Recipe[Any], devices: int, vocab_size: int, both: bool = True) -> Estimate:
+def estimated(name: str, recipe: Recipe[Any, Any], devices: int, vocab_size: int, both: bool = True) -> Estimate:
     """Count a stage; `both`: with and without recomputation, not only as the recipe has it."""
     data, train = recipe.data, recipe.train
     shards = checks.num_shards(name, recipe, devices)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from opencola.checkpoints import card, official, parts
+from opencola.checkpoints import card, parts, settings
 from opencola.text.tokenizer import Tokenizer
 from opencola.version import __version__
 
@@ -22,11 +22,11 @@ def export(source: Path, to: Path, dtype: torch.dtype = torch.float32, license_i
     """
     if not parts.has_model(source):
         raise FileNotFoundError(f"{source} holds no model: give the folder of a finished run")
-    tokenizer, sampling, facts = Tokenizer.load(source), official.load_sampling(source), card.read_facts(source)
+    tokenizer, sampling, facts = Tokenizer.load(source), settings.load_sampling(source), card.read_facts(source)
     parts.copy(source, to, dtype)
     tokenizer.save(to)
     card.write_facts(to, facts)
-    official.save_sampling(sampling, to)
+    settings.save_sampling(sampling, to)
     card.write(to, license_id)
 
 

@@ -18,8 +18,8 @@ from command_line import WEIGHTS, Main, command, environment
 from opencola.checkpoints import hub
 from opencola.commands import evaluate
 from opencola.evaluation.benchmarks.tasks import TASKS, find_task, read_demonstrations, read_records
+from opencola.models.cola.sampling import ColaSampling
 from opencola.models.cola.score import Scoring
-from opencola.models.sampling import Sampling
 from opencola.models.text_stream import generate_text
 from opencola.worlds import story_tasks
 
@@ -61,7 +61,7 @@ def test_all_tasks(main: Main, place: Path) -> None:
     assert head["tasks"]["mmlu"] == {"file": "mmlu.jsonl", "records": 3}
     assert head["opencola"]["opencola"]
     model, tokenizer = hub.load(Path("runs/tiny"))
-    settings = Sampling(**{**head["settings"], "stop": tuple(head["settings"]["stop"])})
+    settings = ColaSampling(**{**head["settings"], "stop": tuple(head["settings"]["stop"])})
     for task in (find_task("mmlu"), find_task("squad")):
         demonstrations = read_demonstrations()[task.name]
         asked = read_records(place / "data", task)[:3]

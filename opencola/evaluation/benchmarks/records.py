@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from opencola.checkpoints.settings import without_others
 from opencola.errors import UserError
 
 RESULTS, DRAFT = "results.jsonl", "results.draft.jsonl"
@@ -47,7 +48,10 @@ class Results:
             return {}
         if header is None:
             raise UserError(f"{file}: line 1 is damaged, so that nobody knows of which run it is: --overwrite it")
-        if found := list(differences(header, json.loads(self.header))):
+        now = json.loads(self.header)
+        if isinstance(header.get("settings"), dict) and isinstance(now.get("settings"), dict):
+            header["settings"] = without_others(header["settings"], now["settings"])
+        if found := list(differences(header, now)):
             more = f", and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
             raise UserError(
                 f"{file} is of another run: {'; '.join(found[:SHOWN])}{more}. Choose another --out, or --overwrite it"

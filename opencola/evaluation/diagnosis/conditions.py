@@ -16,7 +16,7 @@ from opencola.evaluation.statistics import Share, share
 from opencola.layers.device import device
 from opencola.models.cola import links as diagnosis
 from opencola.models.cola.model import Cola
-from opencola.models.sampling import FirstBlock, Sampling
+from opencola.models.cola.sampling import ColaSampling, FirstBlock
 from opencola.text.tokenizer import Tokenizer
 
 GUIDANCES = (1.0, 2.0, 4.0, 7.0)
@@ -33,7 +33,7 @@ class Bench:
     model: Cola
     tokenizer: Tokenizer
     task: Task
-    sampling: Sampling
+    sampling: ColaSampling
     places: int
     batch_size: int
     chunk: int
@@ -48,18 +48,18 @@ class Bench:
         runs = [tasks.judge(self.task, self.tokenizer, cut, new) for cut, new in zip(cuts, written, strict=True)]
         return tally(runs, len(self.task.texts))
 
-    def blocks(self, model: Cola, cuts: Sequence[Cut], sampling: Sampling) -> Tally:
+    def blocks(self, model: Cola, cuts: Sequence[Cut], sampling: ColaSampling) -> Tally:
         """Of the block that is generated at every cut."""
         before = [cut.before for cut in cuts]
         return self.tally(cuts, diagnosis.next_blocks(model, before, sampling, self.pad_id(sampling), self.batch_size))
 
-    def pad_id(self, sampling: Sampling) -> int:
+    def pad_id(self, sampling: ColaSampling) -> int:
         """The padding token, where padding is seen; other settings do without."""
         return self.tokenizer.pad_id if sampling.first_block in ("left_pad", "right_pad") else 0
 
 
 def prepare(
-    model: Cola, tokenizer: Tokenizer, task: Task, sampling: Sampling, places: int = 8, batch_size: int = 256
+    model: Cola, tokenizer: Tokenizer, task: Task, sampling: ColaSampling, places: int = 8, batch_size: int = 256
 ) -> Bench:
     """A model at a task, with its texts encoded and the spread of first blocks measured.
 

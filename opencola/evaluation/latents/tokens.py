@@ -11,7 +11,7 @@ from opencola.evaluation.statistics import Share, share
 from opencola.flow.likelihood import Likelihood
 from opencola.models.cola.inspect import Inspection, decode_instead, density_instead, inspect
 from opencola.models.cola.model import Cola
-from opencola.models.sampling import Sampling
+from opencola.models.cola.sampling import ColaSampling
 from opencola.text.tokenizer import Tokenizer
 
 
@@ -40,7 +40,7 @@ def inspect_tokens(
     tokenizer: Tokenizer,
     ids: Sequence[int],
     num_samples: int,
-    sampling: Sampling,
+    sampling: ColaSampling,
     deviation: float,
     density: Likelihood,
 ) -> tuple[Inspection, list[Seen]]:

@@ -28,6 +28,21 @@ def whole(tmp_path: Path) -> bytes:
     return (tmp_path / "whole" / RESULTS).read_bytes()
 
 
+def test_settings_of_other_families_in_an_earlier_file_are_no_difference(tmp_path: Path) -> None:
+    earlier = HEADER | {"settings": {**HEADER["settings"], "solver": "euler", "block_length": 16}}  # type: ignore[dict-item]
+    results = Results(tmp_path, earlier, SIZES)
+    with results.open() as draft:
+        results.append(draft, RECORDS)
+    results.finish()
+    assert len(Results(tmp_path, HEADER, SIZES).lines) == 3
+    with pytest.raises(ValueError, match=r'settings.stop is \["ä"\] there, \["b"\] now'):
+        Results(tmp_path, HEADER | {"settings": {"steps": 16, "stop": ["b"]}}, SIZES)
+    with pytest.raises(ValueError, match="settings.odd is 3 there, null now"):
+        odd = HEADER | {"settings": {**HEADER["settings"], "odd": 3}}  # type: ignore[dict-item]
+        with Results(tmp_path / "odd", odd, SIZES).open():
+            Results(tmp_path / "odd", HEADER, SIZES)
+
+
 def test_order_is_that_of_tasks_and_indices(whole: bytes, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in whole.decode().split("\n")[:-1]]
     assert rows[0] == json.loads(json.dumps(HEADER))
