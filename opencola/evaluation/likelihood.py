@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from opencola.errors import UserError
+from opencola.evaluation.statistics import perplexity
 from opencola.models.language_model import LanguageModel, Score
 from opencola.text import lines
 from opencola.text.tokenizer import Tokenizer
@@ -62,7 +63,7 @@ def figures(score: Score, place: int, num_bytes: int) -> dict[str, Any]:
         "estimator": score.estimator,
         "num_tokens": tokens,
         "num_bytes": num_bytes,
-        "perplexity": math.exp(min(-total / tokens, 700)),
+        "perplexity": perplexity(-total / tokens),
         "bits_per_byte": -total / math.log(2) / num_bytes if num_bytes else None,
         **{name: value[place].item() for name, value in score.others.items()},
         "parts": parts,
@@ -104,6 +105,6 @@ def total(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     whole["standard_error"] = None if None in errors else math.hypot(*errors)
     whole["parts"] = {name: sum(record["parts"][name] for record in records) for name in records[0]["parts"]}
     nats = -whole["log_probability"]
-    whole["perplexity"] = math.exp(min(nats / whole["num_tokens"], 700))
+    whole["perplexity"] = perplexity(nats / whole["num_tokens"])
     whole["bits_per_byte"] = nats / math.log(2) / whole["num_bytes"] if whole["num_bytes"] else None
     return whole

@@ -4,7 +4,6 @@ Every verdict is exact, given by the world itself (`opencola.worlds.stories`); n
 callable from prompts and a budget of new tokens to continuations, in the prompts' order.
 """
 
-import json
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from opencola.evaluation.statistics import Share, share
 from opencola.models.language_model import LanguageModel
 from opencola.models.sampling import Sampling
 from opencola.models.text_stream import generate_text
+from opencola.text.lines import write_objects
 from opencola.text.tokenizer import Tokenizer
 from opencola.worlds.stories import Story, check, last_word_choices, log_probability, parse, split_sentences, story
 
@@ -209,7 +209,7 @@ def write_records(path: Path, continuations: Sequence[Continuation], last_words:
     """Write one JSON object per prompt, `measure` being `continuation` or `last_word`."""
     records: list[dict[str, Any]] = [{"measure": "continuation"} | asdict(record) for record in continuations]
     records += [{"measure": "last_word"} | asdict(record) for record in last_words]
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    write_objects(path, records)
 
 
 def write_stories(

@@ -1,6 +1,6 @@
 """Which link of a model loses text: losses between conditions that differ in that link alone, and the verdict on them.
 
-A condition's figure is its failures per judged token (see `diagnosis_tasks`). Texts are independent, what is written in
+A condition's figure is its failures per judged token (see `diagnosis.tasks`). Texts are independent, what is written in
 one text is not: intervals are those of ratios over texts.
 """
 
@@ -12,7 +12,7 @@ from statistics import fmean
 import numpy as np
 
 from opencola.evaluation.diagnosis.tasks import Run
-from opencola.evaluation.statistics import Share, Z, share
+from opencola.evaluation.statistics import Share, Z, ratio_difference, share
 
 ALLOWED = 0.01
 """Failures per token that a link may cost: with one more in a hundred, every third text of forty tokens breaks."""
@@ -145,17 +145,8 @@ def tally(runs: Sequence[Run], num_texts: int) -> Tally:
 
 
 def loss(link: Link, before: Tally, after: Tally) -> Loss:
-    """The difference of two conditions on the same texts: sum of failures / sum of tokens of each.
-
-    The interval is the delta method's for ratios over texts, which keeps what both conditions share in a text.
-    """
-    parts = []
-    for one in (after, before):
-        rate = one.failures.sum() / one.tokens.sum()
-        parts.append((rate, (one.failures - rate * one.tokens) / one.tokens.sum()))
-    (rate_after, apart_after), (rate_before, apart_before) = parts
-    value, count = float(rate_after - rate_before), len(after.tokens)
-    error = float(np.square(apart_after - apart_before).sum() * count / (count - 1)) ** 0.5
+    """The difference of two conditions on the same texts: sum of failures / sum of tokens of each."""
+    value, error = ratio_difference((after.failures, after.tokens), (before.failures, before.tokens))
     return Loss(link, value, value - Z * error, value + Z * error)
 
 

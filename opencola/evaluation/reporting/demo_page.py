@@ -1,6 +1,5 @@
 """The demo's report of a run on the story world: one HTML page (that of evaluations is in `results_page`)."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -12,6 +11,7 @@ from opencola.evaluation.latents.reconstruction import LatentMap
 from opencola.evaluation.latents.traces import Trace
 from opencola.evaluation.reporting.page import details, page, scroll
 from opencola.evaluation.writing import PROMPT_SENTENCES, Continuation
+from opencola.text.lines import read_objects
 
 
 @dataclass(frozen=True)
@@ -186,5 +186,5 @@ def read_stages(out: Path) -> dict[str, list[dict[str, Any]]]:
     """The records of every training stage below a run's folder, or in it, in the order in which they ended."""
     found = [*out.glob("metrics.jsonl"), *out.glob("*/metrics.jsonl")]
     files = sorted(found, key=lambda file: (file.stat().st_mtime, file))
-    stages = {file.parent.name: [json.loads(line) for line in file.read_text().splitlines()] for file in files}
+    stages = {file.parent.name: [record for _, record in read_objects(file)] for file in files}
     return {name: records for name, records in stages.items() if records}

@@ -1,7 +1,6 @@
 """What results files say: the protocol's figures for each model, and pairs of models on the same records."""
 
 import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
@@ -9,7 +8,7 @@ from typing import Any
 
 from opencola.evaluation.benchmarks.tasks import TASKS, Task, find_task
 from opencola.evaluation.reporting.results import LAST_WORD, SAMPLES, STORIES, Answer, Results, Sample
-from opencola.evaluation.statistics import Paired, Scores, Share, compare, score, share, tasks_average
+from opencola.evaluation.statistics import Paired, Scores, Share, compare, perplexity, score, share, tasks_average
 from opencola.evaluation.writing import continuation_shares, last_word_scores
 
 OPTIONS = ("by_sum", "by_byte")
@@ -51,7 +50,7 @@ class Summary:
     @property
     def average(self) -> float | None:
         """The plain mean of the tasks' accuracies; None without tasks."""
-        return tasks_average([one.scores for one in self.tasks]) if self.tasks else None
+        return tasks_average([part.scores.accuracy for part in self.tasks]) if self.tasks else None
 
     @property
     def estimator(self) -> str:
@@ -132,7 +131,7 @@ def _samples(temperature: float | None, samples: Sequence[Sample]) -> SampleSumm
         len(samples),
         fmean(one.num_tokens for one in samples),
         ", ".join(sorted(judges)),
-        math.exp(min(nats / tokens, 700)) if whole else None,
+        perplexity(nats / tokens) if whole else None,
     )
 
 
