@@ -7,21 +7,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 
-def table(*columns: str, words: Collection[int] = (0,), whole: Collection[int] = (), title: str = "") -> Table:
+def table(*columns: str, words: Collection[int] = (0,), whole: Collection[int] = ()) -> Table:
     """An empty table: numbers on the right of their column, words on the left.
 
     words: places of the columns that hold words; whole: of those whose words are never broken to fit the terminal.
     Heads, like cells, are rich's markup.
     """
-    grid = Table(
-        title=title or None,
-        title_justify="left",
-        title_style="italic",
-        box=None,
-        header_style="dim",
-        padding=(0, 2, 0, 0),
-        show_header=any(columns),
-    )
+    grid = Table(box=None, header_style="dim", padding=(0, 2, 0, 0), show_header=any(columns))
     for place, column in enumerate(columns):
         grid.add_column(column, justify="left" if place in words else "right", no_wrap=place in whole)
     return grid

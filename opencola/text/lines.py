@@ -6,6 +6,7 @@ UTF-8; a byte order mark at the front is dropped.
 
 import json
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -60,12 +61,10 @@ def read_objects(file: Path, ended: bool = False) -> Iterator[tuple[str, dict[st
 
 def last_object(file: Path) -> dict[str, Any]:
     """The last object of a .jsonl file. Raises UserError where there is none, and errors as `read_objects`."""
-    last = None
-    for _, last in read_objects(file):
-        pass
-    if last is None:
+    last = deque((value for _, value in read_objects(file)), maxlen=1)
+    if not last:
         raise UserError(f"{file} is empty")
-    return last
+    return last.pop()
 
 
 def parse_json(line: str, place: str) -> Any:

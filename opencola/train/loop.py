@@ -23,7 +23,7 @@ from opencola.train.divergence import Divergence
 from opencola.train.optimizer import EMA, OptimizerConfig, build, learning_rate_factor, set_learning_rates
 from opencola.train.samples import Show, undisturbed
 from opencola.train.sinks import Name, open_trackers
-from opencola.train.tracker import Report
+from opencola.train.tracker import RunLog
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def train(
     with (
         postponed_interrupt() as interrupt,
         Saver(folder / "checkpoints", config.keep) as saver,
-        Report(folder, state, config.log_every, trackers, display, main) as report,
+        RunLog(folder, state, config.log_every, trackers, display, main) as report,
     ):
         saver.check_space(state)
         for record in report.records:

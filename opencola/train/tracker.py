@@ -20,7 +20,7 @@ from opencola.train.sinks import Tracker, Value
 Record = dict[str, Value]
 
 
-class Report:
+class RunLog:
     """Records of a run, every `log_every` steps, on file, to trackers and on the screen; a context manager.
 
     A record holds step, tokens (seen so far), seconds, tokens_per_second, learning_rate/<optimizer>, and, averaged over
@@ -64,7 +64,7 @@ class Report:
         )
         self._task = self._bar.add_task("train", total=1.0, step=state.step, figures="")
 
-    def __enter__(self) -> "Report":
+    def __enter__(self) -> "RunLog":
         self._bar.start()
         return self
 

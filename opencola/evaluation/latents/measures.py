@@ -52,7 +52,8 @@ def bounds(result: Robustness, seen: space.Posteriors) -> list[Entry]:
         "standard_normal_bound": ("rate + distortion: -ELBO of a prior N(0, I)", rate + result.distortion),
     }
     return [
-        mean_entry(name, label, "nats per token", sums, result.tokens, "tokens") for name, (label, sums) in named.items()
+        mean_entry(name, label, "nats per token", sums, result.tokens, "tokens")
+        for name, (label, sums) in named.items()
     ]
 
 
@@ -76,7 +77,9 @@ def mismatch(seen: space.Posteriors, draw: Draw) -> list[Entry]:
     return [
         Entry("mismatch_gaussian", label, "nats per latent", bound, count, "latents"),
         *(
-            mean_entry(name, said, "nats per latent", per_sequence(values, part.sequence, num_sequences), counts, "latents")
+            mean_entry(
+                name, said, "nats per latent", per_sequence(values, part.sequence, num_sequences), counts, "latents"
+            )
             for name, (said, values) in estimates.items()
         ),
     ]

@@ -109,8 +109,7 @@ def entries(samples: Sequence[Written], reference: Sequence[str] = (), story_wor
         shares = continuation_shares([judge(sample.prompt, sample.text, "") for sample in samples])
         counted = {"legal_sentences": "sentences"}
         figures += [
-            share_entry(name, label, shares[name], counted.get(name, "samples"))
-            for name, label in STORY_LABELS.items()
+            share_entry(name, label, shares[name], counted.get(name, "samples")) for name, label in STORY_LABELS.items()
         ]
     return figures
 
