@@ -188,9 +188,9 @@ def test_a_question_needs_its_context(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (b'{"id": 1\n', "line 1: not JSON"),
-        (b"[1]\n", "line 1: not an object"),
+        (b"[1]\n", "line 1: expected an object, found list"),
         (b"\n \n", "mmlu.jsonl: no records"),
-        (b"\xff", "mmlu.jsonl: not UTF-8"),
+        (b"\xff", "mmlu.jsonl, line 1: not UTF-8 at byte 0"),
     ],
 )
 def test_a_broken_file_is_told(content: bytes, message: str, tmp_path: Path) -> None:
@@ -217,8 +217,8 @@ def test_a_users_demonstrations_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "mine.json: not JSON"),
-        ("[]", "mine.json: not an object"),
+        ("{", "mine.json, line 1: not valid JSON"),
+        ("[]", "mine.json: expected a JSON object, found list"),
         ('{"arc": []}', "mine.json: unknown task 'arc'"),
         ('{"squad": []}', "mine.json: squad takes a list of 1 demonstrations"),
         ('{"squad": [3]}', "mine.json, squad 1: not an object"),

@@ -8,7 +8,7 @@ import pytest
 from opencola.evaluation.diagnosis import verdicts
 from opencola.evaluation.diagnosis.figure import draw
 from opencola.evaluation.diagnosis.tasks import Run
-from opencola.evaluation.diagnosis.verdicts import LINKS, Latents, Tally, loss, losses, tally, diagnose, worst
+from opencola.evaluation.diagnosis.verdicts import LINKS, Latents, Tally, diagnose, loss, losses, tally, worst
 from opencola.evaluation.figures import standalone
 
 TEXTS = 40

@@ -8,7 +8,7 @@ import pytest
 from opencola.evaluation.figures import latent_maps, loss_curves
 from opencola.evaluation.latents.reconstruction import LatentMap
 from opencola.evaluation.latents.traces import Trace
-from opencola.evaluation.reporting.demo_page import Measure, DemoPage, render
+from opencola.evaluation.reporting.demo_page import DemoPage, Measure, render
 from opencola.evaluation.writing import held_out, judge
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
