@@ -11,7 +11,6 @@ examples:
 
 import contextlib
 import itertools
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from opencola.commands.terminal import ModelFlags, read_flags, show
 from opencola.errors import UserError
 from opencola.models.language_model import LanguageModel
 from opencola.models.text_stream import TextPiece, generate_text
-from opencola.text.lines import check_text, parse_json, read_lines
+from opencola.text.lines import append_objects, check_text, parse_json, read_lines
 from opencola.text.tokenizer import Tokenizer
 
 
@@ -105,8 +104,7 @@ def write_batch(
                 "settings": asdict(options.sampling),
                 "model": str(options.model),
             }
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            file.flush()
+            append_objects(file, [record])
 
 
 def read_prompts(file: Path) -> list[str]:

@@ -126,7 +126,7 @@ class WeightsAndBiases:
 
 def numbers(values: Iterable[Any]) -> list[float]:
     """The numbers in nested lists."""
-    found: list[float] = []
+    flat: list[float] = []
     for value in values:
-        found += numbers(value) if isinstance(value, list) else [] if value is None else [value]
-    return found
+        flat += numbers(value) if isinstance(value, list) else [] if value is None else [value]
+    return flat

@@ -31,7 +31,8 @@ def test_whole_columns_are_not_broken() -> None:
     broken, kept = (table("", "what it says", words=(0, 1), whole=whole) for whole in ((), (0,)))
     for grid in (broken, kept):
         grid.add_row("two words", "a sentence of many words that does not fit")
-    assert "two words" in printed(kept, 24)[1] and "two words" not in printed(broken, 14)[1]
+    assert any("two words" in line for line in printed(kept, 24))
+    assert not any("two words" in line for line in printed(broken, 14))
 
 
 @pytest.mark.parametrize("display", [True, False])
