@@ -37,11 +37,11 @@ class DiagnoseFlags(ModelFlags):
     """What to measure. The model's settings of generation are among what is diagnosed."""
 
     num_stories: int = 32
-    """Held-out stories, and as many nests of brackets."""
+    """Number of held-out stories, and of nests of brackets, to measure on; at least 4."""
     places: int = 8
-    """Places of each text at which a block is generated."""
+    """Number of places in each text at which a block is generated; at least 1."""
     batch_size: int = 256
-    """Places at a time; no figure depends on it."""
+    """Number of places to compute at a time: speed and memory; no figure depends on it."""
     out: Path = Path("runs/diagnose")
     """Folder for diagnose.jsonl and diagnose.svg; older ones there are replaced."""
 

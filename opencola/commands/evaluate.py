@@ -87,20 +87,20 @@ class EvaluateFlags(terminal.ModelFlags, Generic[Settings]):
     demonstrations: Path = DEMONSTRATIONS
     """File of the demonstrations in the prompts; without it the project's own."""
     limit: int | None = None
-    """Take so many records of each benchmark at most, and so many stories (200 without it)."""
+    """Largest number of records to take of each benchmark, and number of stories (200 without it); at least 1."""
     out: Path = Path("runs/evaluate")
     """Folder for results.jsonl; the results of the same run that are there already are not made again."""
     likelihood: bool = False
     """Score the options of multiple choice, too: which has the largest log-probability, and the largest per byte."""
     scoring: Settings
-    """How they are scored: where that takes many draws, less exactly than `opencola score` does."""
+    """How options are scored: where that takes many draws, less exactly than `opencola score` does."""
     dtype: Literal["fp64", "fp32", "bf16"] = "fp64"
     """Type to compute in. With fp64 texts do not depend on what is computed together; with the others, which are faster
     on GPUs, two tokens that are nearly as probable as each other may swap with another --batch-size."""
     batch_size: int = 32
-    """Prompts to answer at a time: speed and memory alone."""
+    """Number of prompts to answer at a time: speed and memory; no record depends on it."""
     processes: int = 1
-    """Processes to share the work."""
+    """Number of processes among which the work is divided; at least 1."""
     overwrite: bool = False
     """Delete the results that are there, and start anew."""
 

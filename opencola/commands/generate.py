@@ -32,13 +32,13 @@ class GenerateFlags(ModelFlags):
     """What to continue, and where to keep it."""
 
     prompt: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
-    """Texts to continue (to answer, with --chat)."""
+    """A text to continue (to answer, with --chat); may be given several times."""
     prompts_file: Path | None = None
-    """More of them: a .txt file with one in each line, or a .jsonl file of objects with a field `prompt`."""
+    """File of further prompts: a .txt file with one in each line, or a .jsonl file of objects with a field `prompt`."""
     jsonl: Path | None = None
     """Write prompts, continuations and settings into this file, one JSON object in a line."""
     batch_size: int = 16
-    """Prompts to continue at a time; the texts do not depend on it."""
+    """Number of prompts to continue at a time: speed and memory; the texts do not depend on it."""
 
 
 def command(argv: Sequence[str]) -> None:

@@ -38,15 +38,16 @@ class InspectFlags(ModelFlags):
     """What to look at. Of the settings of generation, those of the solver and of guidance count, and the seed."""
 
     text: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TEXT")] = ""
-    """The text."""
+    """The text to look at."""
     samples: int = 32
-    """Samples of posterior and prior, and probes, of every block."""
+    """Number of samples of the posterior, of samples of the prior, and of probes, of every block; at least 2."""
     probe: float = 0.5
-    """Standard deviation of the noise on posterior means that makes probes of them."""
+    """Standard deviation of the noise that makes probes of posterior means, in units of normalised latents; 0 or
+    more."""
     tokens: tuple[int, ...] = ()
     """Numbers of the tokens to draw, from 0 on; without it the three that the prior hits least."""
     density: Likelihood = field(default_factory=Likelihood)
-    """Computation of the prior's densities."""
+    """How the prior's densities are computed."""
     contours: bool = False
     """Draw the prior's density into the slices, too: a minute for each token."""
     out: Path = Path("runs/inspect")

@@ -57,11 +57,11 @@ class LatentsFlags:
     length: int = 64
     """Tokens of a sequence, where there is --data; best the data.length of the training. A story is one sequence."""
     sequences: int = 200
-    """Sequences to measure."""
+    """Number of sequences to measure; at least 1."""
     seed: int = 0
     """Seed of the order of the data and of all noise."""
     batch_size: int = 50
-    """Sequences at a time; no figure depends on it."""
+    """Number of sequences to compute at a time: speed and memory; no figure depends on it."""
     out: Path = Path("runs/latents")
     """Folder for latents.jsonl and latents.svg; older ones there are replaced."""
 

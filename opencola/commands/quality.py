@@ -44,9 +44,9 @@ class QualityFlags(ModelFlags):
     """What to write, and what to compare it with. --temperatures are in place of the --temperature below."""
 
     temperatures: tuple[float, ...] = (0.5, 0.7, 1.0)
-    """Temperatures of the token choice; the noise is the same for all."""
+    """Temperatures of the token choice, different numbers from 0 on; the noise is the same for all."""
     num_samples: int = 200
-    """Texts to write at each; distinct n-grams and mauve_ngram depend on how many there are."""
+    """Number of texts to write at each temperature; distinct n-grams and mauve_ngram depend on it."""
     judge: str | None = None
     """Causal language model whose perplexity is measured: a folder with config.json and tokenizer.json, or a repository
     of the Hugging Face Hub, such as openai-community/gpt2."""
@@ -56,7 +56,7 @@ class QualityFlags(ModelFlags):
     prompted: bool = False
     """Begin each sample as a text of the first half begins: with two sentences of a story, else with 8 words."""
     batch_size: int = 16
-    """Texts to write at a time; they do not depend on it."""
+    """Number of texts to write at a time: speed and memory; the texts do not depend on it."""
     out: Path = Path("runs/quality")
     """Folder for samples.jsonl, quality.jsonl and quality.svg; older ones there are replaced."""
 

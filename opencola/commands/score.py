@@ -44,9 +44,9 @@ class ScoreFlags(Generic[Settings]):
     jsonl: Path | None = None
     """Write all figures into this file, one JSON object in a line."""
     end_of_text: bool = True
-    """Score the end-of-text token behind every text, too."""
+    """Score the end-of-text token behind every text, too: its log-probability and one token more count."""
     scoring: tyro.conf.OmitArgPrefixes[Settings]
-    """How."""
+    """How log-probabilities are computed: settings of the model's family."""
 
 
 def command(argv: Sequence[str]) -> None:

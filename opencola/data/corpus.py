@@ -39,9 +39,9 @@ class CorpusConfig:
     a folder of these (read into memory), or a folder that `opencola tokenize` wrote (memory-mapped; also
     `shards:FOLDER`)."""
     length: int
-    """Tokens per sequence."""
+    """Number of tokens in a sequence."""
     batch_size: int
-    """Sequences per batch, over all processes together."""
+    """Number of sequences in a batch, over all processes together."""
     format: Format = "text"
     """What a document is: a text, or a conversation, a list of messages {"role": ..., "content": ...} in `text_field`,
     of which the assistant's are learned (with `packing` whole)."""
@@ -54,7 +54,7 @@ class CorpusConfig:
     text_field: str = "text"
     """Field (.jsonl, Hugging Face) or column (.parquet) that holds the text."""
     mask_documents: bool = False
-    """No attention across documents that share a sequence."""
+    """Keep attention within documents, where several share a sequence."""
     streams: int = 1
     """Streams that documents are dealt to; sequences are taken from them in turn. With a multiple of the number of
     processes each process reads and tokenises only its own documents, else more than these. Another number gives

@@ -19,43 +19,44 @@ class Sampling:
     """Settings of generation."""
 
     max_new_tokens: int = 64
-    """Tokens to write at most, the prompt not counted."""
+    """Largest number of tokens to write, the prompt not counted."""
     steps: int = 16
-    """Solver steps per block; of LLaDA, steps of unmasking, of which a block has at most one a token."""
+    """Number of solver steps for a block; of LLaDA, steps of unmasking, of which a block has at most one a token."""
     solver: Solver = "euler"
     """Solver of the flow; stochastic puts fresh noise in at every step, adaptive is dopri5."""
     eta: float = 1.0
-    """Share of fresh noise of the stochastic solver; 0 is Euler."""
+    """Share of fresh noise of the stochastic solver, from 0 (which is Euler) to 1."""
     tolerance: float = 1e-4
     """Relative and absolute tolerance of the adaptive solver."""
     guidance: float = 7.0
-    """Classifier-free guidance: 1 leaves the unconditional pass out."""
+    """Scale of classifier-free guidance; 1: no guidance, which leaves the unconditional pass out."""
     guidance_from: float = 1.0
-    """Guide at times of at most this; above it the unconditional pass is left out."""
+    """Largest time t, from 0 to 1, at which to guide; above it the unconditional pass is left out."""
     guidance_until: float = 0.0
-    """Guide at times of at least this; below it the unconditional pass is left out."""
+    """Smallest time t, from 0 to 1, at which to guide; below it the unconditional pass is left out."""
     guidance_every: int = 1
     """Make the unconditional pass at every n-th evaluation only; in between, its last difference is used again."""
     shift: float = 1.0
     """Time grid: t becomes shift t / (1 + (shift - 1) t), so that above 1 more steps are near the noise."""
     candidates: int = 1
-    """Candidates per block; the one with the smallest round-trip error |z - mu(encode(decode(z)))|² is kept."""
+    """Number of candidates for a block; the one with the smallest round-trip error |z - mu(encode(decode(z)))|² is
+    kept."""
     first_block: FirstBlock = "clean"
     """A prompt that ends inside a block: pin its latents clean, re-noise them along, or pad the prompt."""
     repaint_repeats: int = 1
-    """Times that `partial` does each step while it re-noises the known latents."""
+    """Number of times that `partial` does each step while it re-noises the known latents."""
     repaint_fraction: float = 0.5
-    """First share of the steps in which `partial` does so."""
+    """Share of the steps, the first ones, that `partial` repeats (repaint_repeats)."""
     block_length: int = 16
-    """Tokens of a block of LLaDA, whose blocks are unmasked from left to right."""
+    """Number of tokens in a block of LLaDA, whose blocks are unmasked from left to right."""
     remasking: Literal["low_confidence", "random"] = "low_confidence"
     """Which of the tokens that LLaDA proposes stay masked: the least probable ones, or any."""
     temperature: float = 0.0
     """Temperature of the token choice; 0 takes the most probable token."""
     top_k: int = 0
-    """Choose among the k most probable tokens; 0: all."""
+    """Number of most probable tokens to choose among; 0: all."""
     top_p: float = 1.0
-    """Choose among the most probable tokens that together reach this probability."""
+    """Choose among the most probable tokens that together reach this probability, above 0 and at most 1 (all)."""
     repetition_penalty: float = 1.0
     """Divides positive and multiplies negative logits of tokens already written; 1: none."""
     stop: tuple[str, ...] = ()
@@ -65,7 +66,7 @@ class Sampling:
     chat: bool = False
     """A prompt is what a user says, and the text an assistant's answer, up to its end (for models of conversations)."""
     seed: int = 0
-    """All noise depends on this, the sample's id and the block alone."""
+    """Seed of all noise, which depends on it, the sample's id and the block alone."""
     compatibility: Literal["none", "release"] = "none"
     """`release` repeats the public release's prompt padding, seeds, budget and stopping (official-format §5, §9)."""
     bf16_times: bool = False

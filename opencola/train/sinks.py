@@ -1,4 +1,4 @@
-"""Where a run's records go beside metrics.jsonl: TensorBoard and Weights & Biases, by name."""
+"""Programs that a run's records (made in `tracker`) go to beside its files: TensorBoard and Weights & Biases, by name."""
 
 import importlib.util
 import os

@@ -1,4 +1,4 @@
-"""What a run reports: one JSON object per line of `metrics.jsonl` and `samples.jsonl`, trackers, and a progress bar."""
+"""Making a run's records: averages of steps, on file (`metrics.jsonl`, `samples.jsonl`), on screen, and to the sinks."""
 
 import math
 import os

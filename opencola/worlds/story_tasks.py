@@ -154,7 +154,9 @@ def _contradictions(tale: Story, position: int) -> dict[str, list[str]]:
     by_variable = {}
     for variable, values in GRAMMAR.world.variables.items():
         changed = [GRAMMAR.with_implied(tale.variables | {variable: value}) for value in values]
-        sentences = dict.fromkeys(GRAMMAR.write(right.template, variables) for variables in changed)  # distinct, in order
+        sentences = dict.fromkeys(
+            GRAMMAR.write(right.template, variables) for variables in changed
+        )  # distinct, in order
         by_variable[variable] = [sentence for sentence in sentences if _disagrees(sentence, told)]
     return by_variable
 

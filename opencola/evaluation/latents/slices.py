@@ -11,6 +11,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from opencola.evaluation.figures import COLOURS, INK, STYLE, as_svg
+from opencola.evaluation.latents.reconstruction import principal_axes
 
 RESOLUTION = 40
 COARSE = 3  # the density, which costs most, is known at every third place
@@ -47,9 +48,7 @@ def cut(
 
     decode: points (M, d) -> what each is read as; density: points -> log-densities (M,) of the prior.
     """
-    _, _, axes = np.linalg.svd(prior - centre, full_matrices=False)
-    # an axis has no sign of its own: the largest weight shall be positive
-    axes = axes[:2] * np.sign(axes[:2][np.arange(len(axes[:2])), np.abs(axes[:2]).argmax(1)])[:, None]
+    axes, _ = principal_axes(prior - centre)
     if len(axes) < 2:
         raise ValueError("a slice needs at least 2 samples, and latents of at least 2 channels")
     near, far = (posterior - centre) @ axes.T, (prior - centre) @ axes.T
