@@ -1,4 +1,4 @@
-"""Programs that a run's records (made in `tracker`) go to beside its files: TensorBoard and Weights & Biases, by name."""
+"""Programs that take in a run's records (see `tracker`) beside its files: TensorBoard, Weights & Biases, by name."""
 
 import importlib.util
 import os

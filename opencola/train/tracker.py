@@ -1,4 +1,4 @@
-"""Making a run's records: averages of steps, on file (`metrics.jsonl`, `samples.jsonl`), on screen, and to the sinks."""
+"""Making a run's records: means over steps, on file (`metrics.jsonl`, `samples.jsonl`), on screen, and to the sinks."""
 
 import math
 import os
