@@ -7,7 +7,6 @@ All settings continue the same held-out stories from the same noise.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,6 +21,7 @@ from opencola.checkpoints.settings import load_sampling
 from opencola.evaluation.writing import continuation_shares, held_out, last_word_scores, write_stories
 from opencola.models.cola.model import Cola
 from opencola.models.cola.sampling import ColaSampling
+from opencola.text.lines import dump
 from opencola.text.tokenizer import Tokenizer
 
 SEED = -888  # neither the training's stories nor those of the demo's results
@@ -94,10 +94,10 @@ def main() -> None:
         line["seconds"] = round(time.perf_counter() - start, 1)
         shares = continuation_shares(continuations) | {"last_words": last_word_scores(last_words)[0]}
         for measure in ("legal_sentences", "consistent_stories", "last_words"):
-            one = shares[measure]
-            line |= {measure: round(one.value, 4), f"{measure}_interval": [round(one.low, 3), round(one.high, 3)]}
+            share = shares[measure]
+            line |= {measure: round(share.value, 4), f"{measure}_interval": [round(share.low, 3), round(share.high, 3)]}
         lines.append(line | {"stories": options.stories, "guidance": sampling.guidance, "threads": options.threads})
-        print(json.dumps(lines[-1]), flush=True)
+        print(dump(lines[-1]), flush=True)
     if options.figure:
         draw(lines, options.figure)
 

@@ -7,7 +7,6 @@ the weights in the dtype asked for. One JSON line; peaks are the processes' own,
 """
 
 import argparse
-import json
 import multiprocessing
 import resource
 import tempfile
@@ -20,6 +19,7 @@ import torch
 from opencola.checkpoints import official
 from opencola.flow.dit import BlockCausalDiT, DiTConfig
 from opencola.models.cola.sampling import ColaSampling
+from opencola.text.lines import dump
 from opencola.vae.text_vae import TextVAE, TextVAEConfig
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -87,7 +87,7 @@ def main() -> None:
             with new_process(1) as pool:
                 pool.apply(write, (root,))
         with new_process(1) as pool:
-            print(json.dumps(pool.apply(load_and_generate, (root, options.dtype, options.threads))), flush=True)
+            print(dump(pool.apply(load_and_generate, (root, options.dtype, options.threads))), flush=True)
 
 
 if __name__ == "__main__":

@@ -235,8 +235,8 @@ def read(file: Path) -> Stages:
 
 def step_flops(name: str, recipe: Recipe[Any, Any], tokenizer: Tokenizer) -> int:
     """Counted operations of an optimizer step, forward and backward."""
-    found = dry_run.estimated(name, recipe, 1, tokenizer.vocab_size, both=False)
-    return found.cost.flops * recipe.train.accumulate
+    estimate = dry_run.estimated(name, recipe, 1, tokenizer.vocab_size, both=False)
+    return estimate.cost.flops * recipe.train.accumulate
 
 
 def main_stage(stages: Stages) -> tuple[str, Recipe[Any, Any]]:
@@ -248,8 +248,8 @@ def held_equal(families: Mapping[str, Stages], tokenizer: Tokenizer) -> dict[str
     """What all families share. Raises ValueError, with both values, where something that must be equal is not."""
     settings = {family: shared_settings(stages, tokenizer) for family, stages in families.items()}
     (first, wanted), *others = settings.items()
-    for family, found in others:
-        for name, value in found.items():
+    for family, own in others:
+        for name, value in own.items():
             if value != wanted[name]:
                 raise ValueError(f"not comparable: {name} is {wanted[name]} for {first}, but {value} for {family}")
     cores = {family: num_parameters(stages, tokenizer)[0] for family, stages in families.items()}

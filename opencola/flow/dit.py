@@ -22,25 +22,25 @@ class DiTConfig:
     """Sizes of the DiT. Defaults are small; the release's values stand in its config.json."""
 
     latent_dim: int = 16
-    """Channels d of a latent; the Text VAE's."""
+    """Number of channels d of a latent; must be the Text VAE's."""
     width: int = 128
-    """Width of the trunk and of the time embedding."""
+    """Width of the residual stream and of the time embedding."""
     num_layers: int = 4
-    """Blocks."""
+    """Number of transformer blocks."""
     num_heads: int = 4
-    """Attention heads."""
+    """Number of attention heads."""
     head_dim: int = 32
     """Width of a head; num_heads * head_dim may differ from width."""
     expansion: int = 4
-    """MLP width over trunk width."""
+    """Inner width of the MLP as a multiple of width."""
     rope_dim: int = 24
-    """Rotated channels of every head, the first ones."""
+    """Number of channels of every head that are rotated by position, the first ones; even, at most head_dim."""
     block_size: int = 4
-    """Latents generated together, S."""
+    """Number of latents that are generated together, S."""
     norm_eps: float = 1e-5
-    """Epsilon of every norm."""
+    """Number added to the variance in every norm."""
     attention_bias: bool = False
-    """Bias of the attention's projections."""
+    """Give the attention's projections biases."""
 
     def __post_init__(self) -> None:
         if self.rope_dim % 2 or not 0 <= self.rope_dim <= self.head_dim:

@@ -19,13 +19,13 @@ class Sampling:
     owner: ClassVar[str] = "a model"
     """What messages call a model of the family."""
     max_new_tokens: int = 64
-    """Tokens to write at most, the prompt not counted."""
+    """Largest number of tokens to write, the prompt not counted."""
     temperature: float = 0.0
     """Temperature of the token choice; 0 takes the most probable token."""
     top_k: int = 0
-    """Choose among the k most probable tokens; 0: all."""
+    """Number of most probable tokens to choose among; 0: all."""
     top_p: float = 1.0
-    """Choose among the most probable tokens that together reach this probability."""
+    """Choose among the most probable tokens that together reach this probability, above 0 and at most 1 (all)."""
     repetition_penalty: float = 1.0
     """Divides positive and multiplies negative logits of tokens already written; 1: none."""
     stop: tuple[str, ...] = ()
@@ -35,7 +35,7 @@ class Sampling:
     chat: bool = False
     """A prompt is what a user says, and the text an assistant's answer, up to its end (for models of conversations)."""
     seed: int = 0
-    """All draws depend on this, the sample's id and the place in its text alone."""
+    """Seed of all draws, which depend on it, the sample's id and the place in its text alone."""
 
     def __post_init__(self) -> None:
         self.check_counts("max_new_tokens")

@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from opencola.checkpoints import card, parts, settings
+from opencola.text.lines import last_object
 from opencola.text.tokenizer import Tokenizer
 from opencola.version import __version__
 
@@ -37,7 +38,7 @@ def facts_of(stage: Path, init: Path | None, command: str, num_parameters: int) 
         "name": stage.name,
         "command": command,
         "recipe": yaml.safe_load((stage / RECIPE).read_text(encoding="utf-8")),
-        "final": json.loads((stage / METRICS).read_text(encoding="utf-8").splitlines()[-1]),
+        "final": last_object(stage / METRICS),
         "validation": json.loads(valid.read_text(encoding="utf-8")) if valid.exists() else None,
         "num_parameters": num_parameters,
         "made_with": made_with(),

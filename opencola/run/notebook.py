@@ -10,10 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from opencola.checkpoints import hub, official
+from opencola.checkpoints import hub
 from opencola.checkpoints.hub import Pretrained
 from opencola.errors import UserError
 from opencola.evaluation.likelihood import Pair, score_pairs, together
+from opencola.layers.device import device
 from opencola.models import build
 from opencola.models.text_stream import generate_text, whole_texts
 from opencola.run import recipe as recipes
@@ -31,8 +32,8 @@ def load(model: str | Path = hub.SHIPPED) -> Pretrained:
     It comes in evaluation mode, on a GPU if there is one, as (model, tokenizer, sampling). Raises FileNotFoundError
     where there is none, OSError where the Hub does not answer, and UserError for damaged files.
     """
-    loaded, tokenizer = hub.load(Path(model))
-    return Pretrained(loaded, tokenizer, official.load_sampling(hub.locate(model)))
+    pretrained = hub.from_pretrained(model)
+    return pretrained._replace(model=pretrained.model.to(device()))
 
 
 def generate(model: Model, prompts: Sequence[Prompt], batch_size: int = 16, **settings: Any) -> list[str]:

@@ -54,7 +54,7 @@ class TokenizerConfig:
     special: tuple[str, ...] = ()
     """Further special tokens of a new tokenizer, such as the marks <|im_start|> and <|im_end|> of conversations."""
     train_documents: int = 10_000
-    """Documents of the corpus that a new tokenizer is trained on."""
+    """Number of documents of the corpus, the first ones, that a new tokenizer is trained on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,15 +70,15 @@ class Recipe(Generic[Model, Settings]):
     init: Path | None = None
     """Folder of an earlier run or of an exported model whose weights and tokenizer to start from."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    """Tokenizer."""
+    """Which tokenizer to use, or how to train one."""
     data: CorpusConfig
-    """Training corpus."""
+    """What to train on, and how it is cut into sequences."""
     valid: str | None = None
     """Source of validation documents, written like data.source."""
     model: Model
-    """Model."""
+    """Sizes of the model, and its training objective."""
     train: TrainConfig = field(default_factory=TrainConfig)
-    """Training."""
+    """How to train: steps, optimizer, devices, records and checkpoints."""
     sampling: Settings
     """Settings of generation that the trained model brings along."""
 

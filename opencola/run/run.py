@@ -25,6 +25,7 @@ from opencola.run import recipe as recipes
 from opencola.run.export import METRICS, RECIPE, VALID, export
 from opencola.run.recipe import Recipe
 from opencola.run.stage import num_trained, prepare
+from opencola.text.lines import last_object
 from opencola.text.tokenizer import FILE_NAME
 from opencola.train import distributed, sinks
 
@@ -142,7 +143,7 @@ def movable(values: dict[str, Any]) -> dict[str, Any]:
 
 def summary(out: Path) -> str:
     """How a stage ended, in one line."""
-    record = json.loads((out / METRICS).read_text().splitlines()[-1])
+    record = last_object(out / METRICS)
     names = ("loss", "reconstruction_accuracy", "vae_logsnr")
     figures = [(name.replace("_", " "), record[name]) for name in names if name in record]
     if (out / VALID).exists():

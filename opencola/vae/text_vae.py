@@ -23,29 +23,29 @@ class ReleaseConventions:
     """
 
     multi_query: bool = False
-    """One key and value head shared by all query heads."""
+    """Share one key and value head among all query heads."""
     activation: Activation = "swiglu"
-    """MLP activation."""
+    """Activation of the MLP."""
     post_norm: bool = True
-    """Norm placement of the release; false is pre-norm."""
+    """Put norms behind attention and MLP, as the release does; false: in front of them (pre-norm)."""
     qk_norm: bool = True
     """Normalise queries and keys over their whole width."""
     qk_norm_affine: bool = True
-    """Learned gain and bias in those norms."""
+    """Give the norms of queries and keys a learned gain and bias."""
     qkv_bias: bool = False
-    """Bias of the fused query, key, value projection."""
+    """Give the fused query, key, value projection a bias."""
     bias: bool = True
-    """Bias of the other linear layers."""
+    """Give the other linear layers biases."""
     norm_affine: bool = True
-    """Learned gain and bias in the attention norm."""
+    """Give the attention norm a learned gain and bias."""
     norm_eps: float = 1e-6
-    """Epsilon of every norm."""
+    """Number added to the variance in every norm."""
     clip_qkv: float | None = None
     """Clamp queries, keys and values to [-c, c]."""
     rope_theta: float = 500000.0
     """Base of the rotary angles."""
     normalise_mean: bool = True
-    """LayerNorm without parameters on the posterior mean."""
+    """Apply a LayerNorm without parameters to the posterior mean."""
     variational: bool = True
     """Predict a variance; false gives a deterministic, normalised latent."""
 
@@ -55,31 +55,32 @@ class TextVAEConfig:
     """Architecture of the Text VAE. Defaults are small; the release's values stand in its config.json."""
 
     vocab_size: int = 1024
-    """Tokens; set from the tokenizer when training. The embedding has one row more, the [MASK] input."""
+    """Number of tokens in the vocabulary; set from the tokenizer when training. The embedding has one row more,
+    [MASK]."""
     latent_dim: int = 16
-    """Channels d of a latent."""
+    """Number of channels d of a latent."""
     patch_size: int = 1
-    """Tokens per latent, P."""
+    """Number of tokens in a latent, P."""
     attention: Literal["causal", "block_causal", "full"] = "causal"
     """What a latent sees: itself and before, its own block and before, or everything (no generation)."""
     block_size: int = 4
-    """Block of the block-causal attention, in latents."""
+    """Number of latents in a block of the block-causal attention."""
     width: int = 128
-    """Width of both transformers."""
+    """Width of the residual streams of encoder and decoder."""
     ffn_dim: int = 512
     """Width of the MLP's input projection (with swiglu, half of it reaches the output projection)."""
     num_heads: int = 4
-    """Attention heads."""
+    """Number of attention heads."""
     encoder_layers: int = 2
-    """Blocks of the encoder."""
+    """Number of transformer blocks of the encoder."""
     decoder_layers: int = 2
-    """Blocks of the decoder."""
+    """Number of transformer blocks of the decoder."""
     fixed_logsnr: float | None = None
     """Replace the predicted variance by the constant of this log signal-to-noise ratio."""
     latent_shift: float = 0.0
-    """Subtracted from a latent before the prior sees it."""
+    """Number that is subtracted from every channel of a latent before the prior sees it."""
     latent_scale: float = 1.0
-    """Multiplied onto a shifted latent before the prior sees it."""
+    """Factor of a shifted latent before the prior sees it."""
     release: ReleaseConventions = field(default_factory=ReleaseConventions)
 
     def __post_init__(self) -> None:

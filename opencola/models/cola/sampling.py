@@ -17,31 +17,32 @@ class ColaSampling(Sampling):
     owner = "a Cola DLM"
 
     steps: int = 16
-    """Solver steps per block."""
+    """Number of solver steps for a block."""
     solver: Solver = "euler"
     """Solver of the flow; stochastic puts fresh noise in at every step, adaptive is dopri5."""
     eta: float = 1.0
-    """Share of fresh noise of the stochastic solver; 0 is Euler."""
+    """Share of fresh noise of the stochastic solver, from 0 (which is Euler) to 1."""
     tolerance: float = 1e-4
     """Relative and absolute tolerance of the adaptive solver."""
     shift: float = 1.0
     """Time grid: t becomes shift t / (1 + (shift - 1) t), so that above 1 more steps are near the noise."""
     guidance: float = 7.0
-    """Classifier-free guidance: 1 leaves the unconditional pass out."""
+    """Scale of classifier-free guidance; 1: no guidance, which leaves the unconditional pass out."""
     guidance_from: float = 1.0
-    """Guide at times of at most this; above it the unconditional pass is left out."""
+    """Largest time t, from 0 to 1, at which to guide; above it the unconditional pass is left out."""
     guidance_until: float = 0.0
-    """Guide at times of at least this; below it the unconditional pass is left out."""
+    """Smallest time t, from 0 to 1, at which to guide; below it the unconditional pass is left out."""
     guidance_every: int = 1
     """Make the unconditional pass at every n-th evaluation only; in between, its last difference is used again."""
     candidates: int = 1
-    """Candidates per block; the one with the smallest round-trip error |z - mu(encode(decode(z)))|² is kept."""
+    """Number of candidates for a block; the one with the smallest round-trip error |z - mu(encode(decode(z)))|² is
+    kept."""
     first_block: FirstBlock = "clean"
     """A prompt that ends inside a block: pin its latents clean, re-noise them along, or pad the prompt."""
     repaint_repeats: int = 1
-    """Times that `partial` does each step while it re-noises the known latents."""
+    """Number of times that `partial` does each step while it re-noises the known latents."""
     repaint_fraction: float = 0.5
-    """First share of the steps in which `partial` does so."""
+    """Share of the steps, the first ones, that `partial` repeats (repaint_repeats)."""
     compatibility: Literal["none", "release"] = "none"
     """Only to repeat the public release: `release` has its prompt padding, seeds, budget and stopping (official-format
     §5, §9), but no stop strings."""

@@ -26,15 +26,15 @@ class Scoring(Likelihood):
     """How texts are scored."""
 
     samples: int = 8
-    """Posterior samples K of every text."""
+    """Number of posterior samples K of every text."""
     estimator: Estimator = "iwae"
-    """Mean of log w, or the log of the mean of w, which is never below it."""
+    """elbo: mean of log w over the samples' weights w; iwae: log of their mean, which is never below that."""
     conditional: Literal["joint", "blockwise", "first_block"] = "blockwise"
     """A continuation given its prompt. joint: score of both less that of the prompt, a difference of bounds. blockwise:
     given the prompt's latents (posterior mean), those in the first continued block pinned, as when text is generated.
     first_block: the same, of the tokens in that block alone."""
     rows: int = 32
-    """Samples to solve at a time: memory. What comes out does not depend on it."""
+    """Number of samples to solve at a time: memory; no figure depends on it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -16,7 +16,8 @@ class LLaDAConfig:
     """A LLaDA."""
 
     vocab_size: int = 1024
-    """Tokens; set from the tokenizer when training. The embedding has one row more, the [MASK] input."""
+    """Number of tokens in the vocabulary; set from the tokenizer when training. The embedding has one row more,
+    [MASK]."""
     trunk: LlamaConfig = field(default_factory=LlamaConfig)
 
 

@@ -29,11 +29,11 @@ class PlaidConfig:
     """Sizes of a Plaid."""
 
     vocab_size: int = 1024
-    """Tokens, V; set from the tokenizer when training."""
+    """Number of tokens in the vocabulary, V; set from the tokenizer when training."""
     embedding_dim: int = 16
-    """Channels of a token's embedding, E: what diffuses."""
+    """Number of channels of a token's embedding, E: what diffuses."""
     trunk: LlamaConfig = field(default_factory=LlamaConfig)
-    """The transformer, which sees the whole sequence."""
+    """Sizes of the transformer, which sees the whole sequence."""
     self_conditioning: float = 0.25
     """Share of training sequences whose estimate sees a first estimate; 0: the trunk never sees one."""
 

@@ -11,7 +11,7 @@ from opencola.checkpoints.settings import load_sampling
 from opencola.data.batch import Batch
 from opencola.evaluation.diagnosis.conditions import accuracies, conditions, prepare, sweep
 from opencola.evaluation.diagnosis.tasks import Task, nests, stories
-from opencola.evaluation.diagnosis.verdicts import Tally, Verdict, verdict
+from opencola.evaluation.diagnosis.verdicts import Diagnosis, Tally, diagnose
 from opencola.flow.dit import DiTConfig
 from opencola.models.cola.model import Cola
 from opencola.models.cola.parts import ColaConfig, PriorObjective
@@ -62,17 +62,17 @@ def normalisation(scale: float, shift: float) -> Sabotage:
     return change
 
 
-def diagnosis(sabotage: Sabotage, count: int = 8, places: int = 3) -> tuple[Verdict, dict[str, Tally]]:
+def diagnosis(sabotage: Sabotage, count: int = 8, places: int = 3) -> tuple[Diagnosis, dict[str, Tally]]:
     model, tokenizer = hub.load(hub.SHIPPED)
     model, sampling = sabotage(model, SHIPPED)
     bench = prepare(model, tokenizer, stories(count), sampling, places)
     found = dict(conditions(bench))
-    return verdict(found, bench.latents), found
+    return diagnose(found, bench.latents), found
 
 
 def test_the_healthy_model() -> None:
     result, found = diagnosis(lambda model, sampling: (model, sampling))
-    assert result == Verdict("", True, "No link is at fault.")
+    assert result == Diagnosis("", True, "No link is at fault.")
     assert "inside" not in found, "blocks of one token"
     assert found["blind"].rate.value > 0.7 and found["decoded"].rate.value == 0
     assert all(found[name].rate.value < 0.1 for name in found if name != "blind")
@@ -115,7 +115,7 @@ def test_sabotage_is_named(sabotage: Sabotage, link: str, condition: str) -> Non
 def test_a_task_that_the_model_never_learnt() -> None:
     model, tokenizer = hub.load(hub.SHIPPED)
     bench = prepare(model, tokenizer, nests(4), SHIPPED, 2)
-    result = verdict(dict(conditions(bench)), bench.latents)
+    result = diagnose(dict(conditions(bench)), bench.latents)
     assert not result.known and "does not know this task" in result.text
     assert accuracies(bench)["texts_from_mean"].value == 0
 
@@ -177,11 +177,11 @@ def test_a_prompt_that_ends_inside_a_block(cyclic: Cola) -> None:
     for mode in ("left_pad", "right_pad"):
         bench = prepare(cyclic, LETTERS, TASK, replace(sampling, first_block=mode), 5)  # type: ignore[arg-type]
         found = dict(conditions(bench))
-        result = verdict(found, bench.latents)
+        result = diagnose(found, bench.latents)
         assert result.link == "conditioning" and result.known, (mode, result.text)
     bench = prepare(cyclic, LETTERS, TASK, sampling, 5)
     found = dict(conditions(bench))
-    result = verdict(found, bench.latents)
+    result = diagnose(found, bench.latents)
     assert result.known and result.link != "conditioning", result.text
     assert found["choice"].rate.value < 0.15 and found["inside"].rate.value < 0.15
     assert found["guidance"] is found["steps"] and found["choice"] is found["steps"], "settings that are the same"
