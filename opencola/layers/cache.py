@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opencola.kernels import rows
+from opencola.kernels import rows as kernels
 from opencola.kernels.choice import implemented_by
 from opencola.kernels.library import TILE
 from opencola.layers.attention import Attend, attention
@@ -18,7 +18,7 @@ ROUND = 48  # key counts are rounded up to whole steps of matrix kernels, so tha
 
 
 @implemented_by(
-    lambda q, k, v, limits, bias: rows.prefix_attention(q, k, v, limits),
+    lambda q, k, v, limits, bias: kernels.prefix_attention(q, k, v, limits),
     worthwhile=lambda q, *_: q.shape[1] >= FEW and q.shape[-1] % TILE == 0 and not torch.is_grad_enabled(),
 )
 def prefix_attention(
