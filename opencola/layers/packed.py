@@ -17,6 +17,7 @@ from opencola.kernels.choice import implemented_by, on_cuda
 from opencola.layers.attention import Attend
 from opencola.layers.masks import PackedRows
 
+_compiled = functools.cache(torch.compile)
 Past = list[tuple[Tensor, Tensor]]
 """Keys and values (B, Nc, H, Dh) of the clean rows in every layer. No gradient reaches them."""
 
@@ -61,11 +62,6 @@ def flexible(q: Tensor, k: Tensor, v: Tensor, past: tuple[Tensor, Tensor] | None
     run: Any = _compiled(flex_attention) if q.is_cuda else flex_attention
     out: Tensor = run(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask)
     return out.transpose(1, 2)
-
-
-@functools.cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function)
 
 
 def _block_mask(rows: PackedRows, queries: int, keys: int, device: torch.device) -> Any:

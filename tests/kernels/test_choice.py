@@ -129,7 +129,6 @@ def test_the_upper_of_several_kernels_is_asked_first() -> None:
     assert not on_cuda(torch.ones(1))
 
 
-@pytest.mark.slow
 def test_torch_compile_takes_the_function_in_torch_without_a_break() -> None:
     h, shift, index = torch.randn(1, 3, 5), torch.randn(1, 5), torch.zeros(1, 3).long()
     compiled = torch.compile(operations.modulated_norm, fullgraph=True, backend="eager")

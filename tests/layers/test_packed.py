@@ -66,10 +66,7 @@ def test_packed_is_attention_under_the_dense_mask(
 def test_packed_without_clean_queries_gives_the_noisy_rows(way: str) -> None:
     q, k, v = torch.randn(3, 2, 32, 2, 8).double()
     history, documents = torch.tensor([True, False]), torch.tensor([[0] * 6 + [1] * 6, [0] * 12])
-    if way == "flex":
-        attend = by_flex(8, 12, 4, 2, history, documents)
-    else:
-        attend = packed(8, 12, 4, 2, history, documents)
+    attend = (by_flex if way == "flex" else packed)(8, 12, 4, 2, history, documents)
     torch.testing.assert_close(attend(0, q[:, 8:], k, v), attend(0, q, k, v)[:, 8:], rtol=0, atol=1e-12)
 
 
