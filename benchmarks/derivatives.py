@@ -73,7 +73,7 @@ def ways(num_latents: int, samples: int, block_size: int) -> dict[str, Callable[
     def velocity(attend: Attend) -> Callable[[Tensor], Tensor]:
         return lambda z_t: dit(torch.cat((z[:, :num_clean], z_t), 1), modulation, index, turn, attend, num_clean)
 
-    fast = velocity(packed(num_clean, num_latents, block_size, 1, None, None, z.device))
+    fast = velocity(packed(num_clean, num_latents, block_size, 1))
     plain = velocity(under_mask(mask))
     return {
         "backward, packed": lambda: backward(fast, z, probe),

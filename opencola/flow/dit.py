@@ -11,8 +11,9 @@ from torch.utils.checkpoint import checkpoint
 from opencola.errors import UserError
 from opencola.layers.attention import Attend, rotary, turns
 from opencola.layers.cache import KVCache
+from opencola.layers.operations import LayerNorm, Linear, modulated_norm
 from opencola.layers.packed import Past, packed
-from opencola.layers.transformer import AdaptiveBlock, LayerNorm, Linear, TimeEmbedding, initialise, modulated_norm
+from opencola.layers.transformer import AdaptiveBlock, TimeEmbedding, initialise
 
 Modulation = list[Tensor]
 
@@ -106,7 +107,8 @@ class BlockCausalDiT(nn.Module):
 
             h = checkpoint(through, h, use_reentrant=False) if recompute else through(h)
         shift, scale = modulation[-1].chunk(2, dim=-1)
-        return self.velocity_out(modulated_norm(self.final_norm, h, shift, scale, index[:, skip:]))
+        norm = self.final_norm
+        return self.velocity_out(modulated_norm(h, shift, scale, index[:, skip:], norm.eps, norm.weight, norm.bias))
 
     def packed(
         self,
@@ -139,7 +141,7 @@ class BlockCausalDiT(nn.Module):
         positions = torch.cat((place[:num_clean], place.repeat(copies)))
         rows = torch.cat((z_0[:, :num_clean].detach(), z_t.flatten(1, 2)), dim=1)
         modulation = self.modulation(torch.cat((t.new_zeros(1), t.flatten())))
-        attend = packed(num_clean, num_latents, block_size, copies, history, documents, z_t.device)
+        attend = packed(num_clean, num_latents, block_size, copies, history, documents)
         velocity = self(rows, modulation, index, self.turns(positions), attend, num_clean, recompute)
         return velocity.unflatten(1, (copies, num_latents))
 
@@ -153,7 +155,7 @@ class BlockCausalDiT(nn.Module):
         if num_latents % block_size or first % block_size:
             raise ValueError(f"{num_latents} latents from {first} on are not whole blocks of block_size {block_size}")
         place = torch.arange(num_latents, device=z_0.device)
-        clean = packed(num_latents, num_latents, block_size, 0, device=z_0.device)
+        clean = packed(num_latents, num_latents, block_size, 0)
         num_clean, past = num_latents - block_size, Past()
 
         def record(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -162,7 +164,7 @@ class BlockCausalDiT(nn.Module):
 
         with torch.no_grad():
             self(z_0, self.modulation(z_0.new_zeros(1)), place.new_zeros(1, 1), self.turns(place), record)
-        attend = packed(num_clean, num_latents, block_size, 1, device=z_0.device, past=past, first=first)
+        attend = packed(num_clean, num_latents, block_size, 1, past=past, first=first)
         turn, free = self.turns(place[first:]), ~pinned[:, first:]
         # without pinned rows there is one time for all, which need not be gathered row by row
         still, index = ([], torch.zeros_like(free).long()) if free.all() else ([0.0], free.long())

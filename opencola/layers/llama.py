@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from opencola.errors import UserError
 from opencola.layers.attention import Attend, Rotary, rotary, rotate_halves
 from opencola.layers.cache import KVCache
-from opencola.layers.transformer import Linear, initialise
+from opencola.layers.operations import Linear
+from opencola.layers.transformer import initialise
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from opencola.errors import UserError
 from opencola.layers import masks
 from opencola.layers.attention import Attend, masked, rotary
 from opencola.layers.cache import KVCache
-from opencola.layers.transformer import Activation, Block, BlockConfig, LayerNorm, Linear, initialise
+from opencola.layers.operations import LayerNorm, Linear
+from opencola.layers.transformer import Activation, Block, BlockConfig, initialise
 from opencola.vae.gaussian import DiagonalGaussian
 
 

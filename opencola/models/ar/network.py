@@ -12,7 +12,7 @@ from opencola.layers import masks
 from opencola.layers.attention import masked
 from opencola.layers.cache import ROUND, KVCache
 from opencola.layers.llama import Llama, LlamaConfig
-from opencola.layers.transformer import Linear
+from opencola.layers.operations import Linear
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from opencola.layers.attention import masked
 from opencola.layers.llama import Llama, LlamaConfig
-from opencola.layers.transformer import Linear, initialise
+from opencola.layers.operations import Linear
+from opencola.layers.transformer import initialise
 
 
 @dataclass(frozen=True)

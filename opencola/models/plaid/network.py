@@ -17,7 +17,8 @@ from opencola.errors import UserError
 from opencola.layers.attention import Attend, masked
 from opencola.layers.llama import Llama, LlamaConfig
 from opencola.layers.masks import same_document
-from opencola.layers.transformer import Linear, TimeEmbedding, initialise
+from opencola.layers.operations import Linear
+from opencola.layers.transformer import TimeEmbedding, initialise
 
 SHAPE_SCALE = 1e-3
 """Of the gradient of the schedule's shape: at full size its outliers decide the norm that all gradients are clipped by,
