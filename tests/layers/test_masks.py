@@ -85,7 +85,7 @@ def in_words(rows: PackedRows) -> Tensor:
 @settings(max_examples=30, deadline=None, derandomize=True, database=None)
 @given(patterns(), st.sampled_from([1, 3, 64]))
 def test_every_way_of_attention_has_the_one_rule(pattern: tuple[PackedRows, bool], span: int) -> None:
-    """In words, dense, by FlexAttention's mask, by the plan's biases and spans, and by the values of plan and kernel."""
+    """In words, dense, by FlexAttention's mask, by the plan's biases and spans, and by values of plan and kernel."""
     rows, has_past = pattern
     count, shared = rows.num_rows, Shared(rows, span)
     start = rows.num_clean if has_past else 0
