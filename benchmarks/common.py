@@ -157,7 +157,7 @@ def training_flops(cola: Cola, batch: int, length: int) -> int:
     return 3 * batch * dit_flops(dit, 2 * length - dit.block_size, pairs)
 
 
-def report(
+def print_row(
     work: str,
     size: str,
     batch: int,

@@ -26,6 +26,7 @@ from opencola.evaluation.figures import standalone
 from opencola.evaluation.latents.slices import slices
 from opencola.evaluation.latents.tokens import Seen, inspect_tokens, slice_of
 from opencola.evaluation.screen import table
+from opencola.evaluation.statistics import standard_error
 from opencola.flow.likelihood import Likelihood
 from opencola.text.lines import check_text, write_objects
 
@@ -91,7 +92,7 @@ def command(argv: Sequence[str]) -> None:
     show(seen)
     elbo = inspection.elbo(len(ids))
     print(
-        f"ELBO {float(elbo.mean()):.1f} nats (standard error {float(elbo.std() / len(elbo) ** 0.5):.1f}), "
+        f"ELBO {float(elbo.mean()):.1f} nats (standard error {standard_error(elbo):.1f}), "
         f"perplexity {float(torch.exp(-elbo.mean() / len(ids))):.4g}: {len(elbo)} samples, {options.density.label()}."
     )
     print(f"All figures are in {options.out / FIGURES}, the latents of {len(drawn)} tokens in {options.out / DRAWING}.")

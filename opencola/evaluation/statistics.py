@@ -99,6 +99,11 @@ def ratio_difference(
     return float(rates[0] - rates[1]), float(square) ** 0.5
 
 
+def standard_error(values: Tensor) -> float:
+    """Of the mean of independent values (B,), two or more."""
+    return float(values.std() / len(values) ** 0.5)
+
+
 def perplexity(nats: float) -> float:
     """exp of the mean -log p of a token, as far as a float goes."""
     return math.exp(min(nats, 700))

@@ -19,6 +19,7 @@ from opencola.evaluation.statistics import (
     score,
     share,
     share_entry,
+    standard_error,
     tasks_average,
 )
 
@@ -116,6 +117,7 @@ def test_a_ratio_and_its_error_are_the_means_of_equal_counts() -> None:
     entry = mean_entry("nats", "said", "nats per token", sums, 2 * counts, "tokens")
     assert (entry.value, entry.count) == (2.5, 6)
     assert (entry.low, entry.high) == pytest.approx((2.5 - Z * error / 2, 2.5 + Z * error / 2))
+    assert standard_error(sums) == pytest.approx(error)
     alone = mean_entry("nats", "said", "nats per token", sums[:1], counts[:1], "tokens")
     assert alone.low is alone.high is None
 
