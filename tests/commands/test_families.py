@@ -156,7 +156,7 @@ def test_evaluate_and_report(main: Main, place: Path, family: str) -> None:
     ]
     (place / "data").mkdir()
     (place / "data" / "obqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    extra = () if family == "ar" else ("--scoring.samples", "2")
+    extra = () if family == "ar" else ("--scoring.samples", "2", "--steps", "4")
     command = (
         "evaluate",
         "--model",
@@ -170,7 +170,7 @@ def test_evaluate_and_report(main: Main, place: Path, family: str) -> None:
         "5",
     )
     for out, flags in {"one": ("--batch-size", "1"), "two": ("--processes", "2", "--batch-size", "3")}.items():
-        code, _, error = main(*command, "--out", out, "--likelihood", "--steps", "4", *extra, *flags)
+        code, _, error = main(*command, "--out", out, "--likelihood", *extra, *flags)
         assert code == 0, error
     text = (place / "one" / "results.jsonl").read_text()
     assert text == (place / "two" / "results.jsonl").read_text()
