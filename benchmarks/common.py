@@ -1,7 +1,6 @@
 """What the benchmarks share: the sizes, the machine's GEMM rate, timing, and the JSON line."""
 
 import argparse
-import json
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from opencola.flow.dit import DiTConfig
 from opencola.kernels import library
 from opencola.models.cola.model import Cola
 from opencola.models.cola.parts import ColaConfig, PriorObjective
+from opencola.text.lines import dump, read_objects
 from opencola.vae.text_vae import TextVAEConfig
 
 ROW = ("work", "size", "batch", "threads", "bf16", "recompute", "compile")
@@ -69,11 +69,11 @@ def rows(description: str, batches: list[int]) -> Iterator[tuple[argparse.Namesp
 def earlier_lines(path: str) -> list[dict[str, Any]]:
     """The JSON lines of an earlier run, all of which must be the benchmarks'."""
     try:
-        lines = [json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()]
+        lines = [line for _, line in read_objects(Path(path))]
         for line in lines:
             for key in (*ROW, *COMPARED):
                 line[key]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise argparse.ArgumentTypeError(f"{path} is not a file of benchmark lines: {error!r}") from error
     return lines
 
@@ -157,7 +157,7 @@ def training_flops(cola: Cola, batch: int, length: int) -> int:
     return 3 * batch * dit_flops(dit, 2 * length - dit.block_size, pairs)
 
 
-def report(
+def print_row(
     work: str,
     size: str,
     batch: int,
@@ -191,4 +191,4 @@ def report(
     for earlier in options.compare:
         if all(earlier[key] == line[key] for key in ROW):
             line |= {f"{key}_over_earlier": round(line[key] / earlier[key], 3) for key in COMPARED}
-    print(json.dumps(line), flush=True)
+    print(dump(line), flush=True)

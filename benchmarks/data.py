@@ -9,7 +9,6 @@ a source; tokenizer_threads is what the tokenizer may use.
 
 import argparse
 import itertools
-import json
 import os
 import tempfile
 from dataclasses import replace
@@ -23,6 +22,7 @@ from opencola.data.shard_writer import Order, tokenise
 from opencola.data.sources import one_pass
 from opencola.models import build
 from opencola.run import recipe as recipes
+from opencola.text.lines import dump, write_objects
 from opencola.text.tokenizer import Tokenizer
 
 SOURCES = ("stories", "jsonl", "shards")
@@ -32,7 +32,7 @@ def make(folder: Path, documents: int, vocab_size: int) -> dict[str, str]:
     """Stories in a .jsonl file and in shards; the name of every source."""
     texts = itertools.islice(one_pass("stories", 0), documents)
     file = folder / "stories.jsonl"
-    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    write_objects(file, ({"text": text} for text in texts))
     for _ in tokenise(Order(str(file), vocab_size=vocab_size), folder / "shards"):
         pass
     return {"stories": "stories", "jsonl": str(file), "shards": str(folder / "shards")}
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of training")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    recipe = dict(recipes.read("demo", [], build.config_class))["prior"]
+    recipe = dict(recipes.read("demo", [], build.config_class, build.sampling_class))["prior"]
     vocab_size = recipe.tokenizer.vocab_size
     training = options.training or training_tokens_per_second(recipe, vocab_size)
     with tempfile.TemporaryDirectory() as folder:
@@ -79,7 +79,7 @@ def main() -> None:
         tokenizer = Tokenizer.load(places["shards"])
         for source in [options.source] if options.source else SOURCES:
             config: CorpusConfig = replace(recipe.data, source=places[source])
-            found = tokens_per_second(Corpus(config, tokenizer, 0), options.tokens)
+            rate = tokens_per_second(Corpus(config, tokenizer, 0), options.tokens)
             line = {
                 "work": "data",
                 "source": source,
@@ -88,11 +88,11 @@ def main() -> None:
                 "batch": config.batch_size,
                 "threads": options.threads,
                 "tokenizer_threads": int(os.environ.get("RAYON_NUM_THREADS", os.cpu_count() or 1)),
-                "tokens_per_second": round(found),
+                "tokens_per_second": round(rate),
                 "training_tokens_per_second": round(training),
-                "over_training": round(found / training, 1),
+                "over_training": round(rate / training, 1),
             }
-            print(json.dumps(line), flush=True)
+            print(dump(line), flush=True)
 
 
 if __name__ == "__main__":

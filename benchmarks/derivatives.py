@@ -8,7 +8,6 @@ differentiate (the packed one has no forward-mode derivative). One JSON line a s
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +20,7 @@ from opencola.flow.dit import BlockCausalDiT, DiTConfig
 from opencola.layers.attention import Attend
 from opencola.layers.masks import clean_beside_noisy, dense
 from opencola.layers.packed import packed
+from opencola.text.lines import dump
 
 SIZES = ((32, 4, 1), (128, 4, 1), (512, 1, 1), (128, 4, 16))
 """Latents, samples, block size."""
@@ -73,7 +73,7 @@ def ways(num_latents: int, samples: int, block_size: int) -> dict[str, Callable[
     def velocity(attend: Attend) -> Callable[[Tensor], Tensor]:
         return lambda z_t: dit(torch.cat((z[:, :num_clean], z_t), 1), modulation, index, turn, attend, num_clean)
 
-    fast = velocity(packed(num_clean, num_latents, block_size, 1, None, None, z.device))
+    fast = velocity(packed(num_clean, num_latents, block_size, 1))
     plain = velocity(under_mask(mask))
     return {
         "backward, packed": lambda: backward(fast, z, probe),
@@ -94,7 +94,7 @@ def main() -> None:
         for name, way in ways(num_latents, samples, block_size).items():
             way()
             line[f"{name}, ms"] = round(1e3 * best_seconds(way, options.repeats), 2)
-        print(json.dumps(line), flush=True)
+        print(dump(line), flush=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ GEMM rate of the same run).
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ import torch
 
 from benchmarks.common import SIZES, best_seconds, gemm_gflops, generation_flops, training_flops, training_step
 from opencola.models.cola.model import Cola
-from opencola.models.sampling import Sampling
+from opencola.models.cola.sampling import ColaSampling
+from opencola.text.lines import dump
 
 NEW = 32
 PROMPTS = (64, 256, 1024, 4096)
@@ -28,18 +28,18 @@ TRAINED = 2048
 
 def points(cola: Cola) -> list[tuple[str, int, int, int, Callable[[], object]]]:
     """(what grows, how far, tokens, useful operations, what to time) of every point."""
-    sampling = Sampling(max_new_tokens=NEW, steps=16)
-    found: list[tuple[str, int, int, int, Callable[[], object]]] = []
+    sampling = ColaSampling(max_new_tokens=NEW, steps=16)
+    all_points: list[tuple[str, int, int, int, Callable[[], object]]] = []
     for axis, batch, prompt in [*(("prompt", 1, p) for p in PROMPTS), *(("batch", b, 64) for b in BATCHES)]:
         texts = torch.randint(0, cola.vae.config.vocab_size, (batch, prompt)).tolist()
         flops = generation_flops(cola, batch, prompt, NEW, sampling.steps)
         size = prompt if axis == "prompt" else batch
-        found.append((axis, size, batch * NEW, flops, lambda texts=texts: list(cola.generate(texts, sampling))))  # type: ignore[misc]
+        all_points.append((axis, size, batch * NEW, flops, lambda texts=texts: list(cola.generate(texts, sampling))))  # type: ignore[misc]
     for length in LENGTHS:
         batch = TRAINED // length
         step = training_step(cola, batch, length)
-        found.append(("length", length, TRAINED, training_flops(cola, batch, length), step))
-    return found
+        all_points.append(("length", length, TRAINED, training_flops(cola, batch, length), step))
+    return all_points
 
 
 def draw(lines: list[dict[str, Any]], file: Path) -> None:
@@ -77,7 +77,7 @@ def main() -> None:
         line: dict[str, Any] = {"axis": axis, "size": size, "us_per_token": round(1e6 * best / tokens, 1)}
         line |= {"floor_us_per_token": round(1e6 * floor / tokens, 1), "floor_ratio": round(best / floor, 2)}
         lines.append(line | {"gemm_gflops": round(gflops, 1), "threads": options.threads})
-        print(json.dumps(lines[-1]), flush=True)
+        print(dump(lines[-1]), flush=True)
     if options.figure:
         draw(lines, options.figure)
 

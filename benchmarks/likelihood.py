@@ -9,7 +9,6 @@ peak, each point in a process of its own.
 """
 
 import argparse
-import json
 import multiprocessing
 import resource
 from dataclasses import replace
@@ -23,6 +22,7 @@ from opencola.flow.likelihood import Likelihood
 from opencola.models.cola.model import Cola
 from opencola.models.cola.parts import ColaConfig
 from opencola.models.cola.score import Scoring, log_prior
+from opencola.text.lines import dump
 from opencola.vae.text_vae import TextVAEConfig
 
 BASE = {"num_latents": 128, "latent_dim": 16, "block_size": 1, "prompt": 0}
@@ -78,7 +78,7 @@ def main() -> None:
     options = parser.parse_args()
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         for arguments in POINTS:
-            print(json.dumps(pool.apply(point, (*arguments, options.threads, options.repeats))), flush=True)
+            print(dump(pool.apply(point, (*arguments, options.threads, options.repeats))), flush=True)
 
 
 if __name__ == "__main__":

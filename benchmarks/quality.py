@@ -7,7 +7,6 @@ All settings continue the same held-out stories from the same noise.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,33 +17,35 @@ import torch
 
 from opencola.checkpoints import official
 from opencola.checkpoints.hub import SHIPPED
+from opencola.checkpoints.settings import load_sampling
 from opencola.evaluation.writing import continuation_shares, held_out, last_word_scores, write_stories
 from opencola.models.cola.model import Cola
-from opencola.models.sampling import Sampling
+from opencola.models.cola.sampling import ColaSampling
+from opencola.text.lines import dump
 from opencola.text.tokenizer import Tokenizer
 
 SEED = -888  # neither the training's stories nor those of the demo's results
 
 
-def settings() -> Iterator[tuple[str, Sampling]]:
+def settings() -> Iterator[tuple[str, ColaSampling]]:
     """(name, settings) of every point."""
     for steps in (2, 4, 8, 16, 32):
-        yield "euler", Sampling(steps=steps)
+        yield "euler", ColaSampling(steps=steps)
     for steps in (2, 4, 8):
-        yield "heun", Sampling(steps=steps, solver="heun")
-        yield "midpoint", Sampling(steps=steps, solver="midpoint")
+        yield "heun", ColaSampling(steps=steps, solver="heun")
+        yield "midpoint", ColaSampling(steps=steps, solver="midpoint")
     for steps in (4, 8, 16):
-        yield "stochastic", Sampling(steps=steps, solver="stochastic")
+        yield "stochastic", ColaSampling(steps=steps, solver="stochastic")
     for steps in (4, 8):
-        yield "euler, shift 2", Sampling(steps=steps, shift=2.0)
-        yield "euler, shift 0.5", Sampling(steps=steps, shift=0.5)
+        yield "euler, shift 2", ColaSampling(steps=steps, shift=2.0)
+        yield "euler, shift 0.5", ColaSampling(steps=steps, shift=0.5)
     for solver in ("euler", "stochastic"):
-        yield f"{solver}, guided for t >= 0.5", Sampling(steps=8, solver=solver, guidance_until=0.5)
-        yield f"{solver}, guidance every 2nd", Sampling(steps=8, solver=solver, guidance_every=2)
-        yield f"{solver}, guidance 1", Sampling(steps=8, solver=solver, guidance=1.0)
+        yield f"{solver}, guided for t >= 0.5", ColaSampling(steps=8, solver=solver, guidance_until=0.5)
+        yield f"{solver}, guidance every 2nd", ColaSampling(steps=8, solver=solver, guidance_every=2)
+        yield f"{solver}, guidance 1", ColaSampling(steps=8, solver=solver, guidance=1.0)
 
 
-def evaluations(model: Cola, sampling: Sampling) -> int:
+def evaluations(model: Cola, sampling: ColaSampling) -> int:
     """Passes of one sample through the DiT for one block; a guided evaluation makes two."""
     size = model.dit.config.block_size
     passes: list[int] = []
@@ -82,7 +83,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model, tokenizer = official.load(options.model).eval(), Tokenizer.load(options.model)
-    guidance = official.load_sampling(options.model).guidance
+    guidance = load_sampling(options.model).guidance
     stories, lines = held_out(options.stories, SEED), []
     for name, sampling in settings():
         if sampling.guidance != 1:
@@ -93,10 +94,10 @@ def main() -> None:
         line["seconds"] = round(time.perf_counter() - start, 1)
         shares = continuation_shares(continuations) | {"last_words": last_word_scores(last_words)[0]}
         for measure in ("legal_sentences", "consistent_stories", "last_words"):
-            one = shares[measure]
-            line |= {measure: round(one.value, 4), f"{measure}_interval": [round(one.low, 3), round(one.high, 3)]}
+            share = shares[measure]
+            line |= {measure: round(share.value, 4), f"{measure}_interval": [round(share.low, 3), round(share.high, 3)]}
         lines.append(line | {"stories": options.stories, "guidance": sampling.guidance, "threads": options.threads})
-        print(json.dumps(lines[-1]), flush=True)
+        print(dump(lines[-1]), flush=True)
     if options.figure:
         draw(lines, options.figure)
 

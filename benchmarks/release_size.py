@@ -7,7 +7,6 @@ the weights in the dtype asked for. One JSON line; peaks are the processes' own,
 """
 
 import argparse
-import json
 import multiprocessing
 import resource
 import tempfile
@@ -19,7 +18,8 @@ import torch
 
 from opencola.checkpoints import official
 from opencola.flow.dit import BlockCausalDiT, DiTConfig
-from opencola.models.sampling import Sampling
+from opencola.models.cola.sampling import ColaSampling
+from opencola.text.lines import dump
 from opencola.vae.text_vae import TextVAE, TextVAEConfig
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -61,7 +61,7 @@ def load_and_generate(root: Path, dtype: str, threads: int) -> dict[str, Any]:
         "load_seconds": round(loaded - start, 2),
         "load_peak_over_weights": round((peak_bytes() - idle) / weights, 3),
     }
-    list(cola.generate([list(range(64))], Sampling(max_new_tokens=16, steps=16)))
+    list(cola.generate([list(range(64))], ColaSampling(max_new_tokens=16, steps=16)))
     return figures | {
         "block_seconds": round(time.perf_counter() - loaded, 2),
         "generate_peak_over_weights": round((peak_bytes() - idle) / weights, 3),
@@ -87,7 +87,7 @@ def main() -> None:
             with new_process(1) as pool:
                 pool.apply(write, (root,))
         with new_process(1) as pool:
-            print(json.dumps(pool.apply(load_and_generate, (root, options.dtype, options.threads))), flush=True)
+            print(dump(pool.apply(load_and_generate, (root, options.dtype, options.threads))), flush=True)
 
 
 if __name__ == "__main__":

@@ -32,14 +32,14 @@ def main() -> None:
     """Estimate every stage for one and for several GPUs, and print both tables."""
     sizes, costs = [SIZES, ("---",) * len(SIZES)], [COSTS, ("---",) * len(COSTS)]
     for name in sys.argv[1:] or LADDER:
-        stages = recipes.read(name, [], build.config_class)
+        stages = recipes.read(name, [], build.config_class, build.sampling_class)
         for stage, recipe in stages:
             tokens = vocabulary(recipe, dict(stages))
             alone = replace(recipe, train=replace(recipe.train, accumulate=DEVICES * recipe.train.accumulate))
-            one = estimated(stage, alone, 1, tokens, both=False)
+            single = estimated(stage, alone, 1, tokens, both=False)
             several = estimated(stage, recipe, DEVICES, tokens, both=False)
             sizes.append((name, stage, *size_cells(several)))
-            costs.append((name, stage, *cost_cells(one, several)))
+            costs.append((name, stage, *cost_cells(single, several)))
     for rows in (sizes, costs):
         print("\n".join(f"| {' | '.join(row)} |" for row in rows), end="\n\n", flush=True)
 
@@ -52,9 +52,9 @@ def size_cells(estimate: Estimate) -> tuple[str, ...]:
     return short(trained), short(estimate.core), *flops, rate, f"{recipe.data.batch_size:,}", f"{recipe.train.steps:,}"
 
 
-def cost_cells(one: Estimate, several: Estimate) -> tuple[str, ...]:
+def cost_cells(single: Estimate, several: Estimate) -> tuple[str, ...]:
     """A row of the table of costs; tokens a day in brackets where the memory is too small."""
-    memory = [f"{sum(estimate.memory.values()) / 1e9:.1f}" for estimate in (one, several)]
+    memory = [f"{sum(estimate.memory.values()) / 1e9:.1f}" for estimate in (single, several)]
     days = []
     for gpu in GPUS.values():
         a_day = short(86400 / several.seconds_per_step(gpu, UTILISATION) * several.tokens_per_step)

@@ -5,7 +5,7 @@
 256 latents a sample, one noisy copy. One JSON line a row; peak_bytes is the process's peak so far.
 """
 
-from benchmarks.common import model, report, rows, training_flops, training_step
+from benchmarks.common import model, print_row, rows, training_flops, training_step
 
 
 def main() -> None:
@@ -13,7 +13,7 @@ def main() -> None:
     for options, size, batch in rows("Training speed.", [8]):
         cola = model(options, size)
         step = training_step(cola, batch, 256, options.bf16)
-        report("train", size, batch, options, 256 * batch, training_flops(cola, batch, 256), step)
+        print_row("train", size, batch, options, 256 * batch, training_flops(cola, batch, 256), step)
 
 
 if __name__ == "__main__":

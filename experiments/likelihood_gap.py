@@ -25,12 +25,14 @@ from torch import Tensor
 
 from experiments import matched
 from opencola.checkpoints.hub import load, load_cola
+from opencola.evaluation.statistics import bits_per_token
 from opencola.evaluation.writing import held_out
 from opencola.models.ar.model import AR
 from opencola.models.ar.score import ARScoring
 from opencola.models.cola.model import Cola
 from opencola.models.cola.score import Scoring, evaluate
 from opencola.run import flags
+from opencola.text.lines import write_objects
 from opencola.text.tokenizer import Tokenizer
 from opencola.worlds.stories import log_probability
 
@@ -98,8 +100,8 @@ def texts_of(options: Options, tokenizer: Tokenizer) -> list[list[int]]:
 
 def per_token(nats: Tensor, texts: Sequence[Sequence[int]]) -> dict[str, float]:
     """Mean of -log p (B,) in bits a token, and its standard error over the texts."""
-    count = sum(map(len, texts)) * math.log(2)
-    return {"bits": -nats.sum().item() / count, "error": (nats.std() * len(texts) ** 0.5 / count).item()}
+    value, error = bits_per_token(nats, sum(map(len, texts)))
+    return {"bits": value, "error": error}
 
 
 def world(options: Options, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -124,20 +126,20 @@ def scored(options: Options, logsnr: str, folder: Path) -> dict[str, Any]:
     note = folder / "gap.json"
     settings = {"stories": options.stories, "scoring": asdict(options.scoring())}
     if note.is_file() and json.loads(note.read_text())["settings"] == settings:
-        found: dict[str, Any] = json.loads(note.read_text())
-        return found
+        kept: dict[str, Any] = json.loads(note.read_text())
+        return kept
     cola, tokenizer = load_cola(folder)
     cola.requires_grad_(False)
     texts = texts_of(options, tokenizer)
-    found = {
+    measured = {
         "model": f"Cola DLM, logSNR {logsnr}",
         "kind": "bound",
         "settings": settings,
         **estimates(cola, texts, options.scoring(), tokenizer.eos_id),
         "logsnr": measured_logsnr(cola, texts),
     }
-    note.write_text(json.dumps(found) + "\n", encoding="utf-8")
-    return found
+    note.write_text(json.dumps(measured) + "\n", encoding="utf-8")
+    return measured
 
 
 def estimates(cola: Cola, texts: Sequence[Sequence[int]], settings: Scoring, pad_id: int) -> dict[str, Any]:
@@ -145,15 +147,15 @@ def estimates(cola: Cola, texts: Sequence[Sequence[int]], settings: Scoring, pad
 
     IWAE of k samples is the mean over groups of k of the same draws, so that they differ by k alone.
     """
-    found = evaluate(cola, [[]] * len(texts), texts, settings, pad_id=pad_id)
-    weights = torch.stack([one.terms.log_weights for one in found])
+    of_texts = evaluate(cola, [[]] * len(texts), texts, settings, pad_id=pad_id)
+    weights = torch.stack([text.terms.log_weights for text in of_texts])
     iwae = {}
     size = 1
     while size <= settings.samples:
         groups = weights[:, : settings.samples // size * size].unflatten(1, (-1, size))
         iwae[size] = per_token((groups.logsumexp(-1) - math.log(size)).mean(1), texts)
         size *= 2
-    parts = {name: torch.stack([one.parts()[name] for one in found]) for name in found[0].parts()}
+    parts = {name: torch.stack([text.parts()[name] for text in of_texts]) for name in of_texts[0].parts()}
     best = iwae[max(iwae)]
     return {**best, "iwae": iwae, "parts": {name: per_token(value, texts)["bits"] for name, value in parts.items()}}
 
@@ -169,8 +171,7 @@ def measured_logsnr(cola: Cola, texts: Sequence[Sequence[int]]) -> float:
 def write(rows: Sequence[Mapping[str, Any]], options: Options) -> None:
     """gap.jsonl, gap.md and gap.svg."""
     options.out.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (options.out / "gap.jsonl").write_text(lines, encoding="utf-8")
+    write_objects(options.out / "gap.jsonl", rows)
     table = render(rows, options)
     (options.out / "gap.md").write_text(table, encoding="utf-8")
     draw(rows, options.out / "gap.svg")

@@ -65,7 +65,7 @@ TRAIN = {"schedule": "linear", "decay": 0.1, "ema": 0.995}
 RATES = {"cola": (2.5e-3, 0.04), "ar": (6e-4, 0.005), "llada": (6e-4, 0.005), "plaid": (6e-4, 0.005)}
 SAMPLING: dict[str, dict[str, Any]] = {
     "cola": {"solver": "stochastic", "steps": 8, "guidance": 2.5},
-    "ar": {"guidance": 1},
+    "ar": {},
     "llada": {"guidance": 1, "steps": 16, "block_length": 16},
     "plaid": {"guidance": 1, "steps": 64},
 }
@@ -100,7 +100,7 @@ class Options:
             raise ValueError(f"give exactly one of --flops, --tokens and --seconds, not {given or 'none'}")
 
 
-Stages = list[tuple[str, Recipe[Any]]]
+Stages = list[tuple[str, Recipe[Any, Any]]]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -230,16 +230,16 @@ def write(plan: Mapping[str, Any], file: Path) -> None:
 
 def read(file: Path) -> Stages:
     """The stages of a recipe."""
-    return recipes.read(file, [], build.config_class)
+    return recipes.read(file, [], build.config_class, build.sampling_class)
 
 
-def step_flops(name: str, recipe: Recipe[Any], tokenizer: Tokenizer) -> int:
+def step_flops(name: str, recipe: Recipe[Any, Any], tokenizer: Tokenizer) -> int:
     """Counted operations of an optimizer step, forward and backward."""
-    found = dry_run.estimated(name, recipe, 1, tokenizer.vocab_size, both=False)
-    return found.cost.flops * recipe.train.accumulate
+    estimate = dry_run.estimated(name, recipe, 1, tokenizer.vocab_size, both=False)
+    return estimate.cost.flops * recipe.train.accumulate
 
 
-def main_stage(stages: Stages) -> tuple[str, Recipe[Any]]:
+def main_stage(stages: Stages) -> tuple[str, Recipe[Any, Any]]:
     """The stage that does most of the learning: that with most steps."""
     return max(stages, key=lambda stage: stage[1].train.seconds or stage[1].train.steps)
 
@@ -248,8 +248,8 @@ def held_equal(families: Mapping[str, Stages], tokenizer: Tokenizer) -> dict[str
     """What all families share. Raises ValueError, with both values, where something that must be equal is not."""
     settings = {family: shared_settings(stages, tokenizer) for family, stages in families.items()}
     (first, wanted), *others = settings.items()
-    for family, found in others:
-        for name, value in found.items():
+    for family, own in others:
+        for name, value in own.items():
             if value != wanted[name]:
                 raise ValueError(f"not comparable: {name} is {wanted[name]} for {first}, but {value} for {family}")
     cores = {family: num_parameters(stages, tokenizer)[0] for family, stages in families.items()}

@@ -1,7 +1,6 @@
 """What came out of a matched run: measures of every family, as JSONL, a table and a figure."""
 
 import json
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -11,14 +10,16 @@ from typing import Any
 import torch
 
 from experiments.matched import FAMILIES, Options, Stages, num_parameters, step_flops
-from opencola.checkpoints import official
 from opencola.checkpoints.hub import load
+from opencola.checkpoints.settings import load_sampling
+from opencola.evaluation.statistics import bits_per_token
 from opencola.evaluation.writing import continuation_shares, held_out, last_word_scores, write_stories
 from opencola.models.ar.score import ARScoring
 from opencola.models.bounds import BoundScoring
 from opencola.models.build import WholeModel
 from opencola.models.cola.score import Scoring
 from opencola.models.sampling import Sampling
+from opencola.text.lines import last_object, write_objects
 from opencola.text.tokenizer import Tokenizer
 from opencola.worlds.stories import Story, log_probability
 
@@ -39,16 +40,15 @@ def measure_all(options: Options, recipes: Mapping[str, Stages], tokenizer: Toke
         settings = {"stories": options.stories, "scored": options.scored, "scoring": asdict(SCORING[family])}
         if not note.is_file() or json.loads(note.read_text())["settings"] != settings:
             print(f"measuring {family}", flush=True)
-            found = {"settings": settings, "rows": list(measure(family, options, recipes[family], tokenizer))}
-            note.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+            measured = {"settings": settings, "rows": list(measure(family, options, recipes[family], tokenizer))}
+            note.write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
     rows: list[dict[str, Any]] = []
     for folder in (options.out / family for family in FAMILIES):
         if (folder / "measures.json").is_file():
             fast = speed(folder)  # one after another: only what is measured together compares
             rows += [row | fast for row in json.loads((folder / "measures.json").read_text())["rows"]]
     rows.append(the_world(options, tokenizer))
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (options.out / "results.jsonl").write_text(lines, encoding="utf-8")
+    write_objects(options.out / "results.jsonl", rows)
     table = render(rows)
     (options.out / "matched.md").write_text(table, encoding="utf-8")
     draw(rows, options.out / "matched.svg")
@@ -60,11 +60,11 @@ def measure(family: str, options: Options, stages: Stages, tokenizer: Tokenizer)
     folder = options.out / family
     model, _ = load(folder)
     model.requires_grad_(False)
-    own = official.load_sampling(folder)
+    own = load_sampling(folder)
     shared = {
         "family": family,
         **training(folder, stages, tokenizer),
-        **bits_per_token(family, model, tokenizer, held_out(options.scored)),
+        **bits(family, model, tokenizer, held_out(options.scored)),
     }
     for temperature in (0.0, 1.0) if family in ("ar", "llada") else (0.0,):
         sampling = replace(own, temperature=temperature)
@@ -78,41 +78,42 @@ def measure(family: str, options: Options, stages: Stages, tokenizer: Tokenizer)
 def training(folder: Path, stages: Stages, tokenizer: Tokenizer) -> dict[str, Any]:
     """What training took, stages together; 6 N D and counted operations (model.md §7), seconds by the clock."""
     core, total = num_parameters(stages, tokenizer)
-    found = {"steps": 0, "tokens": 0, "flops": 0, "flops_6nd": 0, "seconds": 0.0}
+    taken = {"steps": 0, "tokens": 0, "flops": 0, "flops_6nd": 0, "seconds": 0.0}
     for name, recipe in stages:
-        last = json.loads((recipe.out / "metrics.jsonl").read_text().splitlines()[-1])
+        last = last_object(recipe.out / "metrics.jsonl")
         count, _ = num_parameters([(name, recipe)], tokenizer)
-        found["steps"] += last["step"]
-        found["tokens"] += last["tokens"]
-        found["flops"] += last["step"] * step_flops(name, recipe, tokenizer)
-        found["flops_6nd"] += 6 * count * last["tokens"]
-        found["seconds"] += last["seconds"]
+        taken["steps"] += last["step"]
+        taken["tokens"] += last["tokens"]
+        taken["flops"] += last["step"] * step_flops(name, recipe, tokenizer)
+        taken["flops_6nd"] += 6 * count * last["tokens"]
+        taken["seconds"] += last["seconds"]
     peak = json.loads((folder / "usage.json").read_text())["peak_bytes"]
-    return {"core": core, "parameters": total, **found, "peak_bytes": peak}
+    return {"core": core, "parameters": total, **taken, "peak_bytes": peak}
 
 
 def stories_of(model: WholeModel, tokenizer: Tokenizer, sampling: Sampling, stories: Sequence[Story]) -> dict[str, Any]:
     """The story world's verdicts, shares with their 95 % intervals."""
     continuations, last_words, _ = write_stories(model, tokenizer, sampling, stories)
     shares = continuation_shares(continuations)
-    found = {name: shares[name] for name in ("legal_sentences", "consistent_stories", "distinct_continuations")}
-    found["last_word_accuracy"] = last_word_scores(last_words)[0]
-    return {name: asdict(value) for name, value in found.items()}
+    chosen = {name: shares[name] for name in ("legal_sentences", "consistent_stories", "distinct_continuations")}
+    chosen["last_word_accuracy"] = last_word_scores(last_words)[0]
+    return {name: asdict(value) for name, value in chosen.items()}
 
 
-def bits_per_token(family: str, model: WholeModel, tokenizer: Tokenizer, stories: Sequence[Story]) -> dict[str, Any]:
+def bits(family: str, model: WholeModel, tokenizer: Tokenizer, stories: Sequence[Story]) -> dict[str, Any]:
     """By the family's own estimator, over whole stories with their end-of-text tokens; parts in bits a token, too."""
     texts = [[*tokenizer.encode(tale.text), tokenizer.eos_id] for tale in stories]
     score = model.score([[]] * len(texts), texts, SCORING[family], pad_id=tokenizer.eos_id)
-    count = int(score.num_tokens.sum()) * math.log(2)
+    num_tokens = int(score.num_tokens.sum())
     # the stories' spread matters more than the draws', and holds it
-    error = (score.total.std() * len(texts) ** 0.5 / count).item()
+    value, error = bits_per_token(score.total, num_tokens)
+    parts = {**score.parts, **extra(score.others)}
     return {
-        "bits_per_token": -score.total.sum().item() / count,
+        "bits_per_token": value,
         "bits_error": error,
         "kind": score.kind,
         "estimator": score.estimator,
-        "parts": {name: -value.sum().item() / count for name, value in {**score.parts, **extra(score.others)}.items()},
+        "parts": {name: bits_per_token(log_p, num_tokens)[0] for name, log_p in parts.items()},
     }
 
 
@@ -125,12 +126,10 @@ def the_world(options: Options, tokenizer: Tokenizer) -> dict[str, Any]:
     """The row of the generator of the stories, whose log-probabilities are exact."""
     stories = held_out(options.scored)
     nats = torch.tensor([log_probability(tale.text) for tale in stories], dtype=torch.float64)
-    count = sum(len(tokenizer.encode(tale.text)) + 1 for tale in stories) * math.log(2)
-    error = (nats.std() * len(stories) ** 0.5 / count).item()
-    bits = -nats.sum().item() / count
+    value, error = bits_per_token(nats, sum(len(tokenizer.encode(tale.text)) + 1 for tale in stories))
     return {
         "family": "world",
-        "bits_per_token": bits,
+        "bits_per_token": value,
         "bits_error": error,
         "kind": "exact",
         "estimator": "the generator",
@@ -141,7 +140,7 @@ def speed(folder: Path) -> dict[str, Any]:
     """Tokens a second, alone and 16 at a time, the best of three; and evaluations that wait for each other, a token."""
     model, tokenizer = load(folder)
     model.requires_grad_(False)
-    sampling = official.load_sampling(folder)
+    sampling = load_sampling(folder)
     prompt = tokenizer.encode(held_out(1)[0].sentences[0])
     settings = replace(sampling, max_new_tokens=SPEED_TOKENS, ignore_eos=True)
     rates = {}
@@ -155,7 +154,7 @@ def speed(folder: Path) -> dict[str, Any]:
     return {**rates, "evaluations_per_token": evaluations(model, prompt, settings) / SPEED_TOKENS}
 
 
-def evaluations(model: WholeModel, prompt: list[int], sampling: Sampling) -> int:
+def evaluations(model: WholeModel, prompt: list[int], sampling: Any) -> int:
     """Passes through the networks that write (of Cola DLM: prior and decoder), those of the prompt among them."""
     counted = 0
 

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from opencola.evaluation.benchmarks.tasks import Record, find_task
+from opencola.evaluation.benchmarks.tasks import Question, find_task
 from opencola.evaluation.writing import continue_stories, held_out, predict_last_words
 
 OPTIONS = ("in the sea", "on a hill", "in a house", "by a lake")
@@ -24,7 +24,7 @@ def head(tasks: Mapping[str, int], **changes: Any) -> dict[str, Any]:
 def answer(task: str, index: int, said: str, likelihood: Any = None, right: str = "on a hill") -> dict[str, Any]:
     """A record with a verdict of the task's own."""
     options = OPTIONS[: find_task(task).options]
-    record = Record(f"{task}-{index}", "Where was it?", right, options)
+    record = Question(f"{task}-{index}", "Where was it?", right, options)
     verdict = find_task(task).grade(record, said)
     return {
         "record": "answer", "task": task, "index": index, "id": record.id, "prompt": f"Where was {index}?\nAnswer:",

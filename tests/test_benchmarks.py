@@ -13,14 +13,14 @@ from benchmarks.common import COMPARED, SIZES, generation_flops, training_flops
 from opencola.data.batch import Batch
 from opencola.kernels import library
 from opencola.models.cola.model import Cola
-from opencola.models.sampling import Sampling
+from opencola.models.cola.sampling import ColaSampling
 
 
 def test_the_floor_of_generation_is_what_is_computed_and_little_less(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("opencola.layers.few_rows.PACKED_BYTES", 0)  # packed products are not counted, nor are kernels
     cola = Cola(SIZES["S"]).eval()
     with library.switched_off(), FlopCounterMode(display=False) as counter:
-        list(cola.generate([list(range(64))] * 2, Sampling(max_new_tokens=32, steps=4)))
+        list(cola.generate([list(range(64))] * 2, ColaSampling(max_new_tokens=32, steps=4)))
     assert 1 <= counter.get_total_flops() / generation_flops(cola, 2, prompt=64, new=32, steps=4) < 1.05
 
 
@@ -73,22 +73,22 @@ def test_a_file_of_something_else_cannot_be_compared_with(
 @pytest.mark.parametrize(
     ("settings", "passes"),
     [
-        (Sampling(steps=4), 8),
-        (Sampling(steps=4, guidance=1.0), 4),
-        (Sampling(steps=2, solver="heun"), 6),  # the last step of Heun's method is Euler's
-        (Sampling(steps=2, solver="midpoint"), 8),
-        (Sampling(steps=8, guidance_until=0.5), 13),
-        (Sampling(steps=8, guidance_every=2), 12),
+        (ColaSampling(steps=4), 8),
+        (ColaSampling(steps=4, guidance=1.0), 4),
+        (ColaSampling(steps=2, solver="heun"), 6),  # the last step of Heun's method is Euler's
+        (ColaSampling(steps=2, solver="midpoint"), 8),
+        (ColaSampling(steps=8, guidance_until=0.5), 13),
+        (ColaSampling(steps=8, guidance_every=2), 12),
     ],
 )
-def test_passes_of_a_block_are_counted(settings: Sampling, passes: int) -> None:
+def test_passes_of_a_block_are_counted(settings: ColaSampling, passes: int) -> None:
     assert quality.evaluations(tiny_cola(), settings) == passes
 
 
 def test_quality_is_measured_on_the_shipped_model_and_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(quality, "settings", lambda: [("euler", Sampling(steps=n)) for n in (1, 8)])
+    monkeypatch.setattr(quality, "settings", lambda: [("euler", ColaSampling(steps=n)) for n in (1, 8)])
     file = tmp_path / "quality.svg"
     monkeypatch.setattr("sys.argv", ["quality", "--stories", "4", "--figure", str(file), "--threads", "2"])
     quality.main()

@@ -41,7 +41,7 @@ ROOMS = [
 ]
 FAMILIES = ["models.cola", "models.ar", "models.llada", "models.plaid"]
 KNOW_FAMILIES = ["models.build", "checkpoints"]
-KNOW_COLA = ["evaluation.latents", "evaluation.diagnosis"]
+KNOW_COLA = ["evaluation.latents", "evaluation.diagnosis", "__init__"]
 
 
 def within(name: str, place: str) -> bool:

@@ -14,7 +14,7 @@ from experiments.matched_results import evaluations, extra, name_of, render
 from opencola.models import build
 from opencola.models.ar.model import AR
 from opencola.models.ar.network import ARConfig
-from opencola.models.sampling import Sampling
+from opencola.models.ar.sampling import ARSampling
 from opencola.text.tokenizer import Tokenizer
 
 TINY = {"size": "tiny", "stories": 2, "scored": 2}
@@ -80,7 +80,7 @@ def test_one_budget(tmp_path: Path) -> None:
 
 def test_evaluations_are_counted() -> None:
     model = AR(ARConfig(vocab_size=20, trunk=replace(build.config_class("ar")().trunk, num_layers=2)))
-    assert evaluations(model, [1, 2], Sampling(max_new_tokens=5, ignore_eos=True)) == 6  # five tokens, and the prompt
+    assert evaluations(model, [1, 2], ARSampling(max_new_tokens=5, ignore_eos=True)) == 6  # five tokens, and the prompt
 
 
 def test_table() -> None:

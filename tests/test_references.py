@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SPEC = ROOT / "docs" / "spec"
 PACKAGE = ROOT / "opencola"
-ROOMS = ("opencola", "tests", "experiments", "benchmarks")
+ROOMS = ("opencola", "tests", "experiments", "benchmarks", "examples")
 FILES = [
     ROOT / "README.md",
     *(file for room in ROOMS for kind in ("py", "c", "h") for file in (ROOT / room).rglob(f"*.{kind}")),
@@ -36,7 +36,7 @@ QUIRK = re.compile(r"\bQ(\d+)\b")
 PAGE = re.compile(r"(?<![\w/.*-])(?:[\w.-]+/)*[\w-]+\.md\b")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 ROOTED = re.compile(
-    r"(?<![\w/.{-])(?:opencola|tests|experiments|benchmarks|docs|recipes)/[\w/-]+\.(?:py|c|h|md|yaml)\b"
+    r"(?<![\w/.{-])(?:opencola|tests|experiments|benchmarks|examples|docs|recipes)/[\w/-]+\.(?:py|c|h|md|yaml)\b"
 )
 TICKED = re.compile(r"`([^`\n]+)`")
 RUN = re.compile(rf"(?:^[ \t]*from|^[ \t]*import|-m)\s+((?:{'|'.join(ROOMS)})(?:\.\w+)*)", re.MULTILINE)

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from command_line import environment
 
-from opencola.checkpoints import hub, official
+from opencola.checkpoints import hub
+from opencola.checkpoints.settings import load_sampling
 from opencola.models.text_stream import generate_text
 from opencola.worlds.stories import check, split_sentences, story
 
@@ -21,7 +22,7 @@ def test_writes_legal_sentences() -> None:
     stories = [story(-5, index).text for index in range(8)]
     prompts = [" ".join(split_sentences(text)[:2]) for text in stories]
     texts = list(prompts)
-    for pieces in generate_text(model, tokenizer, prompts, official.load_sampling(hub.SHIPPED)):
+    for pieces in generate_text(model, tokenizer, prompts, load_sampling(hub.SHIPPED)):
         for piece in pieces:
             texts[piece.sample] += piece.text
     legal = [mark for text in texts for mark in check(text).legal[2:]]
@@ -40,6 +41,7 @@ class Refuse:
 
 sys.meta_path.insert(0, Refuse())
 from opencola.checkpoints.hub import SHIPPED, from_pretrained
+from opencola.checkpoints.settings import load_sampling
 from opencola.models.text_stream import generate_text
 from opencola.commands import generate
 model, tokenizer, sampling = from_pretrained(SHIPPED)

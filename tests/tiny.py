@@ -1,5 +1,6 @@
 """Tiny float64 models with random weights everywhere, and the slow dense pass that fast ones are compared with."""
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -15,9 +16,10 @@ from opencola.models.cola.parts import ColaConfig, PriorObjective
 from opencola.models.llada.model import LLaDA
 from opencola.models.llada.network import LLaDAConfig
 from opencola.vae.objective import VAEObjective
-from opencola.vae.text_vae import TextVAE, TextVAEConfig
+from opencola.vae.text_vae import ReleaseConventions, TextVAE, TextVAEConfig
 
 VOCABULARY = 30
+CONVENTIONS = {field.name for field in dataclasses.fields(ReleaseConventions)}
 
 
 def randomise(model: nn.Module) -> Any:
@@ -35,9 +37,10 @@ def randomise(model: nn.Module) -> Any:
 
 
 def vae_config(**fields: Any) -> TextVAEConfig:
-    """Two layers of width 16, four channels."""
+    """Two layers of width 16, four channels; fields of the configuration, and of its conventions of the release."""
     sizes = {"latent_dim": 4, "width": 16, "ffn_dim": 24, "num_heads": 2, "encoder_layers": 2, "decoder_layers": 2}
-    return TextVAEConfig(**{"vocab_size": VOCABULARY} | sizes | fields)
+    release = ReleaseConventions(**{name: fields.pop(name) for name in [*fields] if name in CONVENTIONS})
+    return TextVAEConfig(**{"vocab_size": VOCABULARY, "release": release} | sizes | fields)
 
 
 def dit_config(**fields: Any) -> DiTConfig:

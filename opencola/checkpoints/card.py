@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 
-from opencola.checkpoints import official
 from opencola.checkpoints import parts as layout
 from opencola.checkpoints.files import read_json, write_json
+from opencola.checkpoints.settings import load_sampling
 from opencola.flow.dit import DiTConfig
 from opencola.models.sampling import Sampling
 from opencola.vae.text_vae import TextVAEConfig
@@ -76,7 +76,7 @@ def render(root: Path, license_id: str = LICENSE) -> str:
     if "evaluation" in facts:
         sections += ["## Evaluation", "On held-out stories of the story world.", evaluation(facts["evaluation"])]
     if writes:
-        sections += ["## Sampling", "Its settings in `opencola.json`:", sampling(official.load_sampling(root))]
+        sections += ["## Sampling", "Its settings in `opencola.json`:", sampling(load_sampling(root))]
     sections += ["## Limits", LIMITS]
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"))
 
@@ -197,7 +197,7 @@ def evaluation(measures: Mapping[str, Any]) -> str:
 
 def sampling(settings: Sampling) -> str:
     """Those settings that are not the defaults."""
-    plain = asdict(Sampling())
+    plain = asdict(type(settings)())
     changed = {name: value for name, value in asdict(settings).items() if value != plain[name]}
     return ", ".join(f"`{name} {json.dumps(value)}`" for name, value in changed.items()) or "the defaults"
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, get_type_hints
 from opencola.checkpoints.files import checked
 from opencola.errors import UserError
 from opencola.flow.dit import DiTConfig
-from opencola.vae.text_vae import TextVAEConfig
+from opencola.vae.text_vae import ReleaseConventions, TextVAEConfig
 
 Values = dict[str, Any]
 Config = TypeVar("Config")
@@ -35,6 +35,12 @@ VAE_FIELDS = {
     "num_heads": "num_heads",
     "latent_dim": "latent_dim",
     "patch_size": "patch_size",
+    "scaling_factor": "latent_scale",
+    "shifting_factor": "latent_shift",
+}
+
+# The fields of ReleaseConventions.
+VAE_CONVENTIONS = {
     "encoder_last_ln": "normalise_mean",
     "layer_norm_eps": "norm_eps",
     "layer_norm_affine": "norm_affine",
@@ -47,8 +53,6 @@ VAE_FIELDS = {
     "bias": "bias",
     "act": "activation",
     "use_variation": "variational",
-    "scaling_factor": "latent_scale",
-    "shifting_factor": "latent_shift",
 }
 
 # What the release could vary and our classes do not.
@@ -83,9 +87,10 @@ def vae_to_release(config: TextVAEConfig) -> Values:
     """The config.json of a Text VAE."""
     ours = asdict(config)
     values = {key: ours[field] for key, field in VAE_FIELDS.items()}
+    values |= {key: ours["release"][field] for key, field in VAE_CONVENTIONS.items()}
     values["block_causal"] = config.attention != "full"
     values["block_size"] = 1 if config.attention == "causal" else config.block_size
-    values["shared_heads_kv"] = config.num_heads if config.multi_query else 1
+    values["shared_heads_kv"] = config.num_heads if config.release.multi_query else 1
     if config.fixed_logsnr is not None:  # of ours; the release's loader keeps it and does nothing with it
         values["fixed_logsnr"] = config.fixed_logsnr
     return {**VAE_HEADER, **VAE_FIXED, **VAE_UNUSED, **values}
@@ -99,7 +104,8 @@ def vae_from_release(file: Path, values: Mapping[str, Any]) -> TextVAEConfig:
     shared = required(file, values, "shared_heads_kv", int)
     if shared not in (1, fields["num_heads"]):
         raise UserError(f"{file}: shared_heads_kv is {shared}, but must be 1 or num_heads, {fields['num_heads']}")
-    fields["multi_query"] = shared > 1
+    conventions = _fields(file, values, VAE_CONVENTIONS, ReleaseConventions)
+    fields["release"] = ReleaseConventions(**conventions, multi_query=shared > 1)
     block_size = required(file, values, "block_size", int)
     if not required(file, values, "block_causal", bool):
         fields |= {"attention": "full", "block_size": block_size}

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from huggingface_hub import HfApi, snapshot_download
 
-from opencola.checkpoints import card, official, parts
+from opencola.checkpoints import card, parts, settings
 from opencola.checkpoints.files import CONFIG
 from opencola.errors import UserError
 from opencola.layers.device import device
@@ -26,7 +26,7 @@ FILES = [
     # a Hugging Face Llama, which has no folder of its own
     *(CONFIG, "model*.safetensors", "model.safetensors.index.json"),
     FILE_NAME,
-    official.EXTRAS,
+    settings.EXTRAS,
     card.FACTS,
     card.CARD,
 ]
@@ -50,7 +50,7 @@ def from_pretrained(
     damaged files and for models that our classes cannot be.
     """
     folder = locate(name, revision, token)
-    return Pretrained(parts.load(folder, dtype).eval(), Tokenizer.load(folder), official.load_sampling(folder))
+    return Pretrained(parts.load(folder, dtype).eval(), Tokenizer.load(folder), settings.load_sampling(folder))
 
 
 def locate(

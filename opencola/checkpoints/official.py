@@ -1,31 +1,28 @@
 """Load and save models in the public Cola DLM release's layout, the only format on disk (official-format §§1-2).
 
-    root/tokenizer.json  root/opencola.json  root/cola_dlm/cola_dit/  root/cola_dlm/cola_vae/
+    root/tokenizer.json  root/cola_dlm/cola_dit/  root/cola_dlm/cola_vae/
 
-A model's folder holds config.json and safetensors. `opencola.json` is ours: {"sampling": {fields of Sampling}}.
+A model's folder holds config.json and safetensors.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TypeVar, get_type_hints
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from opencola.checkpoints import configs, names
-from opencola.checkpoints.files import CONFIG, StoredTensors, checked, read_json, write_json, write_tensors
+from opencola.checkpoints.files import CONFIG, StoredTensors, read_json, write_json, write_tensors
 from opencola.errors import UserError
 from opencola.flow.dit import BlockCausalDiT, DiTConfig
 from opencola.models.cola.model import Cola
 from opencola.models.cola.parts import ColaConfig
-from opencola.models.sampling import Sampling
 from opencola.text.tokenizer import Tokenizer
 from opencola.vae.text_vae import TextVAE, TextVAEConfig
 
 DIT_FOLDER = Path("cola_dlm", "cola_dit")
 VAE_FOLDER = Path("cola_dlm", "cola_vae")
-EXTRAS = "opencola.json"
 MAX_SHARD_BYTES = 5_000_000_000
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -77,41 +74,15 @@ def read_dit_config(folder: Path) -> DiTConfig:
     return configs.dit_from_release(folder / CONFIG, read_json(folder / CONFIG))
 
 
-def load_sampling(root: str | Path) -> Sampling:
-    """The sampling settings that a model brings along in `opencola.json`; defaults where it is silent or absent.
-
-    Raises UserError for keys that are not settings and values that they cannot have, naming the file.
-    """
-    file = Path(root) / EXTRAS
-    if not file.is_file():
-        return Sampling()
-    extras = read_json(file)
-    if unknown := sorted(extras.keys() - {"sampling"}):
-        raise UserError(f"{file}: unknown key {unknown[0]!r}; only 'sampling' is known")
-    values = extras.get("sampling", {})
-    if not isinstance(values, dict):
-        raise UserError(f"{file}: sampling must be an object, not {values!r}")
-    hints = get_type_hints(Sampling)
-    if unknown := sorted(values.keys() - hints.keys()):
-        known = ", ".join(field.name for field in fields(Sampling))
-        raise UserError(f"{file}: sampling.{unknown[0]} is not a setting; there are: {known}")
-    checked_values = {key: checked(file, f"sampling.{key}", value, hints[key]) for key, value in values.items()}
-    try:
-        return Sampling(**checked_values)
-    except ValueError as error:
-        raise UserError(f"{file}: sampling: {error}") from error
-
-
 def save(
     cola: Cola,
     root: str | Path,
     tokenizer: Tokenizer | None = None,
-    sampling: Sampling | None = None,
     *,
     dtype: torch.dtype = torch.float32,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write a whole model that `load` and the public package read; tokenizer and sampling settings beside it if given.
+    """Write a whole model that `load` and the public package read, and its tokenizer if given.
 
     dtype: of the stored weights; max_shard_bytes: size above which weights are split over several files.
     """
@@ -120,8 +91,6 @@ def save(
     save_dit(cola.dit, root / DIT_FOLDER, dtype=dtype, max_shard_bytes=max_shard_bytes)
     if tokenizer is not None:
         tokenizer.save(root)
-    if sampling is not None:
-        save_sampling(sampling, root)
 
 
 def save_vae(
@@ -142,11 +111,6 @@ def save_dit(
     config = model.config
     constants = names.rotary_frequencies(config.num_layers, config.rope_dim)
     _write(model, names.DIT, constants, configs.dit_to_release(config), Path(folder), dtype, max_shard_bytes)
-
-
-def save_sampling(sampling: Sampling, root: str | Path) -> None:
-    """Write `opencola.json` into a release folder."""
-    write_json(Path(root) / EXTRAS, {"sampling": asdict(sampling)})
 
 
 def _find(folder: Path, place: Path) -> Path:

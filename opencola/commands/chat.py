@@ -97,6 +97,8 @@ def change_setting(sampling: Sampling, change: str = "") -> Sampling:
         print("\n".join(f"  {name} {value}" for name, value in asdict(sampling).items()))
         return sampling
     key, *values = shlex.split(change)
+    if key.replace("-", "_") not in sampling.hints():
+        raise sampling.lacks(key)
     options: dict[str, Any] = {"default": sampling, "config": (tyro.conf.FlagConversionOff,)}
-    changed: Sampling = flags.parse(Sampling, [f"--{key}", *values], **options)
+    changed: Sampling = flags.parse(type(sampling), [f"--{key}", *values], **options)
     return changed

@@ -10,15 +10,12 @@ examples:
   opencola diagnose --model runs/demo --guidance 7 --steps 4
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Table
 
 from opencola.checkpoints.hub import load_cola, title
 from opencola.commands.terminal import ModelFlags, read_flags
@@ -29,6 +26,8 @@ from opencola.evaluation.diagnosis.figure import draw
 from opencola.evaluation.diagnosis.findings import Findings, examine
 from opencola.evaluation.diagnosis.verdicts import ALLOWED, losses
 from opencola.evaluation.figures import standalone
+from opencola.evaluation.screen import progress_bar, table
+from opencola.text.lines import write_objects
 
 FIGURES, DRAWING = "diagnose.jsonl", "diagnose.svg"
 
@@ -38,11 +37,11 @@ class DiagnoseFlags(ModelFlags):
     """What to measure. The model's settings of generation are among what is diagnosed."""
 
     num_stories: int = 32
-    """Held-out stories, and as many nests of brackets."""
+    """Number of held-out stories, and of nests of brackets, to measure on; at least 4."""
     places: int = 8
-    """Places of each text at which a block is generated."""
+    """Number of places in each text at which a block is generated; at least 1."""
     batch_size: int = 256
-    """Places at a time; no figure depends on it."""
+    """Number of places to compute at a time: speed and memory; no figure depends on it."""
     out: Path = Path("runs/diagnose")
     """Folder for diagnose.jsonl and diagnose.svg; older ones there are replaced."""
 
@@ -62,46 +61,42 @@ def command(argv: Sequence[str]) -> None:
         "model": title(options.model), "num_stories": options.num_stories, "places": options.places,
         "seed": options.sampling.seed, "settings": asdict(options.sampling),
     }  # fmt: skip
-    found: dict[str, Findings] = {}
+    findings: dict[str, Findings] = {}
     for task in (tasks.stories(options.num_stories), tasks.nests(options.num_stories)):
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        with Progress(*columns, transient=True, console=Console(stderr=True)) as bar:
+        with progress_bar(transient=True) as bar:
             bench = prepare(model, tokenizer, task, options.sampling, options.places, options.batch_size)
-            found[task.name] = examine(bench, bar)
+            findings[task.name] = examine(bench, bar)
         # what is there of an earlier time stays until there is something to replace it
-        with (options.out / FIGURES).open("w" if len(found) == 1 else "a", encoding="utf-8") as file:
-            for record in found[task.name].records():
-                file.write(json.dumps({"task": task.name, **record, **facts}, ensure_ascii=False) + "\n")
-        show(task.name, found[task.name])
-    panels = {name: losses(one.conditions) for name, one in found.items()}
+        records = ({"task": task.name, **record, **facts} for record in findings[task.name].records())
+        write_objects(options.out / FIGURES, records, append=len(findings) > 1)
+        show(task.name, findings[task.name])
+    panels = {name: losses(of_task.conditions) for name, of_task in findings.items()}
     (options.out / DRAWING).write_text(standalone(draw(panels)), encoding="utf-8")
     print(f"All figures are in {options.out / FIGURES}, the losses drawn in {options.out / DRAWING}.")
 
 
-def show(name: str, found: Findings) -> None:
-    """What each link costs, settings, statistics, and the verdict."""
+def show(task: str, findings: Findings) -> None:
+    """What each link costs, settings, statistics, and the diagnosis."""
     console = Console(highlight=False)
-    rates = {condition: one.rate.value for condition, one in found.conditions.items()}
-    console.print(f"[bold]{name}[/]: failures per token (a blind guess: {rates['blind']:.4f})\n")
-    table = Table("link", box=None, header_style="dim", padding=(0, 2, 0, 0))
-    for column in ("without", "with it", "costs", "95 % interval"):
-        table.add_column(column, justify="right")
-    for loss in losses(found.conditions):
+    rates = {name: condition.rate.value for name, condition in findings.conditions.items()}
+    console.print(f"[bold]{task}[/]: failures per token (a blind guess: {rates['blind']:.4f})\n")
+    grid = table("link", "without", "with it", "costs", "95 % interval")
+    for loss in losses(findings.conditions):
         before = f"{rates[loss.link.before]:.4f}" if loss.link.before else ""
         ends = f"{loss.low:.4f} to {loss.high:.4f}"
         cells = (loss.link.label, before, f"{rates[loss.link.after]:.4f}", f"[bold]{loss.value:.4f}[/]", ends)
-        table.add_row(*cells, style="red" if loss.at_fault else "")
-    console.print(table)
-    changed = ", ".join(f"{setting} {one.rate.value:.4f}" for setting, one in found.settings.items())
+        grid.add_row(*cells, style="red" if loss.at_fault else "")
+    console.print(grid)
+    changed = ", ".join(f"{setting} {tally.rate.value:.4f}" for setting, tally in findings.settings.items())
     console.print(f"\nWith one setting changed: {changed}.")
-    back = ", ".join(f"{of.replace('_', ' ')} {rate.value:.4f}" for of, rate in found.round_trip.items())
+    back = ", ".join(f"{of.replace('_', ' ')} {rate.value:.4f}" for of, rate in findings.round_trip.items())
     console.print(f"Given back by the VAE: {back}.")
-    true, made = found.decoder.values()
+    latents, (true, made) = findings.latents, findings.decoder.values()
     console.print(
-        f"First blocks: the prior's samples are spread {found.latents.ratio:.2f} times as wide as the data's latents. "
-        f"The prior's velocities should be {found.latents.slope:.2f} times as large. The decoder's margin is "
+        f"First blocks: the prior's samples are spread {latents.ratio:.2f} times as wide as the data's latents. "
+        f"The prior's velocities should be {latents.slope:.2f} times as large. The decoder's margin is "
         f"{true.margin:.1f} nats on true latents, {made.margin:.1f} on generated ones; noise of the posterior's size "
         f"changes {true.changed:.4f} and {made.changed:.4f} of the tokens."
     )
-    console.print(f"\n[bold]{escape(found.verdict.text)}[/]")
+    console.print(f"\n[bold]{escape(findings.diagnosis.text)}[/]")
     console.print(f"(A link is at fault where it surely costs more than {ALLOWED} failures per token.)\n", style="dim")

@@ -18,31 +18,30 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from statistics import fmean
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from opencola.checkpoints import card, hub, official, parts
+from opencola.checkpoints import card, hub, parts, settings
 from opencola.commands import terminal
 from opencola.errors import UserError
 from opencola.evaluation.benchmarks import answering
 from opencola.evaluation.benchmarks import hub as hub_tasks
-from opencola.evaluation.benchmarks.answering import Answers, Ask, Batch, Job, to_records
-from opencola.evaluation.benchmarks.records import RESULTS, Results, delete
+from opencola.evaluation.benchmarks.answering import Answers, Ask, ItemBatch, Job, to_records
+from opencola.evaluation.benchmarks.results_writer import RESULTS, ResultsWriter, delete
 from opencola.evaluation.benchmarks.tasks import (
     DEMONSTRATIONS,
     TASKS,
-    Record,
+    Question,
     Task,
     find_task,
     read_demonstrations,
-    read_records,
+    read_questions,
 )
 from opencola.evaluation.pool import spread
+from opencola.evaluation.screen import progress_bar, table
+from opencola.evaluation.statistics import tasks_average
 from opencola.evaluation.writing import (
     HELD_OUT_SEED,
     PROMPT_SENTENCES,
@@ -55,7 +54,7 @@ from opencola.models import build
 from opencola.models.language_model import LanguageModel
 from opencola.models.text_stream import whole_texts
 from opencola.run.export import made_with
-from opencola.text.lines import check_text
+from opencola.text.lines import check_text, write_objects
 from opencola.text.tokenizer import Tokenizer
 
 BENCHMARKS = tuple(task.name for task in TASKS)
@@ -88,20 +87,20 @@ class EvaluateFlags(terminal.ModelFlags, Generic[Settings]):
     demonstrations: Path = DEMONSTRATIONS
     """File of the demonstrations in the prompts; without it the project's own."""
     limit: int | None = None
-    """Take so many records of each benchmark at most, and so many stories (200 without it)."""
+    """Largest number of records to take of each benchmark, and number of stories (200 without it); at least 1."""
     out: Path = Path("runs/evaluate")
     """Folder for results.jsonl; the results of the same run that are there already are not made again."""
     likelihood: bool = False
     """Score the options of multiple choice, too: which has the largest log-probability, and the largest per byte."""
     scoring: Settings
-    """How they are scored: where that takes many draws, less exactly than `opencola score` does."""
+    """How options are scored: where that takes many draws, less exactly than `opencola score` does."""
     dtype: Literal["fp64", "fp32", "bf16"] = "fp64"
     """Type to compute in. With fp64 texts do not depend on what is computed together; with the others, which are faster
     on GPUs, two tokens that are nearly as probable as each other may swap with another --batch-size."""
     batch_size: int = 32
-    """Prompts to answer at a time: speed and memory alone."""
+    """Number of prompts to answer at a time: speed and memory; no record depends on it."""
     processes: int = 1
-    """Processes to share the work."""
+    """Number of processes among which the work is divided; at least 1."""
     overwrite: bool = False
     """Delete the results that are there, and start anew."""
 
@@ -146,24 +145,23 @@ def command(argv: Sequence[str]) -> None:
     }
     if options.overwrite:
         delete(options.out)
-    results = Results(options.out, header, {job.name: len(job.prompts) for job in jobs.values()})
+    results = ResultsWriter(options.out, header, {job.name: len(job.prompts) for job in jobs.values()})
     run(jobs, results, options)
     show(list(results.records()))
     print(f"All records are in {options.out / RESULTS}.")
 
 
-def run(jobs: Mapping[str, Job], results: Results, options: EvaluateFlags[Any]) -> None:
+def run(jobs: Mapping[str, Job], results: ResultsWriter, options: EvaluateFlags[Any]) -> None:
     """Make the records that are not there yet, with a bar, and then the file of results."""
-    # samples of the release's rule end together, so that each is asked alone
-    size = 1 if options.sampling.compatibility == "release" else options.batch_size
+    # samples that end together are asked alone
+    size = 1 if options.sampling.ends_together else options.batch_size
     batches = [batch for job in jobs.values() for batch in answering.make_batches(job, size)]
     # one of which anything is missing is done as a whole: what is computed together stays the same
     left = [batch for batch in batches if any((batch.job, i) not in results.lines for i in batch.ids)]
     todo = sum(len(batch.ids) for batch in left)
     total, started = len(results.keys), time.time()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     try:
-        with results.open() as draft, Progress(*columns, console=Console(stderr=True)) as progress:
+        with results.open() as draft, progress_bar() as progress:
             bar = progress.add_task("", total=total, completed=total - todo)
             for answers in spread(functools.partial(prepare, options), left, options.processes):
                 results.append(draft, to_records(jobs[answers.batch.job], answers))
@@ -173,8 +171,7 @@ def run(jobs: Mapping[str, Job], results: Results, options: EvaluateFlags[Any]) 
     results.finish()
     if left:
         timing = {"seconds": time.time() - started, "records": todo, "batch_size": size, "processes": options.processes}
-        with (options.out / TIMING).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(timing | {"threads": torch.get_num_threads()}) + "\n")
+        write_objects(options.out / TIMING, [timing | {"threads": torch.get_num_threads()}], append=True)
 
 
 def make_jobs(options: EvaluateFlags[Any], tokenizer: Tokenizer) -> tuple[dict[str, Job], dict[str, dict[str, Any]]]:
@@ -212,7 +209,7 @@ def make_jobs(options: EvaluateFlags[Any], tokenizer: Tokenizer) -> tuple[dict[s
     return jobs, facts
 
 
-def find_records(options: EvaluateFlags[Any], task: Task) -> tuple[list[Record], str, bytes]:
+def find_records(options: EvaluateFlags[Any], task: Task) -> tuple[list[Question], str, bytes]:
     """A task's records, where they are from, and what tells them from others. Errors as `make_jobs`."""
     assert options.data is not None
     if options.data == HUB:
@@ -221,7 +218,7 @@ def find_records(options: EvaluateFlags[Any], task: Task) -> tuple[list[Record],
     file = options.data / f"{task.name}.jsonl"
     if not file.is_file():
         raise FileNotFoundError(f"no such file: {file}; put the records of {task.title} there, or choose --tasks")
-    return read_records(options.data, task)[: options.limit], str(file), file.read_bytes()
+    return read_questions(options.data, task)[: options.limit], str(file), file.read_bytes()
 
 
 def digest(text: str) -> str:
@@ -231,7 +228,7 @@ def digest(text: str) -> str:
 
 def hash_model(folder: Path) -> str:
     """SHA-256 over the names and the SHA-256 of a model's files: weights, their configurations, the tokenizer."""
-    told = {official.EXTRAS, card.FACTS, card.CARD}  # settings are in the results, and words change nothing
+    told = {settings.EXTRAS, card.FACTS, card.CARD}  # settings are in the results, and words change nothing
     names = [file.relative_to(folder).as_posix() for file in folder.rglob("*")]
     kept = [name for name in names if name not in told and any(fnmatchcase(name, pattern) for pattern in hub.FILES)]
     lines = []
@@ -241,7 +238,7 @@ def hash_model(folder: Path) -> str:
     return digest("\n".join(lines))
 
 
-def prepare(options: EvaluateFlags[Any]) -> Callable[[Batch], Answers]:
+def prepare(options: EvaluateFlags[Any]) -> Callable[[ItemBatch], Answers]:
     """What a process does with a batch, its model loaded."""
     if options.processes > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // options.processes))
@@ -249,7 +246,7 @@ def prepare(options: EvaluateFlags[Any]) -> Callable[[Batch], Answers]:
     model.to(DTYPES[options.dtype]).requires_grad_(False)
     score = functools.partial(score_options, model, tokenizer, options.scoring) if options.likelihood else None
 
-    def work(batch: Batch) -> Answers:
+    def work(batch: ItemBatch) -> Answers:
         budget = batch.max_new_tokens or options.sampling.max_new_tokens
         settings = replace(options.sampling, max_new_tokens=budget)
 
@@ -264,8 +261,8 @@ def prepare(options: EvaluateFlags[Any]) -> Callable[[Batch], Answers]:
 def describe(options: EvaluateFlags[Any]) -> dict[str, Any]:
     """What is to be told of how options are scored: what a score says of itself."""
     model, tokenizer = hub.load(options.model)
-    found = model.score([[tokenizer.eos_id]], [[tokenizer.eos_id]], options.scoring, pad_id=tokenizer.eos_id)
-    return {"estimator": found.estimator, "kind": found.kind, "settings": asdict(options.scoring)}
+    score = model.score([[tokenizer.eos_id]], [[tokenizer.eos_id]], options.scoring, pad_id=tokenizer.eos_id)
+    return {"estimator": score.estimator, "kind": score.kind, "settings": asdict(options.scoring)}
 
 
 def score_options(
@@ -278,20 +275,18 @@ def score_options(
     """Log-probability of each continuation after its prompt, in nats; no end of text is scored behind it."""
     prompts, continuations = ([tokenizer.encode(text) for text in texts] for texts in zip(*pairs, strict=True))
     # as in `opencola score`: only ends of text fill up a block as if nothing followed
-    found = model.score(prompts, continuations, settings, pad_id=tokenizer.eos_id, ids=ids)
-    return [nats.item() for nats in found.total]
+    score = model.score(prompts, continuations, settings, pad_id=tokenizer.eos_id, ids=ids)
+    return [nats.item() for nats in score.total]
 
 
 def show(records: Sequence[dict[str, Any]]) -> None:
     """The share of right records of each task as a table, and the benchmarks' average."""
-    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
-    for title in ("task", "", "%", "95 % interval", "records"):
-        table.add_column(title, justify="left" if title in ("task", "") else "right")
+    grid = table("task", "", "%", "95 % interval", "records", words=(0, 1))
     shares = answering.summary(records)
-    for (task, title), one in shares.items():
-        interval = f"{100 * one.low:.2f} to {100 * one.high:.2f}"
-        table.add_row(task, title, f"{100 * one.value:.2f}", interval, str(one.count))
-    Console(highlight=False).print(table)
-    right = [one.value for (task, title), one in shares.items() if task in BENCHMARKS and title == answering.RIGHT]
+    for (task, title), share in shares.items():
+        interval = f"{100 * share.low:.2f} to {100 * share.high:.2f}"
+        grid.add_row(task, title, f"{100 * share.value:.2f}", interval, str(share.count))
+    Console(highlight=False).print(grid)
+    right = [share for (task, title), share in shares.items() if task in BENCHMARKS and title == answering.RIGHT]
     if right:
-        print(f"tasks average: {100 * fmean(right):.2f} ({len(right)} of the {len(BENCHMARKS)} benchmarks)")
+        print(f"tasks average: {100 * tasks_average(right):.2f} ({len(right)} of the {len(BENCHMARKS)} benchmarks)")

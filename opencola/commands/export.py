@@ -26,7 +26,7 @@ class ExportFlags:
     model: Path
     """Folder of a finished run or of a model, or a repository of the Hugging Face Hub (OWNER/NAME)."""
     to: Path
-    """Folder to write to."""
+    """Folder to write the model to."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Type of the stored weights; bf16 halves their size."""
     license: str = "apache-2.0"
@@ -34,7 +34,7 @@ class ExportFlags:
     push: str | None = None
     """Repository of the Hugging Face Hub (OWNER/NAME) to upload to, too; it is made if it is not there."""
     private: bool = False
-    """Make that a private one."""
+    """Make that repository a private one."""
 
 
 def command(argv: Sequence[str]) -> None:

@@ -11,7 +11,6 @@ examples:
 
 import contextlib
 import itertools
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from opencola.commands.terminal import ModelFlags, read_flags, show
 from opencola.errors import UserError
 from opencola.models.language_model import LanguageModel
 from opencola.models.text_stream import TextPiece, generate_text
-from opencola.text.lines import check_text, parse_json, read_lines
+from opencola.text.lines import append_objects, check_text, parse_json, read_lines
 from opencola.text.tokenizer import Tokenizer
 
 
@@ -33,13 +32,13 @@ class GenerateFlags(ModelFlags):
     """What to continue, and where to keep it."""
 
     prompt: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
-    """Texts to continue (to answer, with --chat)."""
+    """A text to continue (to answer, with --chat); may be given several times."""
     prompts_file: Path | None = None
-    """More of them: a .txt file with one in each line, or a .jsonl file of objects with a field `prompt`."""
+    """File of further prompts: a .txt file with one in each line, or a .jsonl file of objects with a field `prompt`."""
     jsonl: Path | None = None
     """Write prompts, continuations and settings into this file, one JSON object in a line."""
     batch_size: int = 16
-    """Prompts to continue at a time; the texts do not depend on it."""
+    """Number of prompts to continue at a time: speed and memory; the texts do not depend on it."""
 
 
 def command(argv: Sequence[str]) -> None:
@@ -105,8 +104,7 @@ def write_batch(
                 "settings": asdict(options.sampling),
                 "model": str(options.model),
             }
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            file.flush()
+            append_objects(file, [record])
 
 
 def read_prompts(file: Path) -> list[str]:

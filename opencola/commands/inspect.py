@@ -8,7 +8,6 @@ examples:
   opencola inspect "The fox ran to the hill." --model runs/demo --tokens 1 4 --guidance 1 --out runs/demo/fox
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,7 +18,6 @@ import torch
 import tyro
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from opencola.checkpoints.hub import load_cola, title
 from opencola.commands.terminal import ModelFlags, read_flags
@@ -27,8 +25,10 @@ from opencola.errors import UserError
 from opencola.evaluation.figures import standalone
 from opencola.evaluation.latents.slices import slices
 from opencola.evaluation.latents.tokens import Seen, inspect_tokens, slice_of
+from opencola.evaluation.screen import table
+from opencola.evaluation.statistics import standard_error
 from opencola.flow.likelihood import Likelihood
-from opencola.text.lines import check_text
+from opencola.text.lines import check_text, write_objects
 
 FIGURES, DRAWING = "inspect.jsonl", "slice.svg"
 DRAWN = 3
@@ -39,15 +39,16 @@ class InspectFlags(ModelFlags):
     """What to look at. Of the settings of generation, those of the solver and of guidance count, and the seed."""
 
     text: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TEXT")] = ""
-    """The text."""
+    """The text to look at."""
     samples: int = 32
-    """Samples of posterior and prior, and probes, of every block."""
+    """Number of samples of the posterior, of samples of the prior, and of probes, of every block; at least 2."""
     probe: float = 0.5
-    """Standard deviation of the noise on posterior means that makes probes of them."""
+    """Standard deviation of the noise that makes probes of posterior means, in units of normalised latents; 0 or
+    more."""
     tokens: tuple[int, ...] = ()
     """Numbers of the tokens to draw, from 0 on; without it the three that the prior hits least."""
     density: Likelihood = field(default_factory=Likelihood)
-    """Computation of the prior's densities."""
+    """How the prior's densities are computed."""
     contours: bool = False
     """Draw the prior's density into the slices, too: a minute for each token."""
     out: Path = Path("runs/inspect")
@@ -75,24 +76,23 @@ def command(argv: Sequence[str]) -> None:
         raise UserError(f"{options.model} has latents of one channel, which no plane cuts")
     options.out.mkdir(parents=True, exist_ok=True)
     with Console(stderr=True).status(f"sampling {options.samples} times {len(ids)} tokens"):
-        found, seen = inspect_tokens(
+        inspection, seen = inspect_tokens(
             model, tokenizer, ids, options.samples, options.sampling, options.probe, options.density
         )
-        drawn = options.tokens or [one.number for one in sorted(seen, key=lambda one: one.prior_hit.value)[:DRAWN]]
+        least_hit = sorted(seen, key=lambda token: token.prior_hit.value)[:DRAWN]
+        drawn = options.tokens or [token.number for token in least_hit]
         density = options.density if options.contours else None
-        drawing = slices([slice_of(model, tokenizer, seen[number], found, density) for number in sorted(drawn)])
+        drawing = slices([slice_of(model, tokenizer, seen[number], inspection, density) for number in sorted(drawn)])
     facts: dict[str, Any] = {
         "samples": options.samples, "probe": options.probe, "seed": options.sampling.seed,
         "model": title(options.model), "settings": asdict(options.sampling), "density": asdict(options.density),
     }  # fmt: skip
-    with (options.out / FIGURES).open("w", encoding="utf-8") as file:
-        for one in seen:
-            file.write(json.dumps({**asdict(one), **facts}, ensure_ascii=False) + "\n")
+    write_objects(options.out / FIGURES, ({**asdict(token), **facts} for token in seen))
     (options.out / DRAWING).write_text(standalone(drawing), encoding="utf-8")
     show(seen)
-    elbo = found.elbo(len(ids))
+    elbo = inspection.elbo(len(ids))
     print(
-        f"ELBO {float(elbo.mean()):.1f} nats (standard error {float(elbo.std() / len(elbo) ** 0.5):.1f}), "
+        f"ELBO {float(elbo.mean()):.1f} nats (standard error {standard_error(elbo):.1f}), "
         f"perplexity {float(torch.exp(-elbo.mean() / len(ids))):.4g}: {len(elbo)} samples, {options.density.label()}."
     )
     print(f"All figures are in {options.out / FIGURES}, the latents of {len(drawn)} tokens in {options.out / DRAWING}.")
@@ -100,21 +100,17 @@ def command(argv: Sequence[str]) -> None:
 
 def show(seen: Sequence[Seen]) -> None:
     """A line for each token, and means."""
-    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
-    shares = ("posterior hit", "prior hit", "probe success")
-    for column in ("", "token", "generated", "log q(z|x)", "log p(z)", "log p(x|z)", *shares):
-        word = column in ("token", "generated")
-        table.add_column(column, justify="left" if word else "right", no_wrap=word or not column)
-    for one in seen:
-        same = one.token == one.generated
-        rates = (f"{rate.value:.2f}" for rate in (one.posterior_hit, one.prior_hit, one.probe_success))
-        table.add_row(
-            str(one.number), escape(repr(one.token)), f"[{'green' if same else 'red'}]{escape(repr(one.generated))}[/]",
-            f"{one.log_posterior:.2f}", f"{one.log_prior:.2f}", f"{one.log_decoder:.3f}", *rates,
+    heads = ("", "token", "generated", "log q(z|x)", "log p(z)", "log p(x|z)")
+    grid = table(*heads, "posterior hit", "prior hit", "probe success", words=(1, 2), whole=(0, 1, 2))
+    for token in seen:
+        colour = "green" if token.token == token.generated else "red"
+        rates = (f"{rate.value:.2f}" for rate in (token.posterior_hit, token.prior_hit, token.probe_success))
+        grid.add_row(
+            str(token.number), escape(repr(token.token)), f"[{colour}]{escape(repr(token.generated))}[/]",
+            f"{token.log_posterior:.2f}", f"{token.log_prior:.2f}", f"{token.log_decoder:.3f}", *rates,
         )  # fmt: skip
-    logs = [np.mean([getattr(one, name) for one in seen]) for name in ("log_posterior", "log_prior", "log_decoder")]
+    logs = [np.mean([getattr(token, name) for token in seen]) for name in ("log_posterior", "log_prior", "log_decoder")]
     hits = ("posterior_hit", "prior_hit", "probe_success")
-    means = [np.mean([getattr(one, name).value for one in seen]) for name in hits]
-    table.add_section()
-    table.add_row("", "mean", "", *(f"{x:.3g}" for x in logs), *(f"{x:.3f}" for x in means), style="bold")
-    Console(highlight=False).print(table)
+    means = [np.mean([getattr(token, name).value for token in seen]) for name in hits]
+    grid.add_row("", "mean", "", *(f"{x:.3g}" for x in logs), *(f"{x:.3f}" for x in means), style="bold")
+    Console(highlight=False).print(grid)

@@ -11,14 +11,12 @@ examples:
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from torch import Tensor
 
 from opencola.checkpoints import official
@@ -26,15 +24,17 @@ from opencola.checkpoints.hub import SHIPPED, check_vocabulary, locate, title
 from opencola.data.corpus import Corpus, CorpusConfig
 from opencola.errors import UserError
 from opencola.evaluation.figures import standalone
-from opencola.evaluation.latents import report
 from opencola.evaluation.latents.figure import overview
+from opencola.evaluation.latents.measures import entries
 from opencola.evaluation.latents.reconstruction import Documents, pack_documents
-from opencola.evaluation.latents.report import Entry
 from opencola.evaluation.latents.robustness import VAE, join, measure
+from opencola.evaluation.screen import progress_bar, table
+from opencola.evaluation.statistics import Entry
 from opencola.evaluation.writing import held_out
 from opencola.layers import randomness
 from opencola.layers.device import device
 from opencola.run import flags
+from opencola.text.lines import write_objects
 from opencola.text.tokenizer import Tokenizer
 from opencola.vae.text_vae import TextVAE
 
@@ -57,11 +57,11 @@ class LatentsFlags:
     length: int = 64
     """Tokens of a sequence, where there is --data; best the data.length of the training. A story is one sequence."""
     sequences: int = 200
-    """Sequences to measure."""
+    """Number of sequences to measure; at least 1."""
     seed: int = 0
     """Seed of the order of the data and of all noise."""
     batch_size: int = 50
-    """Sequences at a time; no figure depends on it."""
+    """Number of sequences to compute at a time: speed and memory; no figure depends on it."""
     out: Path = Path("runs/latents")
     """Folder for latents.jsonl and latents.svg; older ones there are replaced."""
 
@@ -79,7 +79,7 @@ def command(argv: Sequence[str]) -> None:
     check_vocabulary(tokenizer, vae.config.vocab_size, options.model)
     documents = read_documents(options, tokenizer, vae)
     options.out.mkdir(parents=True, exist_ok=True)
-    found = examine(vae, documents, options)
+    figures = examine(vae, documents, options)
     facts = {
         "model": title(options.model),
         "data": options.data or STORIES,
@@ -87,9 +87,9 @@ def command(argv: Sequence[str]) -> None:
         "patch_size": vae.config.patch_size,
         "seed": options.seed,
     }
-    report.write(options.out / FIGURES, found, facts)
-    (options.out / DRAWING).write_text(standalone(overview(found)), encoding="utf-8")
-    show(found, facts)
+    write_objects(options.out / FIGURES, ({**asdict(entry), **facts} for entry in figures))
+    (options.out / DRAWING).write_text(standalone(overview(figures)), encoding="utf-8")
+    show(figures, facts)
     print(f"All figures are in {options.out / FIGURES}, drawn in {options.out / DRAWING}.")
 
 
@@ -128,8 +128,7 @@ def examine(vae: TextVAE, documents: Documents, options: LatentsFlags) -> list[E
 
     measured = VAE(encode, vae.decode, vae.config.latent_shift, vae.config.latent_scale)
     placed = Documents(documents.tokens.to(device()), documents.scored.to(device()))
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True) as bar:
+    with progress_bar(transient=True) as bar:
         batches = math.ceil(len(documents.tokens) / options.batch_size)
         parts = bar.track(
             measure(placed, measured, draw, batch_size=options.batch_size), batches, description="decoding"
@@ -137,7 +136,7 @@ def examine(vae: TextVAE, documents: Documents, options: LatentsFlags) -> list[E
         result = join(list(parts))
     if not (result.posteriors.mean.isfinite().all() and result.posteriors.variance.isfinite().all()):
         raise UserError(f"the latents of {options.model} are not finite: its weights are damaged, or diverged")
-    return report.entries(result, documents, measured, draw)
+    return entries(result, documents, measured, draw)
 
 
 SUMMARY = (
@@ -146,34 +145,26 @@ SUMMARY = (
 )  # fmt: skip
 
 
-def show(found: Sequence[Entry], facts: Mapping[str, object]) -> None:
+def show(figures: Sequence[Entry], facts: Mapping[str, object]) -> None:
     """The figures as tables; those of single channels are left to the file."""
     console = Console(highlight=False)
-    named = {(entry.name, entry.at): entry for entry in found}
+    named = {(entry.name, entry.at): entry for entry in figures}
     heading = f"{facts['model']}: {facts['sequences']} sequences of {facts['data']}, seed {facts['seed']}"
     console.print(f"[bold]{escape(heading)}[/]\n")
-    summary = table("", "value", "95 % interval", "unit", "what it says")
+    summary = table("", "value", "95 % interval", "unit", "what it says", words=(0, 3, 4))
     for entry in (named[name, None] for name in SUMMARY):
         value = f"[bold]{entry.value:.4g}[/]"
         summary.add_row(entry.name.replace("_", " "), value, interval(entry), entry.unit, entry.label)
-    path = table("t", "right from z_t", "95 % interval", "right from z_t / (1 - t)", "95 % interval")
-    mean = table("s", "right from posterior mean + s noise", "95 % interval")
+    path = table("t", "right from z_t", "95 % interval", "right from z_t / (1 - t)", "95 % interval", words=())
+    mean = table("s", "right from posterior mean + s noise", "95 % interval", words=())
     for shown, kinds in ((path, ("path", "rescaled")), (mean, ("mean",))):
-        for at in (entry.at for entry in found if entry.name == f"accuracy_{kinds[0]}"):
+        for at in (entry.at for entry in figures if entry.name == f"accuracy_{kinds[0]}"):
             cells = [named.get((f"accuracy_{kind}", at)) for kind in kinds]
             texts = [(f"[bold]{cell.value:.4f}[/]", interval(cell)) if cell else ("", "") for cell in cells]
             shown.add_row(f"{at:.1f}", *itertools.chain(*texts))
-    for one in (summary, path, mean):
-        console.print(one)
+    for grid in (summary, path, mean):
+        console.print(grid)
         console.print()
-
-
-def table(*columns: str) -> Table:
-    """An empty table; words stand on the left of their column, numbers on the right."""
-    made = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
-    for column in columns:
-        made.add_column(column, justify="left" if column in ("", "unit", "what it says") else "right")
-    return made
 
 
 def interval(entry: Entry) -> str:

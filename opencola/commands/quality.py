@@ -9,7 +9,6 @@ examples:
   opencola quality --model runs/demo --temperatures 0 0.5 1 --num-samples 100 --prompted --out runs/demo/quality
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,8 +16,6 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from opencola.checkpoints.hub import load, title
 from opencola.commands.terminal import ModelFlags, read_flags
@@ -28,12 +25,14 @@ from opencola.evaluation.likelihood import read_pairs
 from opencola.evaluation.quality import judge as judges
 from opencola.evaluation.quality.figure import Frontier, frontier
 from opencola.evaluation.quality.judge import Judge
-from opencola.evaluation.quality.measures import Judged, Written, by_temperature, entries, to_record
+from opencola.evaluation.quality.measures import Written, by_temperature, entries, to_record
+from opencola.evaluation.screen import progress_bar, table
 from opencola.evaluation.writing import PROMPT_SENTENCES, held_out
 from opencola.models.language_model import LanguageModel
 from opencola.models.samples import first_words
 from opencola.models.sampling import Sampling
 from opencola.models.text_stream import TextPiece, generate_text
+from opencola.text.lines import append_objects, write_objects
 from opencola.text.tokenizer import Tokenizer
 
 STORIES = "stories"
@@ -45,9 +44,9 @@ class QualityFlags(ModelFlags):
     """What to write, and what to compare it with. --temperatures are in place of the --temperature below."""
 
     temperatures: tuple[float, ...] = (0.5, 0.7, 1.0)
-    """Temperatures of the token choice; the noise is the same for all."""
+    """Temperatures of the token choice, different numbers from 0 on; the noise is the same for all."""
     num_samples: int = 200
-    """Texts to write at each; distinct n-grams and mauve_ngram depend on how many there are."""
+    """Number of texts to write at each temperature; distinct n-grams and mauve_ngram depend on it."""
     judge: str | None = None
     """Causal language model whose perplexity is measured: a folder with config.json and tokenizer.json, or a repository
     of the Hugging Face Hub, such as openai-community/gpt2."""
@@ -57,7 +56,7 @@ class QualityFlags(ModelFlags):
     prompted: bool = False
     """Begin each sample as a text of the first half begins: with two sentences of a story, else with 8 words."""
     batch_size: int = 16
-    """Texts to write at a time; they do not depend on it."""
+    """Number of texts to write at a time: speed and memory; the texts do not depend on it."""
     out: Path = Path("runs/quality")
     """Folder for samples.jsonl, quality.jsonl and quality.svg; older ones there are replaced."""
 
@@ -71,7 +70,7 @@ class QualityFlags(ModelFlags):
 
 
 @dataclass(frozen=True)
-class Text:
+class ReferenceText:
     """A reference text in two parts, of which the first is a prompt, maybe ""."""
 
     prompt: str
@@ -90,41 +89,36 @@ def command(argv: Sequence[str]) -> None:
     for name in (FIGURES, DRAWING):  # would be of other samples, if this is interrupted
         (options.out / name).unlink(missing_ok=True)
     like, held_out_texts = texts[: options.num_samples], texts[options.num_samples :]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     samples: list[Written] = []
-    with (
-        (options.out / SAMPLES).open("w", encoding="utf-8") as file,
-        Progress(*columns, console=Console(stderr=True)) as bar,
-    ):
+    with (options.out / SAMPLES).open("w", encoding="utf-8", newline="\n") as file, progress_bar() as bar:
         for temperature in (None, *options.temperatures):
             name = "held-out texts" if temperature is None else f"temperature {temperature:g}"
             for first in bar.track(range(0, options.num_samples, options.batch_size), description=name):
                 ids = range(first, min(first + options.batch_size, options.num_samples))
                 if temperature is None:
-                    some = [cut(tokenizer, held_out_texts[i], i, options.sampling) for i in ids]
+                    batch = [cut(tokenizer, held_out_texts[i], i, options.sampling) for i in ids]
                 else:
                     settings = replace(options.sampling, temperature=temperature)
-                    some = write_texts(model, tokenizer, [like[i].prompt for i in ids], ids, settings)
-                some = some if judge is None else judged(judge, some)
-                samples += some
-                file.writelines(json.dumps(to_record(sample), ensure_ascii=False) + "\n" for sample in some)
-                file.flush()
-    wholes = [one.prompt + cut(tokenizer, one, i, options.sampling).text for i, one in enumerate(like)]
-    found = {
-        temperature: entries(some, wholes, options.reference == STORIES)
-        for temperature, some in by_temperature(samples).items()
+                    batch = write_texts(model, tokenizer, [like[i].prompt for i in ids], ids, settings)
+                batch = batch if judge is None else judged(judge, batch)
+                samples += batch
+                append_objects(file, map(to_record, batch))
+    wholes = [text.prompt + cut(tokenizer, text, i, options.sampling).text for i, text in enumerate(like)]
+    figures = {
+        temperature: entries(group, wholes, options.reference == STORIES)
+        for temperature, group in by_temperature(samples).items()
     }
-    keep(found, options)
-    show(found, options)
+    keep(figures, options)
+    show(figures, options)
 
 
-def read_texts(options: QualityFlags) -> list[Text]:
+def read_texts(options: QualityFlags) -> list[ReferenceText]:
     """Twice as many reference texts as samples. Raises UserError where there are fewer, and as `score.read_pairs`."""
     count = 2 * options.num_samples
     if options.reference == STORIES:
         stories = held_out(count)
         prompts = [" ".join(tale.sentences[:PROMPT_SENTENCES]) if options.prompted else "" for tale in stories]
-        return [Text(prompt, tale.text[len(prompt) :]) for prompt, tale in zip(prompts, stories, strict=True)]
+        return [ReferenceText(prompt, tale.text[len(prompt) :]) for prompt, tale in zip(prompts, stories, strict=True)]
     texts = [pair.prompt + pair.continuation for pair in read_pairs(Path(options.reference))]
     if len(texts) < count:
         raise UserError(
@@ -132,10 +126,10 @@ def read_texts(options: QualityFlags) -> list[Text]:
             "are needed"
         )
     prompts = [first_words(text) if options.prompted else "" for text in texts[:count]]
-    return [Text(prompt, text[len(prompt) :]) for prompt, text in zip(prompts, texts, strict=False)]
+    return [ReferenceText(prompt, text[len(prompt) :]) for prompt, text in zip(prompts, texts, strict=False)]
 
 
-def cut(tokenizer: Tokenizer, text: Text, number: int, sampling: Sampling) -> Written:
+def cut(tokenizer: Tokenizer, text: ReferenceText, number: int, sampling: Sampling) -> Written:
     """A reference text as if it had been written, cut to as many tokens as a model may write."""
     ids = tokenizer.encode(text.rest)[: sampling.max_new_tokens]
     return Written(None, number, text.prompt, tokenizer.decode(ids), tuple(ids))
@@ -145,10 +139,10 @@ def write_texts(
     model: LanguageModel, tokenizer: Tokenizer, prompts: Sequence[str], ids: Sequence[int], sampling: Sampling
 ) -> list[Written]:
     """What the model writes after prompts, noise being that of the samples `ids`."""
-    found: list[list[TextPiece]] = [[] for _ in ids]
+    written: list[list[TextPiece]] = [[] for _ in ids]
     for pieces in generate_text(model, tokenizer, prompts, sampling, ids):
         for piece in pieces:
-            found[piece.sample].append(piece)
+            written[piece.sample].append(piece)
     return [
         Written(
             sampling.temperature,
@@ -157,20 +151,17 @@ def write_texts(
             "".join(piece.text for piece in pieces),
             tuple(token for piece in pieces for token in piece.tokens),
         )
-        for number, prompt, pieces in zip(ids, prompts, found, strict=True)
+        for number, prompt, pieces in zip(ids, prompts, written, strict=True)
     ]
 
 
 def judged(judge: Judge, samples: Sequence[Written]) -> list[Written]:
-    """The samples with the judge's verdicts."""
-    verdicts = judge([sample.prompt for sample in samples], [sample.text for sample in samples])
-    return [
-        replace(sample, judge=Judged(judge.name, verdict.nats, verdict.tokens, verdict.bytes))
-        for sample, verdict in zip(samples, verdicts, strict=True)
-    ]
+    """The samples with the judge's judgements."""
+    judgements = judge([sample.prompt for sample in samples], [sample.text for sample in samples])
+    return [replace(sample, judge=judgement) for sample, judgement in zip(samples, judgements, strict=True)]
 
 
-def keep(found: Frontier, options: QualityFlags) -> None:
+def keep(figures: Frontier, options: QualityFlags) -> None:
     """Write all figures and, where there is a judge, the drawing."""
     facts = {
         "record": "figure",
@@ -181,27 +172,29 @@ def keep(found: Frontier, options: QualityFlags) -> None:
         "prompted": options.prompted,
         "settings": asdict(options.sampling),
     }
-    with (options.out / FIGURES).open("w", encoding="utf-8") as out:
-        for temperature, some in found.items():
-            records = ({**facts, "temperature": temperature, **asdict(entry)} for entry in some)
-            out.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    write_objects(
+        options.out / FIGURES,
+        (
+            {**facts, "temperature": temperature, **asdict(entry)}
+            for temperature, group in figures.items()
+            for entry in group
+        ),
+    )
     if options.judge is not None:
-        drawing = standalone(frontier({title(options.model): found}))
+        drawing = standalone(frontier({title(options.model): figures}))
         (options.out / DRAWING).write_text(drawing, encoding="utf-8")
 
 
-def show(found: Frontier, options: QualityFlags) -> None:
+def show(figures: Frontier, options: QualityFlags) -> None:
     """A column of figures for each temperature."""
-    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
-    table.add_column("", no_wrap=True)
-    for temperature in found:
-        table.add_column("held-out" if temperature is None else f"{temperature:g}", justify="right")
-    table.add_column("unit", no_wrap=True)
-    columns = [{entry.name: entry for entry in some} for some in found.values()]
-    for name, unit in {entry.name: entry.unit for some in found.values() for entry in some}.items():
+    heads = ["held-out" if temperature is None else f"{temperature:g}" for temperature in figures]
+    ends = (0, len(heads) + 1)
+    grid = table("", *heads, "unit", words=ends, whole=ends)
+    columns = [{entry.name: entry for entry in group} for group in figures.values()]
+    for name, unit in {entry.name: entry.unit for group in figures.values() for entry in group}.items():
         cells = [f"{column[name].value:.4g}" if name in column else "" for column in columns]
-        table.add_row(name.replace("_", " "), *cells, unit)
+        grid.add_row(name.replace("_", " "), *cells, unit)
     console = Console(highlight=False)
     console.print(f"[bold]{escape(title(options.model))}[/]: {options.num_samples} samples at each temperature\n")
-    console.print(table)
+    console.print(grid)
     print(f"\nSamples and all figures with their intervals are in {options.out}.")

@@ -9,7 +9,6 @@ examples:
   opencola report cola.jsonl ar.jsonl llada.jsonl --out runs/comparison
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from rich.markup import escape
 from rich.table import Table as Grid
 
 from opencola.errors import UserError
+from opencola.evaluation import screen
 from opencola.evaluation.figures import standalone
 from opencola.evaluation.reporting.accuracy_figure import accuracies
 from opencola.evaluation.reporting.results import read_results
@@ -28,6 +28,7 @@ from opencola.evaluation.reporting.results_page import render_html, render_markd
 from opencola.evaluation.reporting.summary import Summary, rows, summarise, warnings
 from opencola.evaluation.reporting.tables import Table, tables
 from opencola.run import flags
+from opencola.text.lines import write_objects
 
 PAGE, TEXT, DRAWING, FIGURES = "results.html", "results.md", "accuracies.svg", "summary.jsonl"
 
@@ -55,10 +56,10 @@ def command(argv: Sequence[str]) -> None:
         PAGE: render_html(summaries),
         TEXT: render_markdown(summaries, DRAWING),
         DRAWING: standalone(drawing),
-        FIGURES: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows(summaries)),
     }
     for name, text in texts.items():
         (options.out / name).write_text(text, encoding="utf-8")
+    write_objects(options.out / FIGURES, rows(summaries))
     show(summaries)
     print(f"The page is {options.out / PAGE}; beside it: {TEXT}, {DRAWING}, {FIGURES}.")
 
@@ -88,12 +89,13 @@ def show(summaries: Sequence[Summary]) -> None:
 
 def grid(table: Table) -> Grid:
     """A table for the terminal; groups stand above the first of their columns."""
-    made = Grid(box=None, header_style="dim", padding=(0, 2, 0, 0))
     alone = len(table.columns) - sum(size for _, size in table.groups)
     above = [""] * alone + [name if i == 0 else "" for name, size in table.groups for i in range(size)]
-    for number, (group, column) in enumerate(zip(above, table.columns, strict=True)):
-        head = f"{group}\n{column}" if table.groups else column
-        made.add_column(escape(head), justify="left" if number == 0 else "right")
+    heads = [
+        escape(f"{group}\n{column}" if table.groups else column)
+        for group, column in zip(above, table.columns, strict=True)
+    ]
+    made = screen.table(*heads)
     for row in table.rows:
         made.add_row(*map(escape, row))
     return made

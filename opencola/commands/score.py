@@ -10,7 +10,6 @@ examples:
 """
 
 import contextlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +17,16 @@ from typing import Annotated, Any, Generic, TypeVar
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from opencola.checkpoints import hub
 from opencola.checkpoints import parts as layout
 from opencola.commands import terminal
 from opencola.errors import UserError
 from opencola.evaluation.likelihood import read_pairs, score_pairs, together, total
+from opencola.evaluation.screen import progress_bar, table
 from opencola.models import build
 from opencola.run import flags
+from opencola.text.lines import append_objects
 
 Settings = TypeVar("Settings")
 
@@ -45,9 +44,9 @@ class ScoreFlags(Generic[Settings]):
     jsonl: Path | None = None
     """Write all figures into this file, one JSON object in a line."""
     end_of_text: bool = True
-    """Score the end-of-text token behind every text, too."""
+    """Score the end-of-text token behind every text, too: its log-probability and one token more count."""
     scoring: tyro.conf.OmitArgPrefixes[Settings]
-    """How."""
+    """How log-probabilities are computed: settings of the model's family."""
 
 
 def command(argv: Sequence[str]) -> None:
@@ -62,7 +61,6 @@ def command(argv: Sequence[str]) -> None:
         raise UserError(f"{options.jsonl} holds the texts: choose another file for --jsonl")
     model, tokenizer = hub.load(options.model)
     model.requires_grad_(False)  # a graph of the latents only
-    columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     records: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack:
         stack.callback(show, records, len(pairs))  # what is done, after Ctrl-C too
@@ -70,16 +68,15 @@ def command(argv: Sequence[str]) -> None:
         if options.jsonl is not None:
             options.jsonl.parent.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(options.jsonl.open("w", encoding="utf-8"))
-        bar = stack.enter_context(Progress(*columns, console=Console(stderr=True)))
-        task = bar.add_task("", total=len(pairs))
+        bar = stack.enter_context(progress_bar())
+        task = bar.add_task("scoring", total=len(pairs))
         for ids in together(pairs, options.scoring.texts_at_a_time):
-            some = [pairs[i] for i in ids]
-            for record in score_pairs(model, tokenizer, some, ids, options.scoring, options.end_of_text):
+            batch = [pairs[i] for i in ids]
+            for record in score_pairs(model, tokenizer, batch, ids, options.scoring, options.end_of_text):
                 record["model"] = str(options.model)
                 records.append(record)
                 if file is not None:
-                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
-                    file.flush()
+                    append_objects(file, [record])
             bar.advance(task, len(ids))
 
 
@@ -93,14 +90,12 @@ def show(records: Sequence[dict[str, Any]], asked: int) -> None:
     for kind, label in sorted(labels):
         what = f"; {' + '.join(terms)} = {sums.get('elbo', 'log p')}" if terms else ""
         print(f"log p in nats, {kind}: {label}{what}")
-    table = Table(box=None, padding=(0, 1), pad_edge=False)
-    for name in ("id", "tokens", "log p", "±", *sums.values(), *terms, "ppl", "bits/byte"):
-        table.add_column(name, justify="right")
+    grid = table("id", "tokens", "log p", "±", *sums.values(), *terms, "ppl", "bits/byte", words=())
     for record in [*records, *([total(records)] if len(records) > 1 else [])]:
         values = [record["log_probability"], record["standard_error"], *(record[name] for name in sums)]
         values += [*record["parts"].values(), record["perplexity"], record["bits_per_byte"]]
         shown = ["-" if value is None else f"{value:,.2f}" for value in values]
-        table.add_row(str(record["id"]), str(record["num_tokens"]), *shown)
-    Console().print(table)
+        grid.add_row(str(record["id"]), str(record["num_tokens"]), *shown)
+    Console(highlight=False).print(grid)
     if len(records) < asked:
         print(f"{len(records)} of {asked} texts")

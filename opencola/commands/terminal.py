@@ -8,8 +8,10 @@ from typing import Any
 
 import tyro
 
-from opencola.checkpoints import official
 from opencola.checkpoints.hub import SHIPPED, locate
+from opencola.checkpoints.settings import load_sampling
+from opencola.errors import UserError
+from opencola.models import build
 from opencola.models.sampling import Sampling
 from opencola.run import flags
 
@@ -24,8 +26,8 @@ class ModelFlags:
     model: Path = SHIPPED
     """Folder of a run or of an exported model, or a repository of the Hugging Face Hub (OWNER/NAME); without it the
     model that comes with the package writes."""
-    sampling: tyro.conf.OmitArgPrefixes[Sampling] = field(default_factory=Sampling)
-    """Settings of generation; the defaults are the model's own."""
+    sampling: tyro.conf.OmitArgPrefixes[Any] = field(default_factory=Sampling)
+    """Settings of generation, those of the model's family; the defaults are the model's own."""
 
 
 def read_flags(
@@ -33,11 +35,24 @@ def read_flags(
 ) -> Any:
     """Parse a command's flags, whose defaults depend on the model that they name.
 
-    settings: of generation, that are the command's own whatever the model; given: defaults of further fields.
+    settings: of generation, that are the command's own whatever the model; given: defaults of further fields. Raises
+    UserError, for a setting that the model's family does not have with the names of those it has.
     """
     model = read_model(argv)
-    sampling = replace(official.load_sampling(locate(model)), **settings or {})
-    return flags.parse(target, argv, default=target(model=model, sampling=sampling, **given or {}), **options)
+    sampling = replace(load_sampling(locate(model)), **settings or {})
+    try:
+        return flags.parse(target, argv, default=target(model=model, sampling=sampling, **given or {}), **options)
+    except UserError:
+        for word in argv:
+            name = word.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_")
+            if word.startswith("--") and name in build.SETTINGS - sampling.hints().keys():
+                raise sampling.lacks(flag(name), flag) from None
+        raise
+
+
+def flag(setting: str) -> str:
+    """How a setting is written on the command line."""
+    return f"--{setting.replace('_', '-')}"
 
 
 def read_model(argv: Sequence[str]) -> Path:

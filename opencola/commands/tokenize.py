@@ -31,9 +31,9 @@ class TokenizeFlags(Order):
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
     """Where documents come from, written like data.source of a recipe."""
     to: Path
-    """Folder to write to."""
+    """Folder to write the shards and their tokenizer to."""
     workers: int = os.cpu_count() or 1
-    """Processes that tokenise; what is written does not depend on them."""
+    """Number of processes that tokenise; what is written does not depend on it."""
 
 
 def command(argv: Sequence[str]) -> None:

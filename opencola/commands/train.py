@@ -34,11 +34,11 @@ class TrainFlags(RunFlags):
     dry_run: bool = False
     """Train nothing: print parameters, operations, memory, time on GPUs, and the plan. Takes seconds and no GPU."""
     devices: int = 1
-    """GPUs to plan for (--dry-run)."""
+    """Number of GPUs to plan for (--dry-run); at least 1."""
     gpu: str | None = None
     """Kind of GPU to plan for, such as H100; all that are known without it (--dry-run)."""
     utilisation: float = 0.4
-    """Share of the GPU's peak rate that training is taken to reach (--dry-run)."""
+    """Share of the GPU's peak rate that training is taken to reach, above 0 and at most 1 (--dry-run)."""
 
 
 def command(argv: Sequence[str]) -> None:

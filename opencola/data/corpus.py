@@ -39,9 +39,9 @@ class CorpusConfig:
     a folder of these (read into memory), or a folder that `opencola tokenize` wrote (memory-mapped; also
     `shards:FOLDER`)."""
     length: int
-    """Tokens per sequence."""
+    """Number of tokens in a sequence."""
     batch_size: int
-    """Sequences per batch, over all processes together."""
+    """Number of sequences in a batch, over all processes together."""
     format: Format = "text"
     """What a document is: a text, or a conversation, a list of messages {"role": ..., "content": ...} in `text_field`,
     of which the assistant's are learned (with `packing` whole)."""
@@ -54,7 +54,7 @@ class CorpusConfig:
     text_field: str = "text"
     """Field (.jsonl, Hugging Face) or column (.parquet) that holds the text."""
     mask_documents: bool = False
-    """No attention across documents that share a sequence."""
+    """Keep attention within documents, where several share a sequence."""
     streams: int = 1
     """Streams that documents are dealt to; sequences are taken from them in turn. With a multiple of the number of
     processes each process reads and tokenises only its own documents, else more than these. Another number gives
@@ -121,8 +121,8 @@ class Corpus:
         else:
             read_ahead = READ_AHEAD // max(1, config.streams // num_ranks)
             encode = ChatML(tokenizer).encode_batch if messages else plain(tokenizer)
-            found = documents(config.source, seed, config.text_field, conversation_of if messages else text_of)
-            self._documents = Tokenised(found, encode, read_ahead)
+            opened = documents(config.source, seed, config.text_field, conversation_of if messages else text_of)
+            self._documents = Tokenised(opened, encode, read_ahead)
         count = self._documents.num_documents
         if count is not None and count < config.streams:
             raise UserError(f"{config.source}: data.streams is {config.streams}, but there are {count} documents")
@@ -190,10 +190,10 @@ class Corpus:
             position = state["streams"][str(stream)]
             self._packers[stream] = self._open(stream, **position)
             try:
-                found: dict[str, int] | None = self._packers[stream].position()
+                reached: dict[str, int] | None = self._packers[stream].position()
             except ValueError:
-                found = None
-            if found != position:
+                reached = None
+            if reached != position:
                 raise UserError(f"cannot resume the corpus: {self._config.source} is not what it was when it was saved")
 
     def _identity(self) -> dict[str, Any]:
@@ -212,8 +212,8 @@ class Corpus:
         return range((self._num_sequences + self._rank) % apart, self._config.streams, apart)
 
     def _open(self, stream: int, epoch: int, index: int, offset: int) -> Packer:
-        found = self._documents.stream(epoch, index, stream, self._config.streams)
-        return Packer(found, self._config.packing, offset, self._multiple, self._pad_id)
+        documents = self._documents.stream(epoch, index, stream, self._config.streams)
+        return Packer(documents, self._config.packing, offset, self._multiple, self._pad_id)
 
     def warning(self) -> str:
         """How many documents that should be packed whole are too long, in a line; empty where none is.
@@ -235,7 +235,7 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """
     streams: dict[str, Any] = {}
     for rank, state in enumerate(states):
-        rest = [{**one, "streams": None} for one in (state, states[0])]
+        rest = [{**own, "streams": None} for own in (state, states[0])]
         if rest[0] != rest[1] or any(streams.setdefault(s, at) != at for s, at in state["streams"].items()):
             raise UserError(f"the corpus of rank {rank} does not stand where that of rank 0 does")
     return {**states[0], "streams": dict(sorted(streams.items(), key=lambda item: int(item[0])))}

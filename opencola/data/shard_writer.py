@@ -43,9 +43,9 @@ class Order:
     seed: int = 0
     """Seed of generated stories: another one gives other stories."""
     limit: int | None = None
-    """Tokenise the first so many documents; all when not given."""
+    """Number of documents to tokenise, the first ones; all when not given."""
     shard_tokens: int = 100_000_000
-    """Tokens of a shard; it ends with the document that reaches them."""
+    """Number of tokens after which a shard ends, with the document that reaches it."""
 
     def __post_init__(self) -> None:
         if (self.tokenizer is None) == (self.vocab_size is None):

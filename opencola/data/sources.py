@@ -186,7 +186,7 @@ class HubDocuments:
             first = part + index * parts
             start = first - first % HUB_WINDOW
             # Only an epoch read from its beginning can tell that there is nothing: a resumed one may be at its end.
-            found = start > 0
+            any_read = start > 0
             rows = enumerate(rows_of_part.skip(start) if start else rows_of_part, start)
             while window := list(itertools.islice(rows, HUB_WINDOW)):
                 order = np.random.default_rng([self._seed, epoch, start]).permutation(len(window))
@@ -194,11 +194,11 @@ class HubDocuments:
                     number, row = window[chosen]
                     if place % parts != part or not (text := self._text(row, number)).strip():
                         continue
-                    found = True
+                    any_read = True
                     if place >= first:
                         yield Document(epoch, place // parts, text)
                 start += HUB_WINDOW
-            if not found:
+            if not any_read:
                 few = f" for stream {part} of {parts}: lower data.streams" if parts > 1 else ""
                 raise UserError(f"no documents in {self._source}{few}")
             epoch, index = epoch + 1, 0

@@ -13,7 +13,8 @@ from matplotlib.ticker import LogLocator
 
 from opencola.evaluation.latents.reconstruction import LatentMap
 
-Record = Mapping[str, Any]
+MetricsRecord = Mapping[str, Any]
+"""A record of a run's metrics.jsonl."""
 
 COLOURS = ("#2f7ed8", "#e8710a", "#16a05d", "#b052d1", "#d9415d", "#0e9aa7", "#a08214")
 """Readable on white and on black."""
@@ -40,7 +41,7 @@ STYLE: Any = {  # matplotlib types the keys, one by one
 }
 
 
-def loss_curves(stages: Mapping[str, Sequence[Record]]) -> str:
+def loss_curves(stages: Mapping[str, Sequence[MetricsRecord]]) -> str:
     """A panel per training stage: the terms of its loss over its steps, from the records of its metrics.jsonl.
 
     The axis is logarithmic, so terms that are ever zero or negative (an entropy can be) are left out.
@@ -53,7 +54,7 @@ def loss_curves(stages: Mapping[str, Sequence[Record]]) -> str:
         return as_svg(figure, "Loss terms of every training stage over its steps")
 
 
-def _losses(axes: Axes, name: str, records: Sequence[Record]) -> None:
+def _losses(axes: Axes, name: str, records: Sequence[MetricsRecord]) -> None:
     terms = dict.fromkeys(key for record in records for key in record if key.startswith("loss/"))
     for term, colour in zip(terms, COLOURS, strict=False):
         points = [(record["step"], record[term]) for record in records if record.get(term) is not None]
@@ -77,23 +78,23 @@ def latent_maps(maps: Sequence[LatentMap]) -> str:
     """A panel per map: its points, coloured by value, each value's name at the middle of its points, and a legend."""
     with mpl.rc_context({**STYLE, "svg.hashsalt": "latents"}):
         figure = Figure(figsize=(9, 4.6), layout="constrained")
-        for axes, one in zip(figure.subplots(1, max(1, len(maps)), squeeze=False)[0], maps, strict=False):
-            _points(axes, one)
+        for axes, latent_map in zip(figure.subplots(1, max(1, len(maps)), squeeze=False)[0], maps, strict=False):
+            _points(axes, latent_map)
         return as_svg(figure, "Latents of words on their principal plane, coloured by what the word is")
 
 
-def _points(axes: Axes, one: LatentMap) -> None:
-    kinds = sorted(set(one.values))
-    values = np.array(one.values)
+def _points(axes: Axes, latent_map: LatentMap) -> None:
+    kinds = sorted(set(latent_map.values))
+    values = np.array(latent_map.values)
     for number, kind in enumerate(kinds):
-        points = one.points[values == kind]
+        points = latent_map.points[values == kind]
         colour = COLOURS[number % len(COLOURS)]
         marker = "os^D"[number // len(COLOURS) % 4]
         # paths, not a collection of markers: many points would make a large file
         axes.plot(*points.T, marker, color=colour, markersize=3.2, alpha=0.6, markeredgewidth=0, label=kind)
         x, y = np.median(points, axis=0)
         axes.annotate(kind, (x, y), (0, 4), textcoords="offset points", ha="center", fontsize=8, weight="bold")
-    axes.set_title(f"{one.variable} (the plane keeps {one.explained:.0%} of the variance)")
+    axes.set_title(f"{latent_map.variable} (the plane keeps {latent_map.explained:.0%} of the variance)")
     axes.set_xticks([])
     axes.set_yticks([])
     axes.set_xlabel("first principal axis")

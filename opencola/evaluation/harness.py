@@ -33,7 +33,6 @@ from opencola.version import __version__
 Pair = tuple[list[int], list[int]]
 """Token ids of a context, maybe none, and of what follows it."""
 
-SAMPLING = get_type_hints(Sampling)
 MAX_NEW_TOKENS = 256  # where neither the task nor the user says, as with the harness's other models
 
 
@@ -59,21 +58,23 @@ class OpenCola(LM):
 
         device: torch's name for it (else a GPU if there is one); batch_size: requests at a time; max_length: tokens
         of the windows of loglikelihood_rolling; greedy: whether a continuation is the model's own is found out by
-        generating, for models without exact log-probabilities, too; settings: Sampling's, and by `score_names` those
-        of the family's scoring. Raises UserError for what is none and for impossible values; errors of loading as
+        generating, for models without exact log-probabilities, too; settings: the family's, of generation and by
+        `score_names` of scoring. Raises UserError for what is none and for impossible values; errors of loading as
         `hub.from_pretrained`.
         """
         super().__init__()
         folder = hub.locate(str(pretrained), revision)
-        scoring = build.scoring_class(parts.family_in(folder))
-        names = score_names(scoring)
-        given = read_settings("model_args", settings, SAMPLING | {name: hint for name, (_, hint) in names.items()})
+        family = parts.family_in(folder)
+        scoring, sampling = build.scoring_class(family), build.sampling_class(family)
+        names = score_names(scoring, sampling)
+        hints = sampling.hints() | {name: hint for name, (_, hint) in names.items()}
+        given = read_settings("model_args", settings, hints, sampling.owner)
         self.scoring: Any = scoring(**{field: given[name] for name, (field, _) in names.items() if name in given})
         self.batch_size = positive("batch_size", batch_size)
         self.max_length = positive("max_length", max_length)
         self.greedy = checked("model_args", "greedy", greedy, bool)
         loaded = hub.from_pretrained(folder)
-        chosen = {"max_new_tokens": MAX_NEW_TOKENS} | {name: given[name] for name in given if name in SAMPLING}
+        chosen = {"max_new_tokens": MAX_NEW_TOKENS} | {name: given[name] for name in given if name in sampling.hints()}
         self.sampling = replace(loaded.sampling, **chosen)
         self.tokenizer = loaded.tokenizer
         if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
@@ -205,20 +206,20 @@ class OpenCola(LM):
             yield places[first : first + self.batch_size]
 
 
-def score_names(scoring: type) -> dict[str, tuple[str, Any]]:
+def score_names(scoring: type, sampling: type[Sampling]) -> dict[str, tuple[str, Any]]:
     """The settings of scoring by what the user calls them, each with its field and type.
 
     A name that generation has, too, is generation's, but the seed is both's.
     """
     hints = get_type_hints(scoring)
-    taken = SAMPLING.keys() - {"seed"}
+    taken = sampling.hints().keys() - {"seed"}
     return {f"score_{name}" if name in taken else name: (name, hint) for name, hint in hints.items()}
 
 
-def read_settings(place: str, given: Mapping[str, Any], hints: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings by name, each of its type. Raises UserError, naming place and setting, for others."""
+def read_settings(place: str, given: Mapping[str, Any], hints: Mapping[str, Any], owner: str) -> dict[str, Any]:
+    """Settings by name, each of its type. Raises UserError for others, naming the place, what `owner` has, and them."""
     if unknown := sorted(given.keys() - hints.keys()):
-        raise UserError(f"{place}: {unknown[0]} is no setting of opencola; there are: {', '.join(hints)}")
+        raise UserError(f"{place}: {unknown[0]} is no setting of {owner}; there are: {', '.join(hints)}")
     return {name: checked(place, name, value, hints[name]) for name, value in given.items()}
 
 
@@ -240,7 +241,7 @@ def generation(sampling: Sampling, given: Mapping[str, Any]) -> Sampling:
     changes: dict[str, Any] = {"max_new_tokens": asked.pop("max_gen_toks"), "temperature": sampling.temperature}
     if not asked.pop("do_sample"):
         changes["temperature"] = asked["temperature"] = 0.0
-    changes |= {"stop": sampling.stop} | read_settings("generation_kwargs", asked, SAMPLING)
+    changes |= {"stop": sampling.stop} | read_settings("generation_kwargs", asked, sampling.hints(), sampling.owner)
     return replace(sampling, **changes | {"stop": (*until, *changes["stop"])})
 
 

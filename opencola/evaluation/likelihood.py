@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from opencola.errors import UserError
+from opencola.evaluation.statistics import perplexity
 from opencola.models.language_model import LanguageModel, Score
 from opencola.text import lines
 from opencola.text.tokenizer import Tokenizer
@@ -41,13 +42,13 @@ def score_pairs(
     prompts = [tokenizer.encode(pair.prompt) for pair in pairs]
     continuations = [[*tokenizer.encode(pair.continuation), *end] for pair in pairs]
     # only an end of text tells the model that nothing follows, so blocks are filled up with more of them
-    found = model.score(prompts, continuations, settings, pad_id=tokenizer.eos_id, ids=ids)
+    scores = model.score(prompts, continuations, settings, pad_id=tokenizer.eos_id, ids=ids)
     for place, (i, pair) in enumerate(zip(ids, pairs, strict=True)):
         record = {"id": i, **asdict(pair), "num_prompt_tokens": len(prompts[place])}
         if not pair.prompt:
             record = {"id": i, "text": pair.continuation}
-        num_bytes = tokenizer.num_bytes(continuations[place][: int(found.num_tokens[place])])
-        yield record | figures(found, place, num_bytes) | {"settings": asdict(settings), "end_of_text": end_of_text}
+        num_bytes = tokenizer.num_bytes(continuations[place][: int(scores.num_tokens[place])])
+        yield record | figures(scores, place, num_bytes) | {"settings": asdict(settings), "end_of_text": end_of_text}
 
 
 def figures(score: Score, place: int, num_bytes: int) -> dict[str, Any]:
@@ -55,21 +56,20 @@ def figures(score: Score, place: int, num_bytes: int) -> dict[str, Any]:
     total, tokens = score.total[place].item(), int(score.num_tokens[place])
     parts = {name: value[place].item() for name, value in score.parts.items()}
     blocks = score.blocks[place] if score.blocks else {}
-    found = {
+    named = {
         "log_probability": total,
         "standard_error": score.standard_error[place].item(),
         "kind": score.kind,
         "estimator": score.estimator,
         "num_tokens": tokens,
         "num_bytes": num_bytes,
-        "perplexity": math.exp(min(-total / tokens, 700)),
-        "bits_per_byte": -total / math.log(2) / num_bytes if num_bytes else None,
+        **rates(-total, tokens, num_bytes),
         **{name: value[place].item() for name, value in score.others.items()},
         "parts": parts,
         "parts_per_token": {name: value / tokens for name, value in parts.items()},
         "parts_per_block": {name: value.tolist() for name, value in blocks.items()},
     }
-    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in found.items()}
+    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in named.items()}
 
 
 def read_pairs(file: Path) -> Iterator[Pair]:
@@ -82,7 +82,7 @@ def read_pairs(file: Path) -> Iterator[Pair]:
 
 
 def pair_of(line: str, place: str) -> Pair:
-    """The text in a line of a .jsonl file; raises ValueError, naming the place, where it holds none."""
+    """The text in a line of a .jsonl file; raises UserError, naming the place, where it holds none."""
     match lines.parse_json(line, place):
         case {"text": str(text)} if text:
             pair = Pair("", text)
@@ -103,7 +103,10 @@ def total(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     errors = [record["standard_error"] for record in records]
     whole["standard_error"] = None if None in errors else math.hypot(*errors)
     whole["parts"] = {name: sum(record["parts"][name] for record in records) for name in records[0]["parts"]}
-    nats = -whole["log_probability"]
-    whole["perplexity"] = math.exp(min(nats / whole["num_tokens"], 700))
-    whole["bits_per_byte"] = nats / math.log(2) / whole["num_bytes"] if whole["num_bytes"] else None
-    return whole
+    return whole | rates(-whole["log_probability"], whole["num_tokens"], whole["num_bytes"])
+
+
+def rates(nats: float, num_tokens: int, num_bytes: int) -> dict[str, float | None]:
+    """Perplexity, and bits per byte where there are bytes, of -log p in nats."""
+    bits_per_byte = nats / math.log(2) / num_bytes if num_bytes else None
+    return {"perplexity": perplexity(nats / num_tokens), "bits_per_byte": bits_per_byte}

@@ -1,10 +1,17 @@
-"""What the verdicts on a task's records say, and how sure that is; shares are fractions of 1."""
+"""All statistics of evaluations: shares, means, differences, and how sure they are; shares are fractions of 1.
+
+Intervals are of 95 %. Those of shares are Wilson's, which take cases for independent. Those of ratios of sums, such as
+nats per token, come from the spread over sequences, texts or samples, which are independent where their tokens are not.
+"""
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Protocol
+
+import numpy as np
+from torch import Tensor
 
 Z = 1.959964
 """Standard errors on either side of a value in its 95 % interval."""
@@ -35,8 +42,82 @@ def share(hits: int, total: int) -> Share:
     return Share(hits / total if total else 0.0, *wilson(hits, total), total)
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A figure: its `name`, what it says, its unit ("" for pure numbers), and how many cases (`counted`) it is of.
+
+    `low`, `high`: 95 % interval, where the figure has one. `at`: noise time or deviation, or number of the channel or
+    axis.
+    """
+
+    name: str
+    label: str
+    unit: str
+    value: float
+    count: int
+    counted: str
+    low: float | None = None
+    high: float | None = None
+    at: float | None = None
+
+
+def share_entry(name: str, label: str, of_all: Share, counted: str, at: float | None = None) -> Entry:
+    """A share as a figure."""
+    return Entry(name, label, "share", of_all.value, of_all.count, counted, of_all.low, of_all.high, at)
+
+
+def mean_entry(name: str, label: str, unit: str, sums: Tensor, counts: Tensor, counted: str) -> Entry:
+    """The ratio of sums as a figure, with its interval where there are two sequences or more (see `ratio`)."""
+    value, error = ratio(sums, counts)
+    low, high = (None, None) if error is None else (value - Z * error, value + Z * error)
+    return Entry(name, label, unit, value, int(counts.sum()), counted, low, high)
+
+
+def ratio(sums: Tensor, counts: Tensor) -> tuple[float, float | None]:
+    """Sum / count over all sequences (B,) and its standard error, sequences being independent; None for only one."""
+    value = float(sums.sum() / counts.sum())
+    if len(sums) < 2:
+        return value, None
+    square = (sums - value * counts).square().sum() * len(sums) / (len(sums) - 1)
+    return value, float(square.sqrt() / counts.sum())
+
+
+def ratio_difference(
+    first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray]
+) -> tuple[float, float]:
+    """The first's sum / count over the same texts (B,) less the second's, and its standard error.
+
+    first, second: sums and counts of each text. The error is the delta method's, which keeps what both share in a text.
+    """
+    rates, deviations = [], []
+    for sums, counts in (first, second):
+        rate = sums.sum() / counts.sum()
+        rates.append(rate)
+        deviations.append((sums - rate * counts) / counts.sum())
+    num_texts = len(first[0])
+    square = np.square(deviations[0] - deviations[1]).sum() * num_texts / (num_texts - 1)
+    return float(rates[0] - rates[1]), float(square) ** 0.5
+
+
+def standard_error(values: Tensor) -> float:
+    """Of the mean of independent values (B,), two or more."""
+    return float(values.std() / len(values) ** 0.5)
+
+
+def perplexity(nats: float) -> float:
+    """exp of the mean -log p of a token, as far as a float goes."""
+    return math.exp(min(nats, 700))
+
+
+def bits_per_token(log_p: Tensor, num_tokens: int) -> tuple[float, float]:
+    """-log2 p of a token, of texts of log-probabilities (B,) in nats and so many tokens together, and its standard
+    error over texts of like length."""
+    count = num_tokens * math.log(2)
+    return -log_p.sum().item() / count, (log_p.std() * len(log_p) ** 0.5 / count).item()
+
+
 class Graded(Protocol):
-    """What the figures need of a verdict, a new one or one read from a file (see `grading.Verdict`)."""
+    """What the figures need of a grade, a new one or one read from a file (see `grading.Grade`)."""
 
     @property
     def correct(self) -> bool:
@@ -94,25 +175,25 @@ def correct_for_chance(accuracy: float, chance: float) -> float:
     return (accuracy - chance) / (1 - chance)
 
 
-def score(verdicts: Sequence[Graded], chance: float) -> Scores:
-    """The figures of a task's verdicts. Raises ValueError for a chance outside [0, 1)."""
-    parsed = [verdict for verdict in verdicts if verdict.parsed]
-    accuracy = share(sum(verdict.correct for verdict in verdicts), len(verdicts))
+def score(grades: Sequence[Graded], chance: float) -> Scores:
+    """The figures of a task's grades. Raises ValueError for a chance outside [0, 1)."""
+    parsed = [grade for grade in grades if grade.parsed]
+    accuracy = share(sum(grade.correct for grade in grades), len(grades))
     value, low, high = (correct_for_chance(end, chance) for end in (accuracy.value, accuracy.low, accuracy.high))
     return Scores(
         accuracy,
-        share(len(parsed), len(verdicts)),
-        share(sum(verdict.agrees for verdict in parsed), len(parsed)),
+        share(len(parsed), len(grades)),
+        share(sum(grade.agrees for grade in parsed), len(parsed)),
         chance,
         Share(value, low, high, accuracy.count),
     )
 
 
-def tasks_average(scores: Sequence[Scores]) -> float:
+def tasks_average(accuracies: Sequence[Share]) -> float:
     """The plain mean of the tasks' accuracies, whatever their numbers of records. Raises ValueError without tasks."""
-    if not scores:
+    if not accuracies:
         raise ValueError("there is no average of no tasks")
-    return fmean(one.accuracy.value for one in scores)
+    return fmean(accuracy.value for accuracy in accuracies)
 
 
 def compare(first: Mapping[Hashable, bool], second: Mapping[Hashable, bool]) -> Paired:

@@ -4,7 +4,6 @@ Every verdict is exact, given by the world itself (`opencola.worlds.stories`); n
 callable from prompts and a budget of new tokens to continuations, in the prompts' order.
 """
 
-import json
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -13,13 +12,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from opencola.errors import UserError
+from opencola.evaluation.screen import progress_bar
 from opencola.evaluation.statistics import Share, share
 from opencola.models.language_model import LanguageModel
 from opencola.models.sampling import Sampling
 from opencola.models.text_stream import generate_text
+from opencola.text.lines import write_objects
 from opencola.text.tokenizer import Tokenizer
 from opencola.worlds.stories import Story, check, last_word_choices, log_probability, parse, split_sentences, story
 
@@ -67,16 +68,16 @@ class Continuation:
         """What is wrong with the whole story, in a few words; "" when the world could have told it."""
         if not self.continuation.strip():
             return "nothing written"
-        found = []
+        faults = []
         if illegal := self.legal.count(False):
-            found.append(f"{illegal} illegal sentence{'s' if illegal > 1 else ''}")
+            faults.append(f"{illegal} illegal sentence{'s' if illegal > 1 else ''}")
         if self.conflicts:
-            found.append(f"{', '.join(self.conflicts)} changed")
+            faults.append(f"{', '.join(self.conflicts)} changed")
         if not self.order_legal:
-            found.append("sentences out of order")
-        if not found and not self.complete:
-            found.append("a part is missing")
-        return "; ".join(found)
+            faults.append("sentences out of order")
+        if not faults and not self.complete:
+            faults.append("a part is missing")
+        return "; ".join(faults)
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def find_faults(text: str) -> list[Sentence]:
     if not check(text).order_legal:
         in_order = [check(" ".join(s.text for s in parsed[: i + 1])).order_legal for i in range(len(parsed))]
     told: dict[str, str] = {}
-    found = []
+    sentences = []
     for i, sentence in enumerate(parsed):
         changed = sorted(v for v, value in sentence.commits.items() if told.setdefault(v, value) != value)
         faults = [f"another {', '.join(changed)} than before"] if changed else []
@@ -153,8 +154,8 @@ def find_faults(text: str) -> list[Sentence]:
             faults.append("illegal")
         elif not in_order[i] and (i == 0 or in_order[i - 1]):  # what follows the first is not its own fault
             faults.append("out of place")
-        found.append(Sentence(sentence.text, "; ".join(faults)))
-    return found
+        sentences.append(Sentence(sentence.text, "; ".join(faults)))
+    return sentences
 
 
 def continuation_shares(records: Sequence[Continuation]) -> dict[str, Share]:
@@ -209,7 +210,7 @@ def write_records(path: Path, continuations: Sequence[Continuation], last_words:
     """Write one JSON object per prompt, `measure` being `continuation` or `last_word`."""
     records: list[dict[str, Any]] = [{"measure": "continuation"} | asdict(record) for record in continuations]
     records += [{"measure": "last_word"} | asdict(record) for record in last_words]
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    write_objects(path, records)
 
 
 def write_stories(
@@ -218,7 +219,7 @@ def write_stories(
     """Have the model continue stories and find their last words; the third result is the token budgets of both."""
     budgets = token_budgets(stories, lambda text: len(tokenizer.encode(text)))
     budget = dict(zip(("continuation", "last_word"), budgets, strict=True))
-    with _progress(display) as progress:
+    with progress_bar(display) as progress:
         write = _writer(model, tokenizer, sampling, progress, "continuing stories", len(stories))
         continuations = continue_stories(stories, write, budget["continuation"])
         write = _writer(model, tokenizer, sampling, progress, "finding last words", len(stories))
@@ -245,8 +246,3 @@ def _writer(
         return texts
 
     return write
-
-
-def _progress(display: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, disable=not display)

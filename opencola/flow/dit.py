@@ -11,8 +11,9 @@ from torch.utils.checkpoint import checkpoint
 from opencola.errors import UserError
 from opencola.layers.attention import Attend, rotary, turns
 from opencola.layers.cache import KVCache
+from opencola.layers.operations import LayerNorm, Linear, modulated_norm
 from opencola.layers.packed import Past, packed
-from opencola.layers.transformer import AdaptiveBlock, LayerNorm, Linear, TimeEmbedding, initialise, modulated_norm
+from opencola.layers.transformer import AdaptiveBlock, TimeEmbedding, initialise
 
 Modulation = list[Tensor]
 
@@ -22,25 +23,25 @@ class DiTConfig:
     """Sizes of the DiT. Defaults are small; the release's values stand in its config.json."""
 
     latent_dim: int = 16
-    """Channels d of a latent; the Text VAE's."""
+    """Number of channels d of a latent; must be the Text VAE's."""
     width: int = 128
-    """Width of the trunk and of the time embedding."""
+    """Width of the residual stream and of the time embedding."""
     num_layers: int = 4
-    """Blocks."""
+    """Number of transformer blocks."""
     num_heads: int = 4
-    """Attention heads."""
+    """Number of attention heads."""
     head_dim: int = 32
     """Width of a head; num_heads * head_dim may differ from width."""
     expansion: int = 4
-    """MLP width over trunk width."""
+    """Inner width of the MLP as a multiple of width."""
     rope_dim: int = 24
-    """Rotated channels of every head, the first ones."""
+    """Number of channels of every head that are rotated by position, the first ones; even, at most head_dim."""
     block_size: int = 4
-    """Latents generated together, S."""
+    """Number of latents that are generated together, S."""
     norm_eps: float = 1e-5
-    """Epsilon of every norm."""
+    """Number added to the variance in every norm."""
     attention_bias: bool = False
-    """Bias of the attention's projections."""
+    """Give the attention's projections biases."""
 
     def __post_init__(self) -> None:
         if self.rope_dim % 2 or not 0 <= self.rope_dim <= self.head_dim:
@@ -106,7 +107,8 @@ class BlockCausalDiT(nn.Module):
 
             h = checkpoint(through, h, use_reentrant=False) if recompute else through(h)
         shift, scale = modulation[-1].chunk(2, dim=-1)
-        return self.velocity_out(modulated_norm(self.final_norm, h, shift, scale, index[:, skip:]))
+        norm = self.final_norm
+        return self.velocity_out(modulated_norm(h, shift, scale, index[:, skip:], norm.eps, norm.weight, norm.bias))
 
     def packed(
         self,
@@ -139,7 +141,7 @@ class BlockCausalDiT(nn.Module):
         positions = torch.cat((place[:num_clean], place.repeat(copies)))
         rows = torch.cat((z_0[:, :num_clean].detach(), z_t.flatten(1, 2)), dim=1)
         modulation = self.modulation(torch.cat((t.new_zeros(1), t.flatten())))
-        attend = packed(num_clean, num_latents, block_size, copies, history, documents, z_t.device)
+        attend = packed(num_clean, num_latents, block_size, copies, history, documents)
         velocity = self(rows, modulation, index, self.turns(positions), attend, num_clean, recompute)
         return velocity.unflatten(1, (copies, num_latents))
 
@@ -153,7 +155,7 @@ class BlockCausalDiT(nn.Module):
         if num_latents % block_size or first % block_size:
             raise ValueError(f"{num_latents} latents from {first} on are not whole blocks of block_size {block_size}")
         place = torch.arange(num_latents, device=z_0.device)
-        clean = packed(num_latents, num_latents, block_size, 0, device=z_0.device)
+        clean = packed(num_latents, num_latents, block_size, 0)
         num_clean, past = num_latents - block_size, Past()
 
         def record(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -162,7 +164,7 @@ class BlockCausalDiT(nn.Module):
 
         with torch.no_grad():
             self(z_0, self.modulation(z_0.new_zeros(1)), place.new_zeros(1, 1), self.turns(place), record)
-        attend = packed(num_clean, num_latents, block_size, 1, device=z_0.device, past=past, first=first)
+        attend = packed(num_clean, num_latents, block_size, 1, past=past, first=first)
         turn, free = self.turns(place[first:]), ~pinned[:, first:]
         # without pinned rows there is one time for all, which need not be gathered row by row
         still, index = ([], torch.zeros_like(free).long()) if free.all() else ([0.0], free.long())

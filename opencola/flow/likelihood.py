@@ -30,7 +30,7 @@ class Likelihood:
     solver: Literal["euler", "midpoint", "heun", "rk4", "dopri5"] = "rk4"
     """Solver from data to noise: with a fixed number of steps (rk4 is the 3/8 rule), or adaptive (dopri5)."""
     steps: int = 16
-    """Steps of the fixed grid."""
+    """Number of steps of solvers with a fixed number; dopri5 has no use for it."""
     shift: float = 0.2
     """Time grid: t becomes shift t / (1 + (shift - 1) t), so that below 1 more steps are near the data, where a sharp
     density needs them."""
@@ -40,11 +40,11 @@ class Likelihood:
     """Exact: a backward pass for each number of a block. Hutchinson: one for each probe, unbiased for log p:
     the ELBO stays a bound on average, the IWAE does not."""
     probes: int = 1
-    """Probes of Hutchinson's estimator, fixed during a solve."""
+    """Number of probes of Hutchinson's estimator, fixed during a solve; more make log p less noisy."""
     probe_law: Literal["rademacher", "gaussian"] = "rademacher"
     """Law of the probes; Rademacher's has the smaller variance."""
     seed: int = 0
-    """All draws depend on this, the text's id, the sample and the block alone."""
+    """Seed of all draws, which depend on it, the text's id, the sample and the block alone."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "probes"):

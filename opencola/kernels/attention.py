@@ -1,7 +1,6 @@
 """Attention of packed training rows by `attention.c`: float32 on a CPU, only the pairs that may see each other."""
 
 import ctypes
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,22 +9,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from opencola.kernels.library import TILE, function
-
-
-@dataclass(frozen=True)
-class Pattern:
-    """Rows [clean | copy 1 | copy 2 ...]: a row sees the clean blocks before its own and its own block of its part."""
-
-    num_clean: int
-    num_latents: int
-    block_size: int
-    copies: int
-    first: int
-    """The latent with which a copy begins."""
-    history: Tensor | None
-    """(B,) bool: samples whose noisy rows see clean ones; all when None."""
-    documents: Tensor | None
-    """(B, N) int32: rows see their own document only."""
 
 
 class _Rows(ctypes.Structure):
@@ -47,43 +30,56 @@ class _Call(ctypes.Structure):
     )
 
 
-def attend_packed(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, past: tuple[Tensor, Tensor] | None) -> Tensor:
+def attend_packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past: tuple[Tensor, Tensor] | None,
+    num_clean: int,
+    num_latents: int,
+    block_size: int,
+    copies: int,
+    first: int,
+    history: Tensor | None,
+    documents: Tensor | None,
+) -> Tensor:
     """Rows q (B, Q, H, Dh), the last Q of those of k and v (B, R, H, Dh) -> (B, Q, H, Dh), all float32 on a CPU.
 
     past: keys and values (B, Nc, H, Dh) of the clean rows, where these are not the first rows of k and v; they get no
-    gradient. Raises ValueError for other numbers of rows than the pattern's.
+    gradient. The other arguments are the fields of `layers/masks.PackedRows`. Raises ValueError for other numbers of
+    rows than theirs.
     """
     samples, asking, heads, channels = q.shape
-    num_clean, copies, num_latents = pattern.num_clean, pattern.copies, pattern.num_latents
-    num_rows = (0 if past is not None else num_clean) + copies * (num_latents - pattern.first)
+    length = num_latents - first
+    num_rows = (0 if past is not None else num_clean) + copies * length
     expected: list[tuple[Tensor | None, tuple[int, ...]]] = [
         *((x, (samples, num_rows, heads, channels)) for x in (k, v)),
         *((x, (samples, num_clean, heads, channels)) for x in past or ()),
-        (pattern.history, (samples,)),
-        (pattern.documents, (samples, num_latents)),
+        (history, (samples,)),
+        (documents, (samples, num_latents)),
     ]
     if asking > num_rows or any(x is not None and x.shape != shape for x, shape in expected):
         raise ValueError(
             f"rows {[*q.shape]}, {[*k.shape]}, {[*v.shape]} or what goes with them are not those of {num_clean} clean "
-            f"latents and {copies} copies of latents {pattern.first} to {num_latents}"
+            f"latents and {copies} copies of latents {first} to {num_latents}"
         )
+    sizes = {"block": block_size, "clean": num_clean, "copies": copies, "length": length, "first": first}
+    marks = {"history": history, "documents": documents}
     extra = -channels % TILE
     tensors = [F.pad(x, (0, extra)) if extra else x for x in (q, k, v, *(past or ()))]
     q, k, v, *clean = (x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
-    out: Tensor = _Packed.apply(q, k, v, pattern, clean, channels**-0.5)
+    out: Tensor = _Packed.apply(q, k, v, clean, sizes, marks, channels**-0.5)
     return out[..., :channels] if extra else out
 
 
 class _Packed(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, past: list[Tensor], scale: float
-    ) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, past: list[Tensor], *of_rows: Any) -> Tensor:
         out, log_sums = q.new_empty(q.shape), q.new_empty(q.shape[0], q.shape[2], q.shape[1])
         tensors = dict(zip(("q", "k", "v", "past_k", "past_v"), (q, k, v, *past), strict=False))
-        _run("attend_packed", pattern, scale, log_sums, tensors | {"out": out})
+        _run("attend_packed", log_sums, tensors | {"out": out}, *of_rows)
         ctx.save_for_backward(*tensors.values(), log_sums)
-        ctx.pattern, ctx.scale = pattern, scale
+        ctx.of_rows = of_rows
         return out
 
     @staticmethod
@@ -93,8 +89,8 @@ class _Packed(torch.autograd.Function):
         tensors = dict(zip(("q", "k", "v", "past_k", "past_v"), saved, strict=False))
         tensors["gradient"] = gradient if gradient.stride(-1) == 1 else gradient.contiguous()
         results = {f"d{name}": _heads_first(tensors[name]) for name in ("q", "k", "v")}
-        _run("attend_packed_backward", ctx.pattern, ctx.scale, log_sums, tensors | results)
-        return *results.values(), None, None, None
+        _run("attend_packed_backward", log_sums, tensors | results, *ctx.of_rows)
+        return *results.values(), None, None, None, None
 
 
 def _heads_first(like: Tensor) -> Tensor:
@@ -102,26 +98,28 @@ def _heads_first(like: Tensor) -> Tensor:
     return torch.empty_like(like.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
 
 
-def _run(name: str, pattern: Pattern, scale: float, log_sums: Tensor, tensors: dict[str, Tensor]) -> None:
+def _run(
+    name: str,
+    log_sums: Tensor,
+    tensors: dict[str, Tensor],
+    sizes: dict[str, int],
+    marks: dict[str, Tensor | None],
+    scale: float,
+) -> None:
     samples, asking, heads, channels = tensors["q"].shape
     threads = torch.get_num_threads()
-    most_keys = pattern.num_clean + 2 * pattern.block_size + TILE  # of a tile: clean ones, and the blocks it touches
+    most_keys = sizes["clean"] + 2 * sizes["block"] + TILE  # of a tile: clean ones, and the blocks it touches
     scratch = torch.empty(threads, TILE * (3 * channels + 2 * most_keys))
-    history, documents = (None if x is None else x.contiguous() for x in (pattern.history, pattern.documents))
+    marks = {mark: None if x is None else x.contiguous() for mark, x in marks.items()}  # held while the kernel runs
     call = _Call(
         **{name: _Rows(x.data_ptr(), *x.stride()[:3]) for name, x in tensors.items()},
+        **{mark: None if x is None else x.data_ptr() for mark, x in marks.items()},
+        **sizes,
         log_sums=log_sums.data_ptr(),
         samples=samples,
         heads=heads,
         channels=channels,
         asking=asking,
-        block=pattern.block_size,
-        clean=pattern.num_clean,
-        copies=pattern.copies,
-        length=pattern.num_latents - pattern.first,
-        first=pattern.first,
-        history=None if history is None else history.data_ptr(),
-        documents=None if documents is None else documents.data_ptr(),
         scratch=scratch.data_ptr(),
         scratch_each=scratch.shape[1],
         threads=threads,

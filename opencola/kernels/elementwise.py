@@ -1,6 +1,7 @@
 """What an adaptive block does between its products, by kernels: forward and backward in one pass over memory each.
 
-For tensors that are `usable`. The gradients have no gradients of their own.
+For tensors that are `usable`. `layers/operations.py` defines what they compute; the gradients have no gradients of
+their own.
 """
 
 from typing import Any
@@ -55,12 +56,23 @@ class _Gelu(torch.autograd.Function):
         return dx, None if sums is None else sums[:, 0].sum(0)
 
 
-def modulated_norm(h: Tensor, shift: Tensor, scale: Tensor, index: Tensor, eps: float) -> Tensor:
-    """norm(h) (1 + scale) + shift, the norm over the last axis.
+def modulated_norm(
+    h: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    index: Tensor,
+    eps: float,
+    gain: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """norm(h) (1 + scale) + shift, the norm over the last axis, with gain and bias (D) or without both.
 
     h (B, R, D); shift, scale (M, D), of which a row takes the one at index, int64 broadcastable to (B, R); not read
     where M is 1.
     """
+    if gain is not None:  # for the few times rather than the many rows
+        assert bias is not None
+        shift, scale = torch.addcmul(shift, bias, 1 + scale), gain * (1 + scale) - 1
     return _residual_norm(h, None, None, None, shift, scale, index, eps)[1]
 
 

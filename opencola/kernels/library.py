@@ -23,6 +23,8 @@ from torch.autograd import forward_ad
 
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared")
 SOURCES = Path(__file__).parent
+PLAIN = (Tensor, torch.nn.Parameter)  # a subclass may have no numbers at all
+TYPES = (torch.float32, torch.complex64, torch.int64)
 TILE = 16  # of tiles.h: rows that attention takes side by side
 
 
@@ -87,7 +89,7 @@ def function(name: str, arguments: str, result: type | None = None) -> Callable[
     """
     kernels = library()
     if kernels is None:
-        raise NotCompiled("there are no kernels here: ask kernels.usable first")
+        raise NotCompiled("there are no kernels here: the operations of kernels/choice.py do without")
     kernel: Any = kernels[name]
     types = {"t": _Start, "p": ctypes.c_void_p, "l": ctypes.c_long, "f": ctypes.c_float}
     kernel.argtypes, kernel.restype = [types[letter] for letter in arguments.replace(" ", "")], result
@@ -109,10 +111,15 @@ def switched_off() -> Iterator[None]:
 
 
 def usable(*tensors: Tensor) -> bool:
-    """Whether kernels can take these: real float32 on a CPU, outside autocast, torch.compile and forward-mode AD."""
+    """Whether kernels can take these, on a CPU, outside autocast, torch.compile and forward-mode AD.
+
+    Numbers are float32 or pairs of it, indices int64. Only `choice.py` asks.
+    """
     if torch.compiler.is_compiling() or _off or library() is None or torch.is_autocast_enabled("cpu"):
         return False
     if forward_ad._current_level >= 0:  # torch has no public name for it
         return False
-    plain = (Tensor, torch.nn.Parameter)  # a subclass may have no numbers at all
-    return all(x.dtype == torch.float32 and x.is_cpu and type(x) in plain for x in tensors)
+    for x in tensors:  # noqa: SIM110 - `all(...)` takes twice as long
+        if type(x) not in PLAIN or x.dtype not in TYPES or not x.is_cpu:
+            return False
+    return True

@@ -1,18 +1,37 @@
 """KVCache: the keys and values of committed rows, a value passed in and out."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from opencola.kernels.library import TILE, usable
-from opencola.kernels.rows import prefix_attention
+from opencola.kernels import rows as kernels
+from opencola.kernels.choice import implemented_by
+from opencola.kernels.library import TILE
 from opencola.layers.attention import Attend, attention
 
 FEW = 8  # rows below which the kernel, which takes TILE side by side, is slower than torch
 ROUND = 48  # key counts are rounded up to whole steps of matrix kernels, so that padding never changes a sum's order
+
+
+@implemented_by(
+    lambda q, k, v, limits, bias: kernels.prefix_attention(q, k, v, limits),
+    worthwhile=lambda q, *_: q.shape[1] >= FEW and q.shape[-1] % TILE == 0 and not torch.is_grad_enabled(),
+)
+def prefix_attention(
+    q: Tensor, k: Tensor, v: Tensor, limits: Tensor, bias: Callable[[torch.dtype], Tensor] | None
+) -> Tensor:
+    """softmax(q kᵀ / sqrt(Dh)) v where a row of q (B, R, H, Dh) sees the first `limits` (B, R) of T keys.
+
+    k, v (B, T, H, Dh); bias: of a type, what hides the others in the scores (B, 1, R, T or fewer); None where all see
+    all.
+    """
+    hidden = None if bias is None else bias(q.dtype)
+    length = None if hidden is None else hidden.shape[-1]
+    return attention(q, k[:, :length].to(q.dtype), v[:, :length].to(q.dtype), hidden)
 
 
 @dataclass(frozen=True)
@@ -64,7 +83,6 @@ class KVCache:
         if first + num_rows == length:  # all alike: a slice is four times as fast
             place = (slice(None), slice(first, length))
         limits = torch.minimum((slots // block_size + 1) * block_size, self.lengths[:, None] + num_rows)
-        own = limits.new_full((alone, num_rows), num_rows)
         length = -(-length // ROUND) * ROUND
 
         @functools.cache  # once for all layers, and not where the kernel needs none
@@ -77,16 +95,10 @@ class KVCache:
             keys, values = self.keys[layer], self.values[layer]
             batch = len(q) - alone
             keys[place], values[place] = k[:batch].to(keys.dtype), v[:batch].to(values.dtype)
-            if num_rows >= FEW and q.shape[-1] % TILE == 0 and not torch.is_grad_enabled() and usable(q, keys):
-                seen = torch.empty_like(q, memory_format=torch.contiguous_format)
-                prefix_attention(q[:batch], keys, values, limits, seen[:batch])
-                if alone:
-                    prefix_attention(q[batch:], k[batch:], v[batch:], own, seen[batch:])
-                return seen
-            k_seen, v_seen = keys[:, :length].to(q.dtype), values[:, :length].to(q.dtype)
-            out = attention(q[:batch], k_seen, v_seen, bias(q.dtype))
+            out = prefix_attention(q[:batch], keys, values, limits, bias)
             if not alone:
                 return out
-            return torch.cat((out, attention(q[batch:], k[batch:], v[batch:])), dim=0)
+            own = limits.new_full((alone, num_rows), num_rows)
+            return torch.cat((out, prefix_attention(q[batch:], k[batch:], v[batch:], own, None)))
 
         return attend

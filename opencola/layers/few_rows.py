@@ -6,35 +6,52 @@ from typing import Literal, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from opencola.kernels import library
-from opencola.kernels import rows as generation
+from opencola.kernels import rows as kernels
+from opencola.kernels.choice import implemented_by
 from opencola.layers.attention import Attend
-from opencola.layers.transformer import AdaptiveBlock, Linear
+from opencola.layers.operations import Linear, split_heads
+from opencola.layers.transformer import AdaptiveBlock
 
 PACKED_BYTES = 1 << 30
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def prepacked(model: Model, blocks: str, rows: int) -> Model:
-    """A copy of a model that shares its parameters, with packed weights in its module list `blocks` of AdaptiveBlocks.
+    """A copy of a model that shares its parameters, its module list `blocks` of AdaptiveBlocks made `for_few_rows`.
 
     rows: about how many a call will have. The model itself where that does not pay or cannot be: other weights than
-    float32 on a CPU, or PACKED_BYTES of them. Without kernels oneDNN packs them, which is half as good.
+    float32 on a CPU, or PACKED_BYTES of them.
     """
-    named = model.get_submodule(blocks).named_modules()  # modulations are computed once for all times: not worth it
-    chosen = {name: m for name, m in named if isinstance(m, Linear) and not name.endswith("modulation")}
-    weights = [layer.weight for layer in chosen.values()]
+    weights = [w for block in model.get_submodule(blocks).children() for w in _weights(block)]
     fit = all(weight.is_cpu and weight.dtype == torch.float32 for weight in weights)
     if not fit or sum(w.nbytes for w in weights) >= PACKED_BYTES:
         return model
     copied = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
-    if library.usable(*weights):
-        for name, block in model.get_submodule(blocks).named_children():
-            copied.set_submodule(f"{blocks}.{name}", FewRowsBlock(cast(AdaptiveBlock, block)))
-    elif torch.backends.mkldnn.is_available():
-        for name, layer in chosen.items():
-            copied.set_submodule(f"{blocks}.{name}", PackedLinear(layer, rows))
+    for name, block in copied.get_submodule(blocks).named_children():
+        copied.set_submodule(f"{blocks}.{name}", for_few_rows(cast(AdaptiveBlock, block), _weights(block), rows))
     return copied
+
+
+def _layers(block: nn.Module) -> dict[str, Linear]:
+    """Those to pack; modulations are computed once for all times: not worth it."""
+    return {name: layer for name, layer in block.named_children() if isinstance(layer, Linear) and name != "modulation"}
+
+
+def _weights(block: nn.Module) -> tuple[Tensor, ...]:
+    return tuple(layer.weight for layer in _layers(block).values())
+
+
+def _by_onednn(block: AdaptiveBlock, weights: tuple[Tensor, ...], rows: int) -> nn.Module:
+    for name, layer in _layers(block).items():
+        block.set_submodule(name, PackedLinear(layer, rows))
+    return block
+
+
+@implemented_by(lambda block, weights, rows: FewRowsBlock(block))
+@implemented_by(_by_onednn, takes=lambda *weights: torch.backends.mkldnn.is_available())  # half as good
+def for_few_rows(block: AdaptiveBlock, weights: tuple[Tensor, ...], rows: int) -> nn.Module:
+    """The block, which the caller gives away, for calls of about as many rows; weights: float32 on a CPU."""
+    return block
 
 
 class PackedLinear(nn.Module):
@@ -63,7 +80,7 @@ class FewRowsBlock(nn.Module):
         super().__init__()
         self.block, self.modulation = block, block.modulation
         layers = (block.qkv, block.attention_out, block.mlp_in, block.mlp_out)
-        self.weights = [generation.pack(layer.weight) for layer in layers]
+        self.weights = [kernels.pack(layer.weight) for layer in layers]
 
     def forward(
         self, h: Tensor, layer: int, modulation: Tensor, index: Tensor, turn: Tensor, attend: Attend, skip: int = 0
@@ -71,10 +88,10 @@ class FewRowsBlock(nn.Module):
         """As AdaptiveBlock's, all rows wanted."""
         block, (qkv, attention_out, mlp_in, mlp_out) = self.block, self.weights
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation.chunk(6, dim=-1)
-        width, hidden, eps = h.shape[-1], block.mlp_in.out_features, block.norm.eps
+        width, hidden, eps = h.shape[-1], block.mlp_in.out_features, block.eps
         index = index.expand(h.shape[:2])
-        heads = generation.product(h, qkv, block.qkv.bias, block.qkv.out_features, index, norm=(shift_1, scale_1, eps))
-        attended = attend(layer, *block.split_heads(heads, turn, 0)).flatten(-2)
-        h = generation.product(attended, attention_out, block.attention_out.bias, width, index, residual=(h, gate_1))
-        u = generation.product(h, mlp_in, block.mlp_in.bias, hidden, index, norm=(shift_2, scale_2, eps), gelu=True)
-        return generation.product(u, mlp_out, block.mlp_out.bias, width, index, residual=(h, gate_2))
+        heads = kernels.product(h, qkv, block.qkv.bias, block.qkv.out_features, index, norm=(shift_1, scale_1, eps))
+        attended = attend(layer, *split_heads(heads, block.num_heads, block.head_norms, turn, eps)).flatten(-2)
+        h = kernels.product(attended, attention_out, block.attention_out.bias, width, index, residual=(h, gate_1))
+        u = kernels.product(h, mlp_in, block.mlp_in.bias, hidden, index, norm=(shift_2, scale_2, eps), gelu=True)
+        return kernels.product(u, mlp_out, block.mlp_out.bias, width, index, residual=(h, gate_2))

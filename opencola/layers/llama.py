@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from opencola.errors import UserError
 from opencola.layers.attention import Attend, Rotary, rotary, rotate_halves
 from opencola.layers.cache import KVCache
-from opencola.layers.transformer import Linear, initialise
+from opencola.layers.operations import Linear
+from opencola.layers.transformer import initialise
 
 
 @dataclass(frozen=True)
@@ -20,19 +21,19 @@ class LlamaConfig:
     """Sizes of a LLaMA transformer without its vocabulary."""
 
     width: int = 128
-    """Width of the trunk, D."""
+    """Width of the residual stream, D."""
     num_layers: int = 4
-    """Blocks."""
+    """Number of transformer blocks."""
     num_heads: int = 4
-    """Attention heads; each has width / num_heads channels."""
+    """Number of attention heads; each has width / num_heads channels."""
     num_kv_heads: int | None = None
-    """Heads of keys and values, each for several queries; as many as attention heads when not given."""
+    """Number of heads of keys and values, each for several queries; as many as attention heads when not given."""
     ffn_dim: int = 384
-    """Inner width of the SwiGLU."""
+    """Inner width of the MLP (SwiGLU)."""
     rope_base: float = 10000.0
     """Base of the rotary frequencies."""
     norm_eps: float = 1e-5
-    """Epsilon of every norm."""
+    """Number added to the mean square in every norm."""
 
     def __post_init__(self) -> None:
         if self.width % (2 * self.num_heads):

@@ -1,22 +1,23 @@
 """Attention of the packed training rows [clean | noisy copy 1 | ...] (model.md §3): only pairs that may see each other.
 
-A row sees the clean blocks before its own, and its own block of its own part: one rule for clean rows and noisy ones.
+Who sees whom is said by `masks.PackedRows`; spans of rows and keys, biases and tiles are derived from it.
 Where the clean rows stay the same from call to call, their keys and values are a `Past`, and noisy rows come alone.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from opencola.kernels import library
-from opencola.kernels.attention import Pattern, attend_packed
+from opencola.kernels.attention import attend_packed
+from opencola.kernels.choice import implemented_by, on_cuda
 from opencola.layers.attention import Attend
-from opencola.layers.masks import Predicate, clean_beside_noisy
+from opencola.layers.masks import PackedRows
 
+_compiled = functools.cache(torch.compile)
 Past = list[tuple[Tensor, Tensor]]
 """Keys and values (B, Nc, H, Dh) of the clean rows in every layer. No gradient reaches them."""
 
@@ -28,132 +29,97 @@ def packed(
     copies: int,
     history: Tensor | None = None,
     documents: Tensor | None = None,
-    device: torch.device | None = None,
     span: int = 64,
     past: Past | None = None,
     first: int = 0,
 ) -> Attend:
-    """Pattern of packed rows; equals `masked(dense(clean_beside_noisy(...)))` with these further bounds.
+    """Pattern of the `PackedRows` of these sizes, of which every part must be whole blocks.
 
-    history (B,), bool: samples whose noisy rows may see the clean rows; all when not given. documents (B, N), int64:
-    the document of each latent; rows then see their own document only. span: rows that meet one range of clean keys, as
-    far as any of them sees. past: of the clean rows, which then are not among the rows; first: the latent with
-    which every noisy copy begins, the first of a block. On CUDA FlexAttention does the same from the predicate.
+    documents (B, N), int64. span: rows that meet one range of clean keys, as far as any of them sees. past: of the
+    clean rows, which then are not among the rows.
     """
-    if device is not None and device.type == "cuda":
-        predicate = clean_beside_noisy(num_clean, num_latents, block_size, first)
-        return flexible(predicate, num_clean, copies, history, documents, past, first)
-    pattern = Pattern(num_clean, num_latents, block_size, copies, first, history, _numbered(documents))
-    plan = functools.cache(lambda: _plan(pattern, device, span, past is not None))
-
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        before = None if past is None else past[layer]
-        if library.usable(q, k, v, *(before or ())):
-            return attend_packed(q, k, v, pattern, before)
-        rows = _rows_first(q, k, v)
-        clean_rows = None if before is None else _rows_first(*before)
-        out: Tensor = _PackedAttention.apply(*rows, plan(), len(q), clean_rows)
-        return out.unflatten(0, (len(q), -1)).transpose(1, 2)
-
-    return attend
+    numbers = None if documents is None else documents.unique(return_inverse=True)[1].int()
+    shared = Shared(PackedRows(num_clean, num_latents, block_size, copies, first, history, numbers), span)
+    return lambda layer, q, k, v: packed_attention(q, k, v, None if past is None else past[layer], shared)
 
 
-def _numbered(documents: Tensor | None) -> Tensor | None:
-    return None if documents is None else documents.unique(return_inverse=True)[1].int()
+class Shared:
+    """The rows, and what implementations derive from them for all layers, when first asked for."""
+
+    def __init__(self, rows: PackedRows, span: int = 64) -> None:
+        self.rows = rows
+        self.plan = functools.cache(functools.partial(make_plan, rows, span))
+        self.block_mask = functools.cache(functools.partial(_block_mask, rows))
 
 
-def flexible(
-    predicate: Predicate,
-    num_clean: int,
-    copies: int,
-    history: Tensor | None,
-    documents: Tensor | None,
-    past: Past | None = None,
-    first: int = 0,
-) -> Attend:
-    """The packed pattern by FlexAttention, which skips tiles that nobody sees; compiled where it runs on CUDA."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+def flexible(q: Tensor, k: Tensor, v: Tensor, past: tuple[Tensor, Tensor] | None, shared: Shared) -> Tensor:
+    """`packed_attention` by FlexAttention, which skips tiles that nobody sees; compiled where it runs on CUDA."""
+    from torch.nn.attention.flex_attention import flex_attention
 
-    of_rows = None
-    if documents is not None:
-        of_rows = torch.cat((documents[:, :num_clean], documents[:, first:].repeat(1, copies)), dim=1)
-
-    def seen(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        visible = predicate(query, key)
-        if history is not None:
-            visible = visible & (history[b] | (query < num_clean) | (key >= num_clean))
-        if of_rows is not None:
-            visible = visible & (of_rows[b, query] == of_rows[b, key])
-        return visible
-
-    different = history if of_rows is None else of_rows
-    batch = None if different is None else len(different)
-    masks: dict[int, Any] = {}
-
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if past is not None:
-            k, v = (torch.cat(both, dim=1) for both in zip(past[layer], (k, v), strict=True))
-        skipped = k.shape[1] - q.shape[1]  # the clean rows do not ask in the last layer, nor where they are past
-        if skipped not in masks:
-            behind: Callable[..., Tensor] = lambda b, h, query, key: seen(b, h, query + skipped, key)  # noqa: E731
-            masks[skipped] = create_block_mask(behind, batch, None, q.shape[1], k.shape[1], device=str(q.device))
-        run: Any = flex_attention
-        if q.is_cuda:
-            run = _compiled(flex_attention)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out: Tensor = run(q, k, v, block_mask=masks[skipped])
-        return out.transpose(1, 2)
-
-    return attend
+    if past is not None:
+        k, v = (torch.cat(both, dim=1) for both in zip(past, (k, v), strict=True))
+    mask = shared.block_mask(q.shape[1], k.shape[1], q.device)
+    run: Any = _compiled(flex_attention) if q.is_cuda else flex_attention
+    out: Tensor = run(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask)
+    return out.transpose(1, 2)
 
 
-@functools.cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function)
+def _block_mask(rows: PackedRows, queries: int, keys: int, device: torch.device) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    skipped = keys - queries  # the clean rows do not ask in the last layer, nor where they are past
+    visible: Callable[..., Tensor] = lambda b, h, query, key: rows.visible(b, query + skipped, key)  # noqa: E731
+    return create_block_mask(visible, rows.samples, None, queries, keys, device=str(device))
+
+
+@implemented_by(lambda q, k, v, past, shared: attend_packed(q, k, v, past, **vars(shared.rows)))
+@implemented_by(flexible, takes=on_cuda)
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, past: tuple[Tensor, Tensor] | None, shared: Shared) -> Tensor:
+    """Rows q (B, Q, H, Dh), the last Q of the rows; k, v (B, R, H, Dh), without the clean rows of `past` -> like q."""
+    plan = shared.plan(past is not None, q.device)
+    clean = None if past is None else _rows_first(*past)
+    out: Tensor = _PackedAttention.apply(*_rows_first(q, k, v), plan, len(q), clean)
+    return out.unflatten(0, (len(q), -1)).transpose(1, 2)
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """What of the packed pattern is the same in all layers."""
+class Plan:
+    """Visible pairs as those of a row with clean keys of other blocks, span by span, and those with its own block."""
 
     spans: tuple[tuple[int, int, int], ...]  # (first row, end, clean keys that some of these rows see)
     block_size: int
-    bias: Tensor  # (1 or B, 1, R, Nc): 0 where a row sees a clean key, else -inf
-    own_bias: Tensor | None  # (B, 1, R, S): the same for the keys of a row's own block
+    bias: Tensor  # (1 or B, 1, R, Nc): 0 where a row sees a clean key of another block, else -inf
+    own_bias: Tensor | None  # (B, 1, R, S): the same for the keys of a row's own block; None where it sees all
 
 
-def _plan(pattern: Pattern, device: torch.device | None, span: int, past: bool) -> _Plan:
-    num_clean, block_size, documents = pattern.num_clean, pattern.block_size, pattern.documents
-    copy = range(pattern.first, pattern.num_latents)
-    parts = [range(0 if past else num_clean), *[copy] * pattern.copies]
-    place = torch.cat([torch.arange(part.start, part.stop, device=device) for part in parts])
-    clean = torch.arange(num_clean, device=device)
-    blind = (place[:, None] // block_size <= clean // block_size)[None]  # (1, R, Nc)
-    if pattern.history is not None:
-        noisy = torch.arange(len(place), device=device) >= len(parts[0])
-        blind = blind | (noisy[:, None] & ~pattern.history[:, None, None])
-    own_bias = None
-    if documents is not None:
-        of_rows = documents[:, place]
-        blind = blind | (of_rows[:, :, None] != documents[:, None, :num_clean])
-        within = of_rows.unflatten(1, (-1, block_size))
-        own_bias = _bias((within[..., :, None] != within[..., None, :]).flatten(1, 2))  # (B, 1, R, S)
-    return _Plan(tuple(_spans(parts, num_clean, block_size, span)), block_size, _bias(blind), own_bias)
+def make_plan(rows: PackedRows, span: int, past: bool, device: torch.device) -> Plan:
+    """The plan of all rows, or of those behind the `past` ones."""
+    size, start = rows.block_size, rows.num_clean if past else 0
+    sample = torch.arange(rows.samples or 1, device=device)[:, None, None]
+    query = torch.arange(start, rows.num_rows, device=device)[None, :, None]
+    block, clean = query // size * size, torch.arange(rows.num_clean, device=device)
+    others = rows.visible(sample, query, clean) & (block != clean // size * size)
+    own = None
+    if rows.documents is not None:
+        own = _bias(rows.visible(sample, query, block + torch.arange(size, device=device)))
+    return Plan(tuple(_spans(rows, span, past)), size, _bias(others), own)
 
 
-def _bias(blind: Tensor) -> Tensor:
-    return torch.zeros(blind.shape, device=blind.device).masked_fill_(blind, -torch.inf)[:, None]
+def _bias(seen: Tensor) -> Tensor:
+    return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, -torch.inf)[:, None]
 
 
-def _spans(parts: Sequence[range], num_clean: int, block_size: int, span: int) -> Iterator[tuple[int, int, int]]:
+def _spans(rows: PackedRows, span: int, past: bool) -> Iterator[tuple[int, int, int]]:
+    copy = range(rows.first, rows.num_latents)
+    parts, num_clean = [range(0 if past else rows.num_clean), *[copy] * rows.copies], rows.num_clean
     if max(part.stop for part in parts) <= 2 * span:
         yield 0, sum(len(part) for part in parts), num_clean
         return
-    step, start = -(-span // block_size) * block_size, 0
+    step, start = -(-span // rows.block_size) * rows.block_size, 0
     for part in parts:
         for first in range(0, len(part), step):
             end = min(first + step, len(part))
-            yield start + first, start + end, min(part.start + first + step - block_size, num_clean)
+            yield start + first, start + end, min(part.start + first + step - rows.block_size, num_clean)
         start += len(part)
 
 
@@ -170,7 +136,7 @@ class _PackedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: _Plan, batch: int, past: tuple[Tensor, ...] | None
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan, batch: int, past: tuple[Tensor, ...] | None
     ) -> Tensor:
         scale, skipped, wide = q.shape[-1] ** -0.5, k.shape[1] - q.shape[1], torch.promote_types(q.dtype, torch.float32)
         own = _within_blocks(q, k[:, skipped:], plan.block_size) * scale
@@ -223,7 +189,7 @@ def _add_product(to: Tensor, a: Tensor, b: Tensor, **factors: float) -> None:
     torch.baddbmm(to, a, b, **factors, out=to)
 
 
-def _asking(plan: _Plan, skipped: int) -> list[tuple[slice, slice, int]]:
+def _asking(plan: Plan, skipped: int) -> list[tuple[slice, slice, int]]:
     """The spans as (rows of the query, rows of the pattern, clean keys), without rows that do not ask."""
     cut = [(max(first, skipped), end, n) for first, end, n in plan.spans if end > skipped]
     return [(slice(first - skipped, end - skipped), slice(first, end), n) for first, end, n in cut]

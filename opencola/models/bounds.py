@@ -10,11 +10,11 @@ class BoundScoring:
     """How texts are scored."""
 
     samples: int = 128
-    """Draws K for every text: of the masked tokens, or of time and noise."""
+    """Number of draws K for every text: of the masked tokens, or of time and noise."""
     rows: int = 32
-    """Draws to evaluate at a time: memory. What comes out does not depend on it."""
+    """Number of draws to evaluate at a time: memory; no figure depends on it."""
     seed: int = 0
-    """All draws depend on this, the text's id and the draw's number alone."""
+    """Seed of all draws, which depend on it, the text's id and the draw's number alone."""
 
     def __post_init__(self) -> None:
         for name in ("samples", "rows"):

@@ -8,17 +8,21 @@ from torch import Tensor, nn
 from opencola.errors import UserError
 from opencola.models.ar.model import AR
 from opencola.models.ar.network import ARConfig
+from opencola.models.ar.sampling import ARSampling
 from opencola.models.ar.score import ARScoring
 from opencola.models.bounds import BoundScoring
 from opencola.models.cola.model import Cola
 from opencola.models.cola.parts import ColaConfig, PriorObjective
+from opencola.models.cola.sampling import ColaSampling
 from opencola.models.cola.score import Scoring
 from opencola.models.cola.stage_one import StageOne, StageOneConfig
 from opencola.models.language_model import Sample
 from opencola.models.llada.model import LLaDA
 from opencola.models.llada.network import LLaDAConfig
+from opencola.models.llada.sampling import LLaDASampling
 from opencola.models.plaid.model import Plaid
 from opencola.models.plaid.network import PlaidConfig
+from opencola.models.plaid.sampling import PlaidSampling
 from opencola.models.samples import continuations, reconstructions
 from opencola.models.sampling import Sampling
 from opencola.text.tokenizer import Tokenizer
@@ -43,7 +47,37 @@ def config_class(family: str) -> type[ModelConfig]:
         case "plaid":
             return PlaidConfig
         case _:
-            raise UserError(f"there is no model family {family!r}; the families are: {', '.join(FAMILIES)}")
+            raise unknown(family)
+
+
+def unknown(family: str) -> UserError:
+    """What to raise for a name that is no family's."""
+    return UserError(f"there is no model family {family!r}; the families are: {', '.join(FAMILIES)}")
+
+
+def sampling_class(family: str) -> type[ColaSampling | ARSampling | LLaDASampling | PlaidSampling]:
+    """The class of the settings of `generate`; of a Text VAE, those of the Cola DLM that it is a part of. Errors as
+    `config_class`."""
+    match family:
+        case "vae" | "cola":
+            return ColaSampling
+        case "ar":
+            return ARSampling
+        case "llada":
+            return LLaDASampling
+        case "plaid":
+            return PlaidSampling
+        case _:
+            raise unknown(family)
+
+
+SETTINGS = frozenset(name for family in FAMILIES for name in sampling_class(family).hints())
+"""The settings of generation that any family has."""
+
+
+def family(config: ModelConfig) -> str:
+    """The family of a configuration."""
+    return next(name for name in FAMILIES if type(config) is config_class(name))
 
 
 def scoring_class(family: str) -> type[Scoring] | type[ARScoring] | type[BoundScoring]:

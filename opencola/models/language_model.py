@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from opencola.data.batch import Batch
-from opencola.models.sampling import Sampling
 from opencola.models.stopping import StopRule, TokenBlock
 
 
@@ -108,7 +107,7 @@ class LanguageModel(Trainable, Protocol):
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
+        sampling: Any,
         *,
         eos_ids: Sequence[int] = (),
         pad_id: int = 0,
@@ -117,8 +116,9 @@ class LanguageModel(Trainable, Protocol):
     ) -> Iterator[list[TokenBlock]]:
         """Continue prompts, maybe empty ones, and yield new tokens of unfinished samples as they are ready.
 
-        eos_ids end a sample and are not given out; pad_id: what prompts are filled up with, where a family does that;
-        ids: the samples' ids, which with the seed decide their draws (their places in the list when not given);
+        sampling: of the family's own class (`build.sampling_class`); eos_ids end a sample and are not given out;
+        pad_id: what prompts are filled up with, where a family does that; ids: the samples' ids, which with
+        the seed decide their draws (their places in the list when not given);
         stop(sample, new tokens) -> how many of these to keep, or None to go on. What a sample becomes does not depend
         on the others. Raises ValueError for prompts with ids beyond the vocabulary.
         """

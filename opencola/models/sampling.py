@@ -1,61 +1,31 @@
-"""How to sample: the settings of generation, and the choice of tokens from logits (model.md §5, official-format §6)."""
+"""The settings of generation that every family has, and the choice of tokens from logits (model.md §5, official-format
+§6)."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, get_type_hints
 
 import torch
 from torch import Tensor
 
 from opencola.errors import UserError
-from opencola.flow.ode import Solver
-
-FirstBlock = Literal["clean", "partial", "left_pad", "right_pad"]
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings of generation."""
+    """Settings of generation. A family's own class adds those that only it has (`build.sampling_class`)."""
 
+    owner: ClassVar[str] = "a model"
+    """What messages call a model of the family."""
     max_new_tokens: int = 64
-    """Tokens to write at most, the prompt not counted."""
-    steps: int = 16
-    """Solver steps per block; of LLaDA, steps of unmasking, of which a block has at most one a token."""
-    solver: Solver = "euler"
-    """Solver of the flow; stochastic puts fresh noise in at every step, adaptive is dopri5."""
-    eta: float = 1.0
-    """Share of fresh noise of the stochastic solver; 0 is Euler."""
-    tolerance: float = 1e-4
-    """Relative and absolute tolerance of the adaptive solver."""
-    guidance: float = 7.0
-    """Classifier-free guidance: 1 leaves the unconditional pass out."""
-    guidance_from: float = 1.0
-    """Guide at times of at most this; above it the unconditional pass is left out."""
-    guidance_until: float = 0.0
-    """Guide at times of at least this; below it the unconditional pass is left out."""
-    guidance_every: int = 1
-    """Make the unconditional pass at every n-th evaluation only; in between, its last difference is used again."""
-    shift: float = 1.0
-    """Time grid: t becomes shift t / (1 + (shift - 1) t), so that above 1 more steps are near the noise."""
-    candidates: int = 1
-    """Candidates per block; the one with the smallest round-trip error |z - mu(encode(decode(z)))|² is kept."""
-    first_block: FirstBlock = "clean"
-    """A prompt that ends inside a block: pin its latents clean, re-noise them along, or pad the prompt."""
-    repaint_repeats: int = 1
-    """Times that `partial` does each step while it re-noises the known latents."""
-    repaint_fraction: float = 0.5
-    """First share of the steps in which `partial` does so."""
-    block_length: int = 16
-    """Tokens of a block of LLaDA, whose blocks are unmasked from left to right."""
-    remasking: Literal["low_confidence", "random"] = "low_confidence"
-    """Which of the tokens that LLaDA proposes stay masked: the least probable ones, or any."""
+    """Largest number of tokens to write, the prompt not counted."""
     temperature: float = 0.0
     """Temperature of the token choice; 0 takes the most probable token."""
     top_k: int = 0
-    """Choose among the k most probable tokens; 0: all."""
+    """Number of most probable tokens to choose among; 0: all."""
     top_p: float = 1.0
-    """Choose among the most probable tokens that together reach this probability."""
+    """Choose among the most probable tokens that together reach this probability, above 0 and at most 1 (all)."""
     repetition_penalty: float = 1.0
     """Divides positive and multiplies negative logits of tokens already written; 1: none."""
     stop: tuple[str, ...] = ()
@@ -65,24 +35,41 @@ class Sampling:
     chat: bool = False
     """A prompt is what a user says, and the text an assistant's answer, up to its end (for models of conversations)."""
     seed: int = 0
-    """All noise depends on this, the sample's id and the block alone."""
-    compatibility: Literal["none", "release"] = "none"
-    """`release` repeats the public release's prompt padding, seeds, budget and stopping (official-format §5, §9)."""
-    bf16_times: bool = False
-    """Round the times that the DiT sees to bfloat16, as the public release does on a GPU (official-format §8)."""
+    """Seed of all draws, which depend on it, the sample's id and the place in its text alone."""
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "steps", "candidates", "repaint_repeats", "guidance_every", "block_length"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
+        self.check_counts("max_new_tokens")
         if not 0 <= self.temperature < math.inf:
             raise UserError(f"temperature must be a number of at least 0, not {self.temperature}")
         if self.top_k < 0 or not 0 < self.top_p <= 1 or not self.repetition_penalty > 0:
             raise UserError("top_k must be at least 0, top_p in (0, 1], repetition_penalty above 0")
-        if self.shift <= 0:
-            raise UserError(f"shift must be above 0, not {self.shift}")
-        if not 0 <= self.eta <= 1 or not 0 <= self.repaint_fraction <= 1:
-            raise UserError("eta and repaint_fraction must lie in [0, 1]")
+
+    def check_counts(self, *names: str) -> None:
+        """Raise UserError for the first of these settings that is below 1."""
+        for name in names:
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+    @classmethod
+    def hints(cls) -> dict[str, Any]:
+        """The settings by name, with their types."""
+        types = get_type_hints(cls)
+        return {field.name: types[field.name] for field in fields(cls)}
+
+    @classmethod
+    def lacks(cls, asked: str, spell: Callable[[str], str] = str) -> UserError:
+        """What to raise where `asked` is no setting of the family; spell: how those that it has are written."""
+        return UserError(f"{cls.owner} has no {asked}; its settings are {', '.join(map(spell, cls.hints()))}")
+
+    @property
+    def shows_padding(self) -> bool:
+        """Whether the model sees the token that prompts are filled up with."""
+        return False
+
+    @property
+    def ends_together(self) -> bool:
+        """Whether the samples of a batch end together, so that what one becomes depends on the others."""
+        return False
 
 
 def penalise(logits: Tensor, seen: Sequence[Sequence[int]], penalty: float) -> Tensor:
@@ -110,14 +97,13 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     return logits.softmax(-1)
 
 
-def choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
+def choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator], *, wide: bool = True) -> Tensor:
     """Token ids (B, R) from logits (B, R, V), every sample with its own generator.
 
-    Drawn in float64, so that no improbable token is lost to rounding; in the logits' own type where the release does.
+    wide: draw in float64, so that no improbable token is lost to rounding; else in the logits' own type.
     """
     if sampling.temperature < 1e-5:
         return logits.argmax(-1)
-    wide = logits if sampling.compatibility == "release" else logits.double()
-    weights = probabilities(wide, sampling).cpu()
+    weights = probabilities(logits.double() if wide else logits, sampling).cpu()
     drawn = [torch.multinomial(w, 1, generator=g)[:, 0] for w, g in zip(weights, generators, strict=True)]
     return torch.stack(drawn).to(logits.device)

@@ -41,13 +41,10 @@ def generate_text(
     not belong together, an empty stop string, messages without chat, or a token that the sampling needs and the
     tokenizer lacks.
     """
-    release = sampling.compatibility == "release"
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(f"the tokenizer has {tokenizer.vocab_size} tokens, but the model knows only {model.vocab_size}")
     if "" in sampling.stop:
         raise UserError("an empty stop string would end every text at once: leave it out")
-    if release and sampling.stop:
-        raise UserError("the public release knows no stop strings: leave out either stop or compatibility release")
     encoded, end_ids = encode(tokenizer, prompts, sampling.chat)
     texts = [_Continuation(tokenizer, prompt, sampling.stop) for prompt in encoded]
     blocks = model.generate(
@@ -55,7 +52,7 @@ def generate_text(
         sampling,
         eos_ids=() if sampling.ignore_eos else end_ids,
         # elsewhere padding is never seen, so that a tokenizer without such a token will do
-        pad_id=tokenizer.pad_id if release or sampling.first_block in ("left_pad", "right_pad") else 0,
+        pad_id=tokenizer.pad_id if sampling.shows_padding else 0,
         ids=ids,
         stop=lambda sample, tokens: texts[sample].stop(tokens),
     )

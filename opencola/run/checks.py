@@ -12,7 +12,7 @@ from opencola.run.recipe import Recipe
 from opencola.text.tokenizer import SMALLEST_VOCABULARY
 
 
-def check(stage: str, recipe: Recipe[Any], processes: int) -> None:
+def check(stage: str, recipe: Recipe[Any, Any], processes: int) -> None:
     """Raise UserError, in one line with fields, values and what to do, where a stage does not divide."""
     data, train, own = recipe.data, recipe.train, recipe.tokenizer
     num_shards(stage, recipe, processes)
@@ -33,7 +33,7 @@ def check(stage: str, recipe: Recipe[Any], processes: int) -> None:
         )
 
 
-def num_shards(stage: str, recipe: Recipe[Any], processes: int) -> int:
+def num_shards(stage: str, recipe: Recipe[Any, Any], processes: int) -> int:
     """Processes that share the parameters of one copy; UserError where copies and shards do not use all processes."""
     replicate, shard = recipe.train.replicate, recipe.train.shard
     if processes % replicate:

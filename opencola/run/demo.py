@@ -10,15 +10,14 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from opencola.checkpoints import card, official
+from opencola.checkpoints.settings import load_sampling
 from opencola.errors import UserError
-from opencola.evaluation.latents.reconstruction import (
-    Reconstruction,
-)
+from opencola.evaluation.latents.reconstruction import Reconstruction
 from opencola.evaluation.latents.traces import map_variables, reconstruct_stories, trace_blocks
-from opencola.evaluation.reporting.demo_page import Measure, Report, read_stages, render
+from opencola.evaluation.reporting.demo_page import DemoPage, Measure, read_stages, render
+from opencola.evaluation.screen import table
 from opencola.evaluation.statistics import share
 from opencola.evaluation.writing import (
     BATCH_SIZE,
@@ -67,7 +66,7 @@ def finish(out: Path, num_stories: int = 200, display: bool = True, started: flo
     if num_stories < 1:
         raise UserError(f"num_stories must be at least 1, but is {num_stories}")
     begin = time.time()
-    model, tokenizer, sampling = official.load(out).eval(), Tokenizer.load(out), official.load_sampling(out)
+    model, tokenizer, sampling = official.load(out).eval(), Tokenizer.load(out), load_sampling(out)
     stages = read_stages(out)
     stories = held_out(num_stories)
     continuations, last_words, budget = write_stories(model, tokenizer, sampling, stories, display)
@@ -98,7 +97,7 @@ def finish(out: Path, num_stories: int = 200, display: bool = True, started: flo
         f"stories and measured on {num_stories} held-out ones."
     )
     samples = continuations[:SAMPLES_SHOWN]
-    page = Report("OpenCola: story world", subtitle, measures, HEADLINES, stages, samples, maps, trace, settings)
+    page = DemoPage("OpenCola: story world", subtitle, measures, HEADLINES, stages, samples, maps, trace, settings)
     (out / "report.html").write_text(render(page), encoding="utf-8")
     now = time.time()
     metrics: dict[str, Any] = {
@@ -107,7 +106,7 @@ def finish(out: Path, num_stories: int = 200, display: bool = True, started: flo
         "evaluation_seconds": now - begin,
         **{measure.name: measure.value for measure in measures},
         "mean_log_probability": mean_log_probability(continuations),
-        "intervals": {one.name: list(one.interval) for one in measures if one.interval is not None},
+        "intervals": {measure.name: list(measure.interval) for measure in measures if measure.interval is not None},
         "counts": {measure.name: measure.count for measure in measures},
         "settings": settings,
     }
@@ -128,13 +127,15 @@ def _measures(
         "reconstruction_accuracy": share(reconstruction.from_sample, reconstruction.count),
         "reconstruction_accuracy_of_mean": share(reconstruction.from_mean, reconstruction.count),
     }
-    found = {name: Measure(name, s.value, True, (s.low, s.high), s.count, MEANING[name]) for name, s in shares.items()}
+    by_name = {
+        name: Measure(name, s.value, True, (s.low, s.high), s.count, MEANING[name]) for name, s in shares.items()
+    }
     for name, value in (("last_word_ceiling", ceiling), ("last_word_of_determined", of_determined)):
-        found[name] = Measure(name, value, True, None, len(last_words), MEANING[name])
-    found["vae_logsnr"] = Measure(
+        by_name[name] = Measure(name, value, True, None, len(last_words), MEANING[name])
+    by_name["vae_logsnr"] = Measure(
         "vae_logsnr", reconstruction.logsnr, False, None, reconstruction.count, MEANING["vae_logsnr"]
     )
-    return [found[name] for name in MEANING]
+    return [by_name[name] for name in MEANING]
 
 
 def _show(samples: Sequence[Continuation], measures: Sequence[Measure], out: Path, seconds: float) -> None:
@@ -144,11 +145,9 @@ def _show(samples: Sequence[Continuation], measures: Sequence[Measure], out: Pat
     for sample in samples:
         mark = f"[red]✗ {escape(sample.fault)}[/]" if sample.fault else "[green]✓[/]"
         console.print(f"[dim]{escape(sample.prompt)}[/][bold]{escape(sample.continuation)}[/] {mark}\n")
-    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
-    for title in ("", "value", "95 % interval", "what it says"):
-        table.add_column(title, justify="right" if title in ("value", "95 % interval") else "left")
+    grid = table("", "value", "95 % interval", "what it says", words=(0, 3))
     for measure in measures:
         if measure.name in HEADLINES:
-            table.add_row(measure.label, f"[bold]{measure.text}[/]", measure.interval_text, measure.meaning)
-    console.print(table)
+            grid.add_row(measure.label, f"[bold]{measure.text}[/]", measure.interval_text, measure.meaning)
+    console.print(grid)
     console.print(f"\n{seconds / 60:.1f} minutes in all. Report: {out / 'report.html'}")

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from opencola.data.batch import Batch
 from opencola.errors import UserError
+from opencola.evaluation.screen import table
 from opencola.models import build
 from opencola.run import checks, cost, run
 from opencola.run.cost import PassCost
@@ -53,7 +54,7 @@ class Estimate:
     """A stage by the numbers. Bytes are those of one device."""
 
     name: str
-    recipe: Recipe[Any]
+    recipe: Recipe[Any, Any]
     devices: int
     shards: int
     parts: dict[str, tuple[int, bool]]
@@ -102,7 +103,7 @@ class Estimate:
 
 
 def dry_run(
-    stages: Sequence[tuple[str, Recipe[Any]]], only: str | None, devices: int, gpu: str | None, utilisation: float
+    stages: Sequence[tuple[str, Recipe[Any, Any]]], only: str | None, devices: int, gpu: str | None, utilisation: float
 ) -> None:
     """Print the estimates of a recipe's stages, or of `only` one, for one kind of GPU or all known; writes nothing.
 
@@ -128,7 +129,7 @@ def dry_run(
         show(estimate, gpus, utilisation, console)
 
 
-def vocabulary(recipe: Recipe[Any], stages: dict[str, Recipe[Any]]) -> int:
+def vocabulary(recipe: Recipe[Any, Any], stages: dict[str, Recipe[Any, Any]]) -> int:
     """Tokens: of the tokenizer to be used if it is there already, else what the recipe says they will be."""
     tokenised = recipe.data.source.removeprefix("shards:")
     place = recipe.tokenizer.path or recipe.init or Path(tokenised)
@@ -143,7 +144,7 @@ def vocabulary(recipe: Recipe[Any], stages: dict[str, Recipe[Any]]) -> int:
     return build.vocab_size(recipe.model)
 
 
-def estimated(name: str, recipe: Recipe[Any], devices: int, vocab_size: int, both: bool = True) -> Estimate:
+def estimated(name: str, recipe: Recipe[Any, Any], devices: int, vocab_size: int, both: bool = True) -> Estimate:
     """Count a stage; `both`: with and without recomputation, not only as the recipe has it."""
     data, train = recipe.data, recipe.train
     shards = checks.num_shards(name, recipe, devices)
@@ -179,54 +180,57 @@ def estimated(name: str, recipe: Recipe[Any], devices: int, vocab_size: int, bot
 
 def parts(model: build.Model) -> dict[str, tuple[int, bool]]:
     """Parameters by part: the first two words of their names; modulations of the time apart."""
-    found: dict[str, tuple[int, bool]] = {}
+    counted: dict[str, tuple[int, bool]] = {}
     for name, parameter in model.named_parameters():
         words = name.split(".")
         part = ".".join([words[0], "modulations"] if any("modulation" in word for word in words) else words[:2])
-        found[part] = (found.get(part, (0, False))[0] + parameter.numel(), parameter.requires_grad)
-    return found
+        counted[part] = (counted.get(part, (0, False))[0] + parameter.numel(), parameter.requires_grad)
+    return counted
 
 
 def show(estimate: Estimate, gpus: dict[str, GPU], utilisation: float, console: Console) -> None:
     """Print an estimate: the plan, parameters, operations, memory, time."""
-    plan = table(f"{estimate.name}: the plan", "", "")
+
+    def put(title: str, grid: Table) -> None:
+        console.print(f"[bold]{escape(estimate.name)}: {title}[/]\n")
+        console.print(grid)
+        console.print()
+
+    plan = table("", "", words=(0, 1))
     for title, text in settings(estimate).items():
-        plan.add_row(title, text)
-    console.print(plan)
+        plan.add_row(title, escape(text))
+    put("the plan", plan)
 
     total = sum(count for count, _ in estimate.parts.values())
-    sizes = table(f"{estimate.name}: parameters", "part", "parameters", "")
+    sizes = table("part", "parameters", "", words=(0, 2))
     for part, (count, is_trained) in estimate.parts.items():
         if count >= total / 1000:
             sizes.add_row(part, f"{count:,}", "" if is_trained else "frozen")
-    sizes.add_section()
-    sizes.add_row("all", f"{total:,}")
+    sizes.add_row("all", f"{total:,}", style="bold")
     sizes.add_row("trained", f"{sum(count for count, is_trained in estimate.parts.values() if is_trained):,}")
     sizes.add_row("core, N", f"{estimate.core:,}")
-    console.print(sizes)
+    put("parameters", sizes)
 
-    flops = table(f"{estimate.name}: operations", "", "a token", "whole stage")
+    flops = table("", "a token", "whole stage")
     for title, per_token in (("6 N", 6.0 * estimate.core), ("counted", estimate.flops_per_token)):
         flops.add_row(title, f"{short(per_token)}FLOP", f"{short(per_token * estimate.tokens)}FLOP")
-    console.print(flops)
+    put("operations", flops)
 
-    memory = table(f"{estimate.name}: memory of one device", "part", "GB")
+    memory = table("part", "GB")
     for part, size in estimate.memory.items():
         memory.add_row(part, f"{size / 1e9:.2f}")
-    memory.add_section()
-    memory.add_row("all", f"{sum(estimate.memory.values()) / 1e9:.2f}")
+    memory.add_row("all", f"{sum(estimate.memory.values()) / 1e9:.2f}", style="bold")
     for recompute, size in estimate.activations.items():
         memory.add_row(f"(activations {'with' if recompute else 'without'} recomputation", f"{size / 1e9:.2f})")
-    console.print(memory)
+    put("memory of one device", memory)
 
-    title = f"{estimate.name}: time on {estimate.devices} GPU(s), estimated, at most {utilisation:.0%} of the peak rate"
-    time = table(title, "GPU", "GB", "fits", "s / step", "tokens / day", "days")
+    time = table("GPU", "GB", "fits", "s / step", "tokens / day", "days", words=(0, 2))
     for name, gpu in gpus.items():
         seconds = estimate.seconds_per_step(gpu, utilisation)
         a_day = short(86400 / seconds * estimate.tokens_per_step)
         days = f"{seconds * estimate.recipe.train.steps / 86400:.3g}"
         time.add_row(name, f"{gpu.gigabytes:g}", "yes" if estimate.fits(gpu) else "no", f"{seconds:.3g}", a_day, days)
-    console.print(time)
+    put(f"time on {estimate.devices} GPU(s), estimated, at most {utilisation:.0%} of the peak rate", time)
 
 
 def settings(estimate: Estimate) -> dict[str, str]:
@@ -249,14 +253,6 @@ def settings(estimate: Estimate) -> dict[str, str]:
         "checkpoints": f"every {train.save_every:,} steps, {short(kept)}B each, {train.keep} kept",
         "writes to": str(recipe.out),
     }
-
-
-def table(title: str, *columns: str) -> Table:
-    """An empty table, its first column to the left and figures to the right."""
-    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_header=any(columns))
-    for place, column in enumerate(columns):
-        made.add_column(column, justify="right" if place and column else "left")
-    return made
 
 
 def short(value: float) -> str:

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 import yaml
 
-from opencola.checkpoints import card, official, parts
+from opencola.checkpoints import card, parts, settings
+from opencola.text.lines import last_object
 from opencola.text.tokenizer import Tokenizer
 from opencola.version import __version__
 
@@ -22,11 +23,11 @@ def export(source: Path, to: Path, dtype: torch.dtype = torch.float32, license_i
     """
     if not parts.has_model(source):
         raise FileNotFoundError(f"{source} holds no model: give the folder of a finished run")
-    tokenizer, sampling, facts = Tokenizer.load(source), official.load_sampling(source), card.read_facts(source)
+    tokenizer, sampling, facts = Tokenizer.load(source), settings.load_sampling(source), card.read_facts(source)
     parts.copy(source, to, dtype)
     tokenizer.save(to)
     card.write_facts(to, facts)
-    official.save_sampling(sampling, to)
+    settings.save_sampling(sampling, to)
     card.write(to, license_id)
 
 
@@ -37,7 +38,7 @@ def facts_of(stage: Path, init: Path | None, command: str, num_parameters: int) 
         "name": stage.name,
         "command": command,
         "recipe": yaml.safe_load((stage / RECIPE).read_text(encoding="utf-8")),
-        "final": json.loads((stage / METRICS).read_text(encoding="utf-8").splitlines()[-1]),
+        "final": last_object(stage / METRICS),
         "validation": json.loads(valid.read_text(encoding="utf-8")) if valid.exists() else None,
         "num_parameters": num_parameters,
         "made_with": made_with(),

@@ -24,16 +24,21 @@ from typing import Any, Generic, TypeVar
 import tyro
 import yaml
 
+from opencola.checkpoints.settings import without_others
 from opencola.data.corpus import CorpusConfig
 from opencola.errors import UserError
 from opencola.models.sampling import Sampling
 from opencola.run import flags
 from opencola.train.loop import TrainConfig
+from opencola.vae.text_vae import ReleaseConventions
 
 Model = TypeVar("Model")
+Settings = TypeVar("Settings", bound=Sampling)
 Families = Callable[[str], type]
+Samplings = Callable[[str], type[Sampling]]
 # A wheel has recipes/ inside the package, a checkout beside it.
 PACKAGE = Path(__file__).parent.parent
+CONVENTIONS = {field.name for field in dataclasses.fields(ReleaseConventions)}
 FOLDERS = (PACKAGE / "recipes", PACKAGE.parent / "recipes")
 
 
@@ -49,11 +54,11 @@ class TokenizerConfig:
     special: tuple[str, ...] = ()
     """Further special tokens of a new tokenizer, such as the marks <|im_start|> and <|im_end|> of conversations."""
     train_documents: int = 10_000
-    """Documents of the corpus that a new tokenizer is trained on."""
+    """Number of documents of the corpus, the first ones, that a new tokenizer is trained on."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe(Generic[Model]):
+class Recipe(Generic[Model, Settings]):
     """One training stage."""
 
     family: str
@@ -65,29 +70,31 @@ class Recipe(Generic[Model]):
     init: Path | None = None
     """Folder of an earlier run or of an exported model whose weights and tokenizer to start from."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    """Tokenizer."""
+    """Which tokenizer to use, or how to train one."""
     data: CorpusConfig
-    """Training corpus."""
+    """What to train on, and how it is cut into sequences."""
     valid: str | None = None
     """Source of validation documents, written like data.source."""
     model: Model
-    """Model."""
+    """Sizes of the model, and its training objective."""
     train: TrainConfig = field(default_factory=TrainConfig)
-    """Training."""
-    sampling: Sampling = field(default_factory=Sampling)
+    """How to train: steps, optimizer, devices, records and checkpoints."""
+    sampling: Settings
     """Settings of generation that the trained model brings along."""
 
 
-def read(recipe: str | Path, argv: Sequence[str], families: Families) -> list[tuple[str, Recipe[Any]]]:
+def read(
+    recipe: str | Path, argv: Sequence[str], families: Families, samplings: Samplings
+) -> list[tuple[str, Recipe[Any, Any]]]:
     """The stages of a recipe, by name and in order, with the flags of `argv` over all of them.
 
-    `recipe` is a YAML file or the name of a shipped recipe; `families` gives a family's config dataclass and raises
-    UserError for an unknown name. A flag counts in every stage that has it; at least one must. Raises
-    FileNotFoundError and UserError with one line that names the file and key, or the flag; `--help` prints every
-    stage's flags with the recipe's values as defaults and raises SystemExit.
+    `recipe` is a YAML file or the name of a shipped recipe; `families` gives a family's config, `samplings` its
+    settings of generation; both raise UserError for an unknown name. A flag counts in every stage that has it; at least
+    one must. Raises FileNotFoundError and UserError with one line that names the file and key, or the flag; `--help`
+    prints every stage's flags with the recipe's values as defaults and raises SystemExit.
     """
     path = find(recipe)
-    from_file: dict[str, tuple[Recipe[Any], str | None]] = {}
+    from_file: dict[str, tuple[Recipe[Any, Any], str | None]] = {}
     several, stages = _stages(path)
     for name, values in stages.items():
         where = f"{path}: stage {name}" if several else str(path)
@@ -95,7 +102,9 @@ def read(recipe: str | Path, argv: Sequence[str], families: Families) -> list[tu
         if "family" not in values:
             raise UserError(f"{where}: the key 'family' is missing")
         try:
-            stage = _type(families(values["family"]))
+            settings = samplings(values["family"])
+            stage = _type(families(values["family"]), settings)
+            values["sampling"] = own_settings(values.get("sampling", {}), settings)
             parsed, unknown = _parse(stage, flags_of(values))
             if unknown:
                 _parse(stage, unknown, parsed, strict=True)
@@ -105,9 +114,7 @@ def read(recipe: str | Path, argv: Sequence[str], families: Families) -> list[tu
     if {"-h", "--help"} & {*argv}:
         for name, (default, _) in from_file.items():
             with contextlib.suppress(SystemExit):
-                tyro.cli(
-                    _type(type(default.model)), args=["--help"], default=default, prog=f"{path.name}, {name}", **_STYLE
-                )
+                tyro.cli(_type_of(default), args=["--help"], default=default, prog=f"{path.name}, {name}", **_STYLE)
         raise SystemExit(0)
     return _override(path, from_file, argv, several)
 
@@ -123,16 +130,27 @@ def find(recipe: str | Path) -> Path:
     return shipped[str(recipe)]
 
 
-def dump(recipe: Recipe[Any], path: Path) -> None:
+def dump(recipe: Recipe[Any, Any], path: Path) -> None:
     """Write a single stage as a recipe file that reads back to the same recipe."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(values(recipe), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-def values(recipe: Recipe[Any]) -> dict[str, Any]:
+def values(recipe: Recipe[Any, Any]) -> dict[str, Any]:
     """A stage's settings as nested plain values, as its file has them."""
     plain: dict[str, Any] = _plain(dataclasses.asdict(recipe))
     return plain
+
+
+def up_to_date(values: dict[str, Any]) -> dict[str, Any]:
+    """A stage's nested values with each key where it is today: files of version 0.1 have `model.vae.release`'s in
+    `model.vae`."""
+    match values:
+        case {"model": {"vae": dict(vae)} as model}:
+            moved = {name: vae[name] for name in vae if name in CONVENTIONS}
+            kept = {name: vae[name] for name in vae if name not in moved}
+            return values | {"model": _merged(model | {"vae": kept}, {"vae": {"release": moved}} if moved else {})}
+    return values
 
 
 class _Loader(yaml.SafeLoader):
@@ -160,11 +178,11 @@ def _stages(path: Path) -> tuple[bool, dict[str, dict[str, Any]]]:
             raise UserError(f"{path}: base {base} has a base of its own: name a recipe that is complete")
         shared = _merged(below, shared)
     if "stages" not in shared:
-        return False, {str(shared.get("family")): shared}
+        return False, {str(shared.get("family")): up_to_date(shared)}
     stages = shared.pop("stages")
     if not isinstance(stages, dict) or not stages or not all(isinstance(stage, dict) for stage in stages.values()):
         raise UserError(f"{path}: 'stages' maps the stages' names to their keys and values")
-    return True, {str(name): _merged(shared, stage) for name, stage in stages.items()}
+    return True, {str(name): up_to_date(_merged(shared, stage)) for name, stage in stages.items()}
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -191,13 +209,13 @@ def _are_dicts(*values: Any) -> bool:
 
 
 def _override(
-    path: Path, from_file: dict[str, tuple[Recipe[Any], str | None]], argv: Sequence[str], several: bool
-) -> list[tuple[str, Recipe[Any]]]:
+    path: Path, from_file: dict[str, tuple[Recipe[Any, Any], str | None]], argv: Sequence[str], several: bool
+) -> list[tuple[str, Recipe[Any, Any]]]:
     """Lay the command line over the stages, and settle the folders they write to and start from."""
     unknown: list[list[str]] = []
-    done: dict[str, Recipe[Any]] = {}
+    done: dict[str, Recipe[Any, Any]] = {}
     for name, (default, init) in from_file.items():
-        recipe, rest = _parse(_type(type(default.model)), argv, default)
+        recipe, rest = _parse(_type_of(default), argv, default)
         unknown.append(rest)
         if recipe.family != default.family:
             raise UserError("--family cannot be changed on the command line: edit the recipe file")
@@ -210,22 +228,43 @@ def _override(
     for rest, (default, _) in zip(unknown, from_file.values(), strict=True):
         stray = [token for token in rest[:1] if not token.startswith("--")]
         nowhere = [token for token in rest if token.startswith("--") and all(token in other for other in unknown)]
+        for token in nowhere:
+            if token.startswith("--sampling."):
+                raise default.sampling.lacks(token.partition("=")[0])
         if stray or nowhere:
-            _parse(_type(type(default.model)), stray + nowhere, default, strict=True)
+            _parse(_type_of(default), stray + nowhere, default, strict=True)
     return [*done.items()]
+
+
+def own_settings(values: Any, settings: type[Sampling]) -> Any:
+    """The values of `sampling:` in a file. Raises UserError for a setting that the family does not have."""
+    if not isinstance(values, dict):
+        return values
+    hints = settings.hints()
+    if hints.keys() <= values.keys():  # written by `dump`, maybe when every family had the settings of all
+        values = without_others(values, hints)
+    for name in values:
+        if name not in hints:
+            raise settings.lacks(f"sampling.{name}")
+    return values
 
 
 _STYLE: dict[str, Any] = {"use_underscores": True, "config": (tyro.conf.FlagConversionOff,)}
 
 
-def _type(config: type) -> Any:
-    """The recipe of a family, by its config class."""
-    return Recipe[config]  # type: ignore[valid-type]
+def _type(config: type, settings: type[Sampling]) -> Any:
+    """The recipe of a family, by the classes of its configuration and of its settings of generation."""
+    return Recipe[config, settings]  # type: ignore[valid-type]
+
+
+def _type_of(stage: Recipe[Any, Any]) -> Any:
+    """The recipe of a stage's family."""
+    return _type(type(stage.model), type(stage.sampling))
 
 
 def _parse(
-    stage: Any, args: Sequence[str], default: Recipe[Any] | None = None, strict: bool = False
-) -> tuple[Recipe[Any], list[str]]:
+    stage: Any, args: Sequence[str], default: Recipe[Any, Any] | None = None, strict: bool = False
+) -> tuple[Recipe[Any, Any], list[str]]:
     """Parse flags; returns the recipe and, unless `strict`, the tokens not understood. Raises UserError, one line."""
     options: dict[str, Any] = {"return_unknown_args": not strict, **_STYLE}
     if default is not None:

@@ -15,8 +15,9 @@ from typing import Any
 
 import yaml
 
-from opencola.checkpoints import card, official, parts
+from opencola.checkpoints import card, parts
 from opencola.checkpoints.parts import PARTS
+from opencola.checkpoints.settings import EXTRAS, without_others
 from opencola.errors import UserError
 from opencola.models import build
 from opencola.run import checks
@@ -24,15 +25,16 @@ from opencola.run import recipe as recipes
 from opencola.run.export import METRICS, RECIPE, VALID, export
 from opencola.run.recipe import Recipe
 from opencola.run.stage import num_trained, prepare
+from opencola.text.lines import last_object
 from opencola.text.tokenizer import FILE_NAME
 from opencola.train import distributed, sinks
 
 CHECKPOINTS = "checkpoints"
-WRITTEN = (RECIPE, METRICS, "samples.jsonl", VALID, CHECKPOINTS, "tensorboard", "wandb", FILE_NAME, official.EXTRAS)
+WRITTEN = (RECIPE, METRICS, "samples.jsonl", VALID, CHECKPOINTS, "tensorboard", "wandb", FILE_NAME, EXTRAS)
 
 
 def run(
-    stages: Sequence[tuple[str, Recipe[Any]]],
+    stages: Sequence[tuple[str, Recipe[Any, Any]]],
     command: str,
     only: str | None = None,
     resume: bool = False,
@@ -66,7 +68,7 @@ def run(
                 for other in ahead[ahead.index(recipe) :]:
                     clear(other.out, *WRITTEN)
             for folder in (root, recipe.out):
-                clear(folder, *parts.FOLDERS, official.EXTRAS, VALID, card.FACTS, card.EVALUATION)
+                clear(folder, *parts.FOLDERS, EXTRAS, VALID, card.FACTS, card.EVALUATION)
         distributed.barrier()
         say(f"{title}: {recipe.train.steps} steps, {num_trained(stage.model) / 1e6:.2f} M parameters to train")
         stage.train(resume, command)
@@ -80,14 +82,14 @@ def run(
 
 
 def plan(
-    stages: Sequence[tuple[str, Recipe[Any]]], only: str | None, resume: bool, overwrite: bool
-) -> list[Recipe[Any]]:
+    stages: Sequence[tuple[str, Recipe[Any, Any]]], only: str | None, resume: bool, overwrite: bool
+) -> list[Recipe[Any, Any]]:
     """The stages to train; errors that can be told before anything is done are raised here."""
     if only is not None and only not in dict(stages):
         raise UserError(f"there is no stage {only!r}; the stages are: {', '.join(dict(stages))}")
     if resume and overwrite:
         raise UserError("choose one of --resume and --overwrite")
-    ahead: list[Recipe[Any]] = []
+    ahead: list[Recipe[Any, Any]] = []
     for number, (name, recipe) in enumerate(stages):
         check_start(name, recipe, [earlier for _, earlier in stages[:number]])
         chosen = only in (None, name)
@@ -105,7 +107,7 @@ def plan(
     return ahead
 
 
-def check_start(name: str, recipe: Recipe[Any], earlier: Sequence[Recipe[Any]]) -> None:
+def check_start(name: str, recipe: Recipe[Any, Any], earlier: Sequence[Recipe[Any, Any]]) -> None:
     """Raise UserError where a stage lacks the weights that it needs, or is sized unlike the stage it starts from."""
     for part, needed in build.starting_parts(recipe.model).items():
         if needed and recipe.init is None:
@@ -123,12 +125,14 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def is_finished(recipe: Recipe[Any]) -> bool:
+def is_finished(recipe: Recipe[Any, Any]) -> bool:
     """Whether a stage was trained to its end by this very recipe."""
-    if not (recipe.out / official.EXTRAS).exists():  # written last
+    if not (recipe.out / EXTRAS).exists():  # written last
         return False
     before = yaml.safe_load((recipe.out / RECIPE).read_text(encoding="utf-8"))
-    return movable(recipes.values(recipe)) == movable(before)
+    now, before = recipes.values(recipe), recipes.up_to_date(before)
+    before["sampling"] = without_others(before["sampling"], now["sampling"])
+    return movable(now) == movable(before)
 
 
 def movable(values: dict[str, Any]) -> dict[str, Any]:
@@ -139,7 +143,7 @@ def movable(values: dict[str, Any]) -> dict[str, Any]:
 
 def summary(out: Path) -> str:
     """How a stage ended, in one line."""
-    record = json.loads((out / METRICS).read_text().splitlines()[-1])
+    record = last_object(out / METRICS)
     names = ("loss", "reconstruction_accuracy", "vae_logsnr")
     figures = [(name.replace("_", " "), record[name]) for name in names if name in record]
     if (out / VALID).exists():

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from opencola.checkpoints import card, official
+from opencola.checkpoints import card
 from opencola.checkpoints import parts as layout
 from opencola.checkpoints.parts import PARTS
+from opencola.checkpoints.settings import save_sampling
 from opencola.data.corpus import Corpus
 from opencola.data.shards import folder_of
 from opencola.errors import UserError
@@ -34,7 +35,7 @@ VALID_BATCHES = 50
 class Stage:
     """All that training a stage needs."""
 
-    recipe: Recipe[Any]
+    recipe: Recipe[Any, Any]
     tokenizer: Tokenizer
     model: build.Model
     corpus: Corpus
@@ -58,7 +59,7 @@ class Stage:
             if valid is not None:
                 (out / VALID).write_text(json.dumps(valid, indent=2) + "\n")
             card.write_facts(out, facts_of(out, recipe.init, command, num_trained(self.model)))
-            official.save_sampling(recipe.sampling, out)
+            save_sampling(recipe.sampling, out)
             card.write(out)
         distributed.barrier()  # a later stage starts from these files
 
@@ -96,7 +97,7 @@ def num_trained(model: build.Model) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def prepare(recipe: Recipe[Any], resume: bool) -> Stage:
+def prepare(recipe: Recipe[Any, Any], resume: bool) -> Stage:
     """Tokenizer, corpora, and the model with its starting weights; writes nothing."""
     data, out, seed = recipe.data, recipe.out, recipe.seed
     if recipe.init is not None and not layout.has_model(recipe.init):

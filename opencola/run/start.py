@@ -21,4 +21,4 @@ def train(recipe: str, settings: Sequence[str], options: RunFlags, command: str,
 
 def read(recipe: str, settings: Sequence[str]) -> list[tuple[str, Any]]:
     """The stages of a recipe by name, with flags over them."""
-    return recipes.read(recipe, settings, build.config_class)
+    return recipes.read(recipe, settings, build.config_class, build.sampling_class)

@@ -11,12 +11,13 @@ The two marks are special tokens, put there by their ids: what a message says is
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from opencola.errors import UserError
-from opencola.text.files import check_text, field_of, kind
+from opencola.text.files import field_of
+from opencola.text.lines import check_text, kind
 from opencola.text.tokenizer import Tokenizer
 
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
@@ -31,7 +32,7 @@ class Message:
     content: str
 
 
-def conversation_of(row: Any, field: str, place: str) -> str:
+def conversation_of(row: Mapping[str, Any], field: str, place: str) -> str:
     """The conversation in a row's field, as JSON that `parse` reads.
 
     It is a list of objects {"role": ..., "content": ...}: maybe a system's message, then a user's and an assistant's in
@@ -39,8 +40,8 @@ def conversation_of(row: Any, field: str, place: str) -> str:
     """
     value = field_of(row, field, place)
     if not isinstance(value, list) or not value:
-        found = "empty" if value == [] else kind(value)
-        raise UserError(f"{place}: field {field!r} must be a list of messages, but is {found}")
+        problem = "empty" if value == [] else kind(value)
+        raise UserError(f"{place}: field {field!r} must be a list of messages, but is {problem}")
     pairs: list[tuple[str, str]] = []
     for number, message in enumerate(value, 1):
         where = f"{place}: message {number} of field {field!r}"

@@ -5,26 +5,25 @@
 - `.parquet`: one document a row, its text in a column.
 - a folder: all of these below it, sorted by path; hidden files and other kinds are passed over.
 
-Text is UTF-8 and is kept as it stands, line ends included; a byte order mark at the front is dropped.
+Text is kept as it stands, line ends included (see `opencola.text.lines`).
 """
 
-import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from opencola.errors import UserError
+from opencola.text.lines import check_text, decoded_lines, kind, read_objects
 
-Reader = Callable[[Any, str, str], str]
+Reader = Callable[[Mapping[str, Any], str, str], str]
 """What to take of a row: called with the row, the name of a field and the place, as `text_of` is."""
 
 SEPARATOR = re.compile(r"<\|endoftext\|>[ \t]*(?:\r?\n)?")
-BYTE_ORDER_MARK = "\ufeff"
 
 
-def text_of(row: Any, text_field: str, place: str) -> str:
-    """The text of a row (a mapping) found at `place`; raises ValueError when it holds none that can be encoded."""
+def text_of(row: Mapping[str, Any], text_field: str, place: str) -> str:
+    """The text of a row found at `place`; raises UserError when it holds none that can be encoded."""
     text = field_of(row, text_field, place)
     if not isinstance(text, str):
         raise UserError(f"{place}: field {text_field!r} must be a string, but is {kind(text)}")
@@ -32,22 +31,12 @@ def text_of(row: Any, text_field: str, place: str) -> str:
     return text
 
 
-def field_of(row: Any, field: str, place: str) -> Any:
-    """The value of a row's field; raises ValueError, naming the place, where the row has none."""
-    if not isinstance(row, dict):
-        raise UserError(f"{place}: expected an object with a field {field!r}, found {kind(row)}")
+def field_of(row: Mapping[str, Any], field: str, place: str) -> Any:
+    """The value of a row's field; raises UserError, naming the place, where the row has none."""
     if field not in row:
         fields = ", ".join(map(str, row)) or "none"
         raise UserError(f"{place}: no field {field!r}; the fields are: {fields} (choose one with text_field)")
     return row[field]
-
-
-def check_text(text: str, what: str) -> None:
-    """Raise UserError for a string that cannot be encoded."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which no UTF-8 text can hold
-        raise UserError(f"{what} holds half a surrogate pair at {error.start}") from error
 
 
 def read_documents(path: str | Path, text_field: str = "text", read: Reader = text_of) -> list[str]:
@@ -62,8 +51,8 @@ def read_documents(path: str | Path, text_field: str = "text", read: Reader = te
 def iter_documents(path: str | Path, text_field: str = "text", read: Reader = text_of) -> Iterator[str]:
     """The documents of `read_documents`, one at a time: a file of any size takes the memory of its longest document.
 
-    Raises FileNotFoundError when nothing is there, and UserError, naming file and line or byte, for what cannot be
-    read: a binary file, bytes that are not UTF-8, broken JSON, a text field that is missing or not a string. Where
+    Raises FileNotFoundError when nothing is there, and UserError, naming file and line, for what cannot be read:
+    a binary file, bytes that are not UTF-8, broken JSON, a text field that is missing or not a string. Where
     another `read` takes something else of the rows than text, a .txt file is none of these.
     """
     place = Path(path)
@@ -102,26 +91,9 @@ def _read_file(file: Path, text_field: str, read: Reader) -> Iterator[str]:
             raise UserError(f"{file}: cannot tell what it holds; give .txt, .jsonl, .parquet or a folder of these")
 
 
-def _lines(file: Path) -> Iterator[str]:
-    """Lines with their ends. Only "\n" ends one: str.splitlines would also cut at characters inside a JSON string."""
-    start = 0
-    with file.open("rb") as lines:
-        for data in lines:
-            nul = data.find(b"\0")
-            if nul >= 0:
-                raise UserError(f"{file}: NUL byte at byte {start + nul}: a binary file, or text that is not UTF-8")
-            try:
-                line = data.decode("utf-8")
-            except UnicodeDecodeError as error:
-                byte = f"byte {start + error.start} (0x{data[error.start]:02x})"
-                raise UserError(f"{file}: not UTF-8 at {byte}") from error
-            yield line if start else line.removeprefix(BYTE_ORDER_MARK)
-            start += len(data)
-
-
 def _read_txt(file: Path) -> Iterator[str]:
     parts: list[str] = []
-    for line in _lines(file):
+    for _, line in decoded_lines(file):
         first, *others = [""] * 2 if SEPARATOR.fullmatch(line) else line.split("\f")
         parts.append(first)
         for other in others:
@@ -131,14 +103,7 @@ def _read_txt(file: Path) -> Iterator[str]:
 
 
 def _read_jsonl(file: Path, text_field: str, read: Reader) -> Iterator[str]:
-    for number, line in enumerate(_lines(file), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{file}, line {number}: not JSON: {error}") from error
-        yield read(row, text_field, f"{file}, line {number}")
+    return (read(row, text_field, place) for place, row in read_objects(file))
 
 
 def _read_parquet(file: Path, text_field: str, read: Reader) -> Iterator[str]:
@@ -159,8 +124,3 @@ def _read_parquet(file: Path, text_field: str, read: Reader) -> Iterator[str]:
     except (ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{file}: not a readable parquet file: {reason}") from error
-
-
-def kind(value: Any) -> str:
-    """A value's type, for messages."""
-    return "null" if value is None else type(value).__name__

@@ -1,43 +1,127 @@
-"""Files of lines: texts in .txt, objects in .jsonl."""
+"""Files of lines: texts in .txt, JSON objects in .jsonl; all that reads or writes them does it here.
+
+Only "\\n" ends a line (a JSON string may hold other line separators), and "\\r" before it belongs to the end. Text is
+UTF-8; a byte order mark at the front is dropped.
+"""
 
 import json
-from collections.abc import Iterator
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from opencola.errors import UserError
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+def decoded_lines(file: Path) -> Iterator[tuple[str, str]]:
+    """The lines of a file with their ends, each after the words for its place; memory is that of one line.
+
+    Raises FileNotFoundError, and UserError for a line, which it names, that is binary or not UTF-8.
+    """
+    if not file.exists():
+        raise FileNotFoundError(f"no such file: {file}")
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            place = f"{file}, line {number}"
+            line = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
+            if (nul := line.find(b"\0")) >= 0:
+                raise UserError(f"{place}: NUL byte at byte {nul} of the line: a binary file, or text that is no UTF-8")
+            try:
+                yield place, line.decode()
+            except UnicodeDecodeError as error:
+                byte = f"byte {error.start} of the line (0x{line[error.start]:02x})"
+                raise UserError(f"{place}: not UTF-8 at {byte}") from None
 
 
 def read_lines(file: Path, what: str) -> Iterator[tuple[str, str]]:
     """The lines of a .txt or .jsonl file of `what`, but blank ones, each after the words for its place.
 
-    Raises FileNotFoundError, and UserError for other files and for a line, which it names, that is not UTF-8.
+    Raises UserError for other files, and errors as `decoded_lines`.
     """
-    if not file.is_file():
-        raise FileNotFoundError(f"no such file: {file}")
-    if file.suffix not in (".txt", ".jsonl"):
+    if file.exists() and file.suffix not in (".txt", ".jsonl"):
         raise UserError(f"{file}: {what} are in a .txt file, one in each line, or in a .jsonl file")
-    for number, line in enumerate(file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        place = f"{file}, line {number}"
-        try:
-            text = line.decode().removesuffix("\r")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{place}: not UTF-8 at byte {error.start} of the line") from None
-        if text.strip():
-            yield place, text
+    for place, line in decoded_lines(file):
+        if line.strip():
+            yield place, line.removesuffix("\n").removesuffix("\r")
+
+
+def read_objects(file: Path, ended: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a .jsonl file, each after the words for its place; blank lines are skipped.
+
+    ended: leave out a last line without a line end, which was cut off while it was written. Raises UserError, naming
+    file and line, for a line that is no JSON object, and errors as `decoded_lines`.
+    """
+    for place, line in decoded_lines(file):
+        if line.strip() and (line.endswith("\n") or not ended):
+            yield place, parse_object(line, place)
+
+
+def last_object(file: Path) -> dict[str, Any]:
+    """The last object of a .jsonl file. Raises UserError where there is none, and errors as `read_objects`."""
+    last = deque((value for _, value in read_objects(file)), maxlen=1)
+    if not last:
+        raise UserError(f"{file} is empty")
+    return last.pop()
 
 
 def parse_json(line: str, place: str) -> Any:
-    """What a line of a .jsonl file holds; raises ValueError, naming the place, where that is not JSON."""
+    """What a line of a .jsonl file holds; raises UserError, naming the place, where that is not JSON."""
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{place}: not JSON: {error}") from None
 
 
+def parse_object(line: str, place: str) -> dict[str, Any]:
+    """The object that a line holds; raises UserError, naming the place, where it is none."""
+    value = parse_json(line, place)
+    if not isinstance(value, dict):
+        raise UserError(f"{place}: expected an object, found {kind(value)}")
+    return value
+
+
+def dump(value: Any, finite: bool = False) -> str:
+    """A value as one line of JSON, without a line end.
+
+    finite: raise ValueError for a number that JSON does not have, which is otherwise written as NaN or Infinity.
+    """
+    return json.dumps(value, ensure_ascii=False, allow_nan=not finite)
+
+
+def write_objects(file: Path, objects: Iterable[Mapping[str, Any]], append: bool = False) -> None:
+    """Write a .jsonl file, or add to it with `append`."""
+    with file.open("a" if append else "w", encoding="utf-8", newline="\n") as out:
+        append_objects(out, objects)
+
+
+def append_objects(out: TextIO, objects: Iterable[Mapping[str, Any]], finite: bool = False) -> None:
+    """Write objects to an open .jsonl file, and have the system know of them at once. finite: as of `dump`."""
+    out.writelines(f"{dump(value, finite)}\n" for value in objects)
+    out.flush()
+
+
+def replace_lines(file: Path, lines: Iterable[str]) -> None:
+    """Write lines, given without their ends, in place of a file, which is whole at every moment."""
+    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    with draft.open("w", encoding="utf-8", newline="\n") as out:
+        out.writelines(f"{line}\n" for line in lines)
+        out.flush()
+        os.fsync(out.fileno())
+    draft.replace(file)
+
+
 def check_text(text: str, place: str) -> None:
-    """Raise UserError where a string is no text: halves of surrogate pairs, bytes that are not UTF-8."""
+    """Raise UserError where a string is no text: halves of surrogate pairs, which JSON can spell, and bytes of a
+    command line that are not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise UserError(f"{place}: not valid Unicode at character {error.start}") from None
+
+
+def kind(value: Any) -> str:
+    """A value's type, for messages."""
+    return "null" if value is None else type(value).__name__

@@ -23,7 +23,7 @@ from opencola.train.divergence import Divergence
 from opencola.train.optimizer import EMA, OptimizerConfig, build, learning_rate_factor, set_learning_rates
 from opencola.train.samples import Show, undisturbed
 from opencola.train.sinks import Name, open_trackers
-from opencola.train.tracker import Report
+from opencola.train.tracker import RunLog
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,15 @@ class TrainConfig(OptimizerConfig):
     """How long to train, how to step, and what to keep."""
 
     steps: int = 1000
-    """Optimizer steps of the run."""
+    """Number of optimizer steps of the run."""
     seconds: float | None = None
-    """Wall-clock limit of the run; whichever comes first, this or `steps`, ends it and paces the schedule."""
+    """Time limit of the run in seconds; whichever comes first, this or `steps`, ends it and paces the schedule."""
     replicate: int = 1
-    """Copies of the sharded model, over which a batch is divided (mesh: replicate x shard)."""
+    """Number of copies of the sharded model, over which a batch is divided (mesh: replicate x shard)."""
     shard: int = 0
-    """Processes over which each copy's parameters are sharded; 0: all that are left."""
+    """Number of processes over which each copy's parameters are sharded; 0: all that are left."""
     accumulate: int = 1
-    """Passes per optimizer step; the batch is divided among them."""
+    """Number of passes for an optimizer step; the batch is divided among them."""
     clip: float = 1.0
     """Largest norm of the gradient; longer ones are scaled down to it."""
     bf16: bool = False
@@ -47,18 +47,19 @@ class TrainConfig(OptimizerConfig):
     compile: bool = False
     """Compile the model's blocks with torch.compile."""
     log_every: int = 20
-    """Steps between records in metrics.jsonl."""
+    """Number of steps between records in metrics.jsonl."""
     trackers: tuple[Name, ...] = ()
     """Where records and samples go beside the files: `tensorboard`, `wandb`."""
     sample_every: int = 0
-    """Steps between samples and reconstructions in samples.jsonl; 0: none."""
+    """Number of steps between samples and reconstructions in samples.jsonl; 0: none."""
     divergence: float = 2.0
     """Stop when the loss of two records in a row is above this times the lowest so far (in full:
     opencola/train/divergence.py); 0: never."""
     save_every: int = 500
-    """Steps between checkpoints; there is always one at the end."""
+    """Number of steps between checkpoints; there is always one at the end."""
     keep: int = 2
-    """Checkpoints to keep; with 1, a divergence that begins right before a checkpoint leaves no earlier one."""
+    """Number of checkpoints to keep; with 1, a divergence that begins right before a checkpoint leaves no earlier
+    one."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "log_every", "save_every", "keep", "replicate", "accumulate"):
@@ -115,7 +116,7 @@ def train(
     with (
         postponed_interrupt() as interrupt,
         Saver(folder / "checkpoints", config.keep) as saver,
-        Report(folder, state, config.log_every, trackers, display, main) as report,
+        RunLog(folder, state, config.log_every, trackers, display, main) as report,
     ):
         saver.check_space(state)
         for record in report.records:

@@ -27,9 +27,9 @@ class OptimizerConfig:
     weight_decay: float = 0.01
     """Decoupled weight decay of matrices and embeddings; biases and norm gains have none."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's averaging of gradients and of squared gradients."""
+    """AdamW's decay rates of the averages of gradients and of squared gradients."""
     warmup: int = 50
-    """Steps over which the learning rates rise linearly to their peaks."""
+    """Number of steps over which the learning rates rise linearly to their peaks."""
     start: float = 0.0
     """Share of the peak learning rates that they rise from."""
     schedule: Literal["constant", "cosine", "linear"] = "cosine"

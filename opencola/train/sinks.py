@@ -1,4 +1,4 @@
-"""Where a run's records go beside metrics.jsonl: TensorBoard and Weights & Biases, by name."""
+"""Programs that take in a run's records (see `tracker`) beside its files: TensorBoard, Weights & Biases, by name."""
 
 import importlib.util
 import os
@@ -126,7 +126,7 @@ class WeightsAndBiases:
 
 def numbers(values: Iterable[Any]) -> list[float]:
     """The numbers in nested lists."""
-    found: list[float] = []
+    flat: list[float] = []
     for value in values:
-        found += numbers(value) if isinstance(value, list) else [] if value is None else [value]
-    return found
+        flat += numbers(value) if isinstance(value, list) else [] if value is None else [value]
+    return flat

@@ -1,6 +1,5 @@
-"""What a run reports: one JSON object per line of `metrics.jsonl` and `samples.jsonl`, trackers, and a progress bar."""
+"""Making a run's records: means over steps, on file (`metrics.jsonl`, `samples.jsonl`), on screen, and to the sinks."""
 
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from torch import Tensor
 
 from opencola.models.language_model import Loss, Sample
+from opencola.text.lines import append_objects, dump, read_objects, replace_lines, write_objects
 from opencola.train.checkpoint import TrainState
 from opencola.train.distributed import mean
 from opencola.train.sinks import Tracker, Value
@@ -20,7 +20,7 @@ from opencola.train.sinks import Tracker, Value
 Record = dict[str, Value]
 
 
-class Report:
+class RunLog:
     """Records of a run, every `log_every` steps, on file, to trackers and on the screen; a context manager.
 
     A record holds step, tokens (seen so far), seconds, tokens_per_second, learning_rate/<optimizer>, and, averaged over
@@ -41,13 +41,13 @@ class Report:
         display: show a progress bar; main: off in all processes but one, which then make the same records (`step` gives
         them out) but write and show nothing. The kept records are in `records`.
         """
-        kept = {name: kept_lines(folder / name, state.step) for name in ("metrics.jsonl", "samples.jsonl")}
-        self.records: list[dict[str, Any]] = [json.loads(line) for line in kept["metrics.jsonl"]]
+        kept = {name: kept_records(folder / name, state.step) for name in ("metrics.jsonl", "samples.jsonl")}
+        self.records: list[dict[str, Any]] = kept["metrics.jsonl"]
         if main:
             folder.mkdir(parents=True, exist_ok=True)
-            for name, lines in kept.items():
-                if lines or (folder / name).exists():
-                    rewrite(folder / name, lines)
+            for name, records in kept.items():
+                if (folder / name).exists():  # at once: other processes may be reading it
+                    replace_lines(folder / name, map(dump, records))
         self._file = (folder / "metrics.jsonl" if main else Path(os.devnull)).open("a", encoding="utf-8")
         self._samples = folder / "samples.jsonl" if main else Path(os.devnull)
         self._trackers = trackers if main else ()
@@ -64,7 +64,7 @@ class Report:
         )
         self._task = self._bar.add_task("train", total=1.0, step=state.step, figures="")
 
-    def __enter__(self) -> "Report":
+    def __enter__(self) -> "RunLog":
         self._bar.start()
         return self
 
@@ -96,8 +96,7 @@ class Report:
             **{f"learning_rate/{name}": rate for name, rate in rates.items()},
             **self._means.take(),
         }
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        append_objects(self._file, [record], finite=True)
         for tracker in self._trackers:
             tracker.scalars(state.step, record)
         self._bar.update(self._task, figures=f"loss {record['loss']:.4g}, {num_tokens / seconds:,.0f} tokens/s")
@@ -105,24 +104,16 @@ class Report:
 
     def samples(self, step: int, samples: Sequence[Sample]) -> None:
         """Write what the model shows of itself after a step."""
-        with self._samples.open("a", encoding="utf-8") as file:
-            for number, sample in enumerate(samples):
-                file.write(json.dumps({"step": step, **asdict(sample)}, ensure_ascii=False) + "\n")
-                for tracker in self._trackers:
-                    tracker.text(step, f"{sample.kind}/{number}", f"{sample.prompt} ▸ {sample.text}")
+        write_objects(self._samples, ({"step": step, **asdict(sample)} for sample in samples), append=True)
+        for number, sample in enumerate(samples):
+            for tracker in self._trackers:
+                tracker.text(step, f"{sample.kind}/{number}", f"{sample.prompt} ▸ {sample.text}")
 
 
-def kept_lines(file: Path, step: int) -> list[str]:
-    """The whole lines of a file, if there is one, that tell of steps up to this one."""
-    lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
-    return [f"{line}\n" for line in lines if json.loads(line)["step"] <= step]
-
-
-def rewrite(file: Path, lines: Sequence[str]) -> None:
-    """Put lines in place of a file's, at once: other processes may be reading it."""
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
-    draft.write_text("".join(lines), encoding="utf-8")
-    draft.replace(file)
+def kept_records(file: Path, step: int) -> list[dict[str, Any]]:
+    """The records of a file, if there is one, of steps up to this one; a line without its end is none."""
+    records = read_objects(file, ended=True) if file.exists() else ()
+    return [record for _, record in records if record["step"] <= step]
 
 
 class Means:

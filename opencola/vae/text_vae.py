@@ -1,6 +1,6 @@
 """The Text VAE: tokens to a sequence of latents and back (model.md §2, official-format §4)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -11,8 +11,44 @@ from opencola.errors import UserError
 from opencola.layers import masks
 from opencola.layers.attention import Attend, masked, rotary
 from opencola.layers.cache import KVCache
-from opencola.layers.transformer import Activation, Block, BlockConfig, LayerNorm, Linear, initialise
+from opencola.layers.operations import LayerNorm, Linear
+from opencola.layers.transformer import Activation, Block, BlockConfig, initialise
 from opencola.vae.gaussian import DiagonalGaussian
+
+
+@dataclass(frozen=True)
+class ReleaseConventions:
+    """Only for files of the public release: what else their config.json can say of a Text VAE (official-format §1.2).
+
+    No recipe sets them. The defaults are the release's own.
+    """
+
+    multi_query: bool = False
+    """Share one key and value head among all query heads."""
+    activation: Activation = "swiglu"
+    """Activation of the MLP."""
+    post_norm: bool = True
+    """Put norms behind attention and MLP, as the release does; false: in front of them (pre-norm)."""
+    qk_norm: bool = True
+    """Normalise queries and keys over their whole width."""
+    qk_norm_affine: bool = True
+    """Give the norms of queries and keys a learned gain and bias."""
+    qkv_bias: bool = False
+    """Give the fused query, key, value projection a bias."""
+    bias: bool = True
+    """Give the other linear layers biases."""
+    norm_affine: bool = True
+    """Give the attention norm a learned gain and bias."""
+    norm_eps: float = 1e-6
+    """Number added to the variance in every norm."""
+    clip_qkv: float | None = None
+    """Clamp queries, keys and values to [-c, c]."""
+    rope_theta: float = 500000.0
+    """Base of the rotary angles."""
+    normalise_mean: bool = True
+    """Apply a LayerNorm without parameters to the posterior mean."""
+    variational: bool = True
+    """Predict a variance; false gives a deterministic, normalised latent."""
 
 
 @dataclass(frozen=True)
@@ -20,62 +56,38 @@ class TextVAEConfig:
     """Architecture of the Text VAE. Defaults are small; the release's values stand in its config.json."""
 
     vocab_size: int = 1024
-    """Tokens; set from the tokenizer when training. The embedding has one row more, the [MASK] input."""
+    """Number of tokens in the vocabulary; set from the tokenizer when training. The embedding has one row more,
+    [MASK]."""
     latent_dim: int = 16
-    """Channels d of a latent."""
+    """Number of channels d of a latent."""
     patch_size: int = 1
-    """Tokens per latent, P."""
+    """Number of tokens in a latent, P."""
     attention: Literal["causal", "block_causal", "full"] = "causal"
     """What a latent sees: itself and before, its own block and before, or everything (no generation)."""
     block_size: int = 4
-    """Block of the block-causal attention, in latents."""
+    """Number of latents in a block of the block-causal attention."""
     width: int = 128
-    """Width of both transformers."""
+    """Width of the residual streams of encoder and decoder."""
     ffn_dim: int = 512
     """Width of the MLP's input projection (with swiglu, half of it reaches the output projection)."""
     num_heads: int = 4
-    """Attention heads."""
+    """Number of attention heads."""
     encoder_layers: int = 2
-    """Blocks of the encoder."""
+    """Number of transformer blocks of the encoder."""
     decoder_layers: int = 2
-    """Blocks of the decoder."""
-    multi_query: bool = False
-    """One key and value head shared by all query heads."""
-    activation: Activation = "swiglu"
-    """MLP activation."""
-    post_norm: bool = True
-    """Norm placement of the release; false is pre-norm."""
-    qk_norm: bool = True
-    """Normalise queries and keys over their whole width."""
-    qk_norm_affine: bool = True
-    """Learned gain and bias in those norms."""
-    qkv_bias: bool = False
-    """Bias of the fused query, key, value projection."""
-    bias: bool = True
-    """Bias of the other linear layers."""
-    norm_affine: bool = True
-    """Learned gain and bias in the attention norm."""
-    norm_eps: float = 1e-6
-    """Epsilon of every norm."""
-    clip_qkv: float | None = None
-    """Clamp queries, keys and values to [-c, c]."""
-    rope_theta: float = 500000.0
-    """Base of the rotary angles."""
-    normalise_mean: bool = True
-    """LayerNorm without parameters on the posterior mean."""
-    variational: bool = True
-    """Predict a variance; false gives a deterministic, normalised latent."""
+    """Number of transformer blocks of the decoder."""
     fixed_logsnr: float | None = None
     """Replace the predicted variance by the constant of this log signal-to-noise ratio."""
     latent_shift: float = 0.0
-    """Subtracted from a latent before the prior sees it."""
+    """Number that is subtracted from every channel of a latent before the prior sees it."""
     latent_scale: float = 1.0
-    """Multiplied onto a shifted latent before the prior sees it."""
+    """Factor of a shifted latent before the prior sees it."""
+    release: ReleaseConventions = field(default_factory=ReleaseConventions)
 
     def __post_init__(self) -> None:
         if self.width % self.num_heads or self.width // self.num_heads % 2:
             raise UserError(f"vae.width {self.width} must be an even multiple of vae.num_heads {self.num_heads}")
-        if self.activation == "swiglu" and self.ffn_dim % 2:
+        if self.release.activation == "swiglu" and self.ffn_dim % 2:
             raise UserError(f"vae.ffn_dim {self.ffn_dim} must be even with swiglu")
         for name in ("vocab_size", "latent_dim", "patch_size", "block_size"):
             if getattr(self, name) < 1:
@@ -89,20 +101,21 @@ class TextVAEConfig:
     @property
     def block(self) -> BlockConfig:
         """The transformer block's part of the configuration."""
+        release = self.release
         return BlockConfig(
             width=self.width,
             num_heads=self.num_heads,
             ffn_dim=self.ffn_dim,
-            multi_query=self.multi_query,
-            activation=self.activation,
-            post_norm=self.post_norm,
-            qk_norm=self.qk_norm,
-            qk_norm_affine=self.qk_norm_affine,
-            qkv_bias=self.qkv_bias,
-            bias=self.bias,
-            norm_affine=self.norm_affine,
-            norm_eps=self.norm_eps,
-            clip_qkv=self.clip_qkv,
+            multi_query=release.multi_query,
+            activation=release.activation,
+            post_norm=release.post_norm,
+            qk_norm=release.qk_norm,
+            qk_norm_affine=release.qk_norm_affine,
+            qkv_bias=release.qkv_bias,
+            bias=release.bias,
+            norm_affine=release.norm_affine,
+            norm_eps=release.norm_eps,
+            clip_qkv=release.clip_qkv,
         )
 
 
@@ -116,13 +129,13 @@ class TextVAE(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size + 1, width)
         self.patch = Linear(width * patch, width)
         self.encoder = nn.ModuleList(Block(config.block) for _ in range(config.encoder_layers))
-        heads = 2 if config.variational else 1
-        self.posterior = Linear(width, heads * config.latent_dim, bias=config.bias)
-        self.decoder_in = Linear(config.latent_dim, width, bias=config.bias)
+        heads = 2 if config.release.variational else 1
+        self.posterior = Linear(width, heads * config.latent_dim, bias=config.release.bias)
+        self.decoder_in = Linear(config.latent_dim, width, bias=config.release.bias)
         self.decoder = nn.ModuleList(Block(config.block) for _ in range(config.decoder_layers))
         self.unpatch = Linear(width, width * patch)
-        self.final_norm = LayerNorm(width, config.norm_eps)
-        self.head = Linear(width, config.vocab_size, bias=config.bias)
+        self.final_norm = LayerNorm(width, config.release.norm_eps)
+        self.head = Linear(width, config.vocab_size, bias=config.release.bias)
         initialise(self, lambda linear: linear.in_features**-0.5)
         nn.init.normal_(self.embedding.weight)
         nn.init.normal_(self.head.weight, std=0.02)
@@ -152,9 +165,9 @@ class TextVAE(nn.Module):
         x = self._transform(self.encoder, self.patch(x), lengths, cache, documents)
         out = self.posterior(x)
         out = out.to(torch.promote_types(out.dtype, torch.float32))
-        mean, logvar = out.chunk(2, dim=-1) if config.variational else (out, torch.full_like(out, -30.0))
-        if config.normalise_mean or not config.variational:
-            mean = F.layer_norm(mean, mean.shape[-1:], eps=config.norm_eps)
+        mean, logvar = out.chunk(2, dim=-1) if config.release.variational else (out, torch.full_like(out, -30.0))
+        if config.release.normalise_mean or not config.release.variational:
+            mean = F.layer_norm(mean, mean.shape[-1:], eps=config.release.norm_eps)
             logvar = logvar.clamp(-30.0, 20.0)
         if config.fixed_logsnr is not None:
             logvar = torch.ones_like(mean) * (mean.detach().square().mean().log() - config.fixed_logsnr)
@@ -181,7 +194,7 @@ class TextVAE(nn.Module):
         """Cache for `capacity` latents a sample."""
         config = self.config
         layers = config.encoder_layers if part == "encoder" else config.decoder_layers
-        heads = 1 if config.multi_query else config.num_heads
+        heads = 1 if config.release.multi_query else config.num_heads
         return KVCache.empty(self.head.weight, batch, layers, heads, config.width // config.num_heads, capacity)
 
     def _transform(
@@ -195,7 +208,7 @@ class TextVAE(nn.Module):
         config, rows = self.config, x.shape[1]
         positions = torch.arange(rows, device=x.device) if cache is None else cache.positions(rows)
         dtype = torch.promote_types(x.dtype, torch.float32)
-        table = rotary(positions, config.width // config.num_heads, config.rope_theta, dtype)
+        table = rotary(positions, config.width // config.num_heads, config.release.rope_theta, dtype)
         attend = (
             self._pattern(rows, lengths, documents, x.device)
             if cache is None

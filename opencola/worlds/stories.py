@@ -246,12 +246,12 @@ class Grammar:
 
     def words(self) -> set[str]:
         """Every word a story can hold, as it is written there."""
-        found: set[str] = set()
+        said: set[str] = set()
         for template, names in self.slots.items():
-            found.update(_WORD.findall(_PLACE.sub(" ", template.text)))
+            said.update(_WORD.findall(_PLACE.sub(" ", template.text)))
             for name in names:
-                found.update(word for surface in self.world.slots[name].surface.values() for word in surface.split())
-        return found
+                said.update(word for surface in self.world.slots[name].surface.values() for word in surface.split())
+        return said
 
     def last_word_choices(self, text: str) -> dict[str, float]:
         """Exact distribution of a story's last word given all the text before it: word -> probability, summing to 1.

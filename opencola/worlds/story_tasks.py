@@ -101,13 +101,13 @@ def _surface(template: Template, slot: int, variables: dict[str, str]) -> str:
 
 def _mapped_slots() -> list[tuple[Template, int]]:
     """Every (template, slot) where the sentence so far tells a slot's variable in another word already."""
-    found = []
+    mapped_slots = []
     for template, names in GRAMMAR.slots.items():
         for i, name in enumerate(names):
             mapped = _variable(name) in map(_variable, names[:i])
             if mapped and len(GRAMMAR.world.slots[name].surface) >= NUM_CHOICES["mmlu"]:
-                found.append((template, i))
-    return found
+                mapped_slots.append((template, i))
+    return mapped_slots
 
 
 _MAPPED = _mapped_slots()
@@ -151,12 +151,14 @@ def _contradictions(tale: Story, position: int) -> dict[str, list[str]]:
     told: dict[str, str] = {}
     for sentence in tale.sentences[:position]:
         told |= parse_sentence(sentence).commits
-    found = {}
+    by_variable = {}
     for variable, values in GRAMMAR.world.variables.items():
         changed = [GRAMMAR.with_implied(tale.variables | {variable: value}) for value in values]
-        sentences = dict.fromkeys(GRAMMAR.write(right.template, one) for one in changed)  # distinct, in order
-        found[variable] = [sentence for sentence in sentences if _disagrees(sentence, told)]
-    return found
+        sentences = dict.fromkeys(
+            GRAMMAR.write(right.template, variables) for variables in changed
+        )  # distinct, in order
+        by_variable[variable] = [sentence for sentence in sentences if _disagrees(sentence, told)]
+    return by_variable
 
 
 def _disagrees(sentence: str, told: dict[str, str]) -> bool:

@@ -10,10 +10,11 @@ import torch
 from huggingface_hub import ModelCard
 
 from opencola.checkpoints import card, official
+from opencola.checkpoints.settings import save_sampling
 from opencola.flow.dit import DiTConfig
 from opencola.models.cola.model import Cola
 from opencola.models.cola.parts import ColaConfig, PriorObjective
-from opencola.models.sampling import Sampling
+from opencola.models.cola.sampling import ColaSampling
 from opencola.text.tokenizer import Tokenizer
 from opencola.vae.text_vae import TextVAEConfig
 
@@ -37,7 +38,8 @@ def model(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     folder = tmp_path / "small-model"
     cola = Cola(ColaConfig(vae, dit, prior=PriorObjective(lambda_ref=0)))
-    official.save(cola, folder, tokenizer, Sampling(guidance=2.25, stop=("|",)))
+    official.save(cola, folder, tokenizer)
+    save_sampling(ColaSampling(guidance=2.25, stop=("|",)), folder)
     return folder
 
 

@@ -17,7 +17,7 @@ from opencola.checkpoints import llama
 from opencola.layers.llama import LlamaConfig
 from opencola.models.ar.model import AR
 from opencola.models.ar.network import ARConfig
-from opencola.models.sampling import Sampling
+from opencola.models.ar.sampling import ARSampling
 
 TOKENS = torch.tensor([[1, 7, 3, 3, 29, 0, 12], [5, 5, 2, 8, 14, 20, 6]])
 KINDS = [(tied, kv_heads) for tied in (False, True) for kv_heads in (4, 2, 1)]
@@ -75,7 +75,7 @@ def test_generation_is_theirs(tmp_path: Path) -> None:
     llama.save(model, tmp_path)
     other = LlamaForCausalLM.from_pretrained(tmp_path)
     prompt = [7, 3, 20]
-    new = [block.tokens[0] for (block,) in model.generate([prompt], Sampling(max_new_tokens=15))]
+    new = [block.tokens[0] for (block,) in model.generate([prompt], ARSampling(max_new_tokens=15))]
     inputs = torch.tensor([[4, *prompt]])
     found = other.generate(inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=15, do_sample=False)
     assert found[0, 4:].tolist() == new

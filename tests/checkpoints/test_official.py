@@ -10,17 +10,20 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny import vae_config
 from torch import Tensor
 
 from opencola.checkpoints import official
+from opencola.checkpoints.settings import load_sampling, save_sampling
 from opencola.flow.dit import BlockCausalDiT, DiTConfig
 from opencola.models.cola.model import Cola
 from opencola.models.cola.parts import ColaConfig
-from opencola.models.sampling import Sampling
+from opencola.models.cola.sampling import ColaSampling
 from opencola.text.tokenizer import Tokenizer
 from opencola.vae.text_vae import TextVAE, TextVAEConfig
 
-VAE = TextVAEConfig(vocab_size=17, latent_dim=4, width=8, ffn_dim=12, num_heads=2, encoder_layers=1, decoder_layers=2)
+SIZES = {"vocab_size": 17, "latent_dim": 4, "width": 8, "ffn_dim": 12, "num_heads": 2, "encoder_layers": 1}
+VAE = TextVAEConfig(**SIZES, decoder_layers=2)
 DIT = DiTConfig(latent_dim=4, width=8, num_layers=2, num_heads=2, head_dim=4, rope_dim=2)
 
 
@@ -72,7 +75,7 @@ def test_official_files_come_back_bit_for_bit(folder: Path, part: str, tmp_path:
     ids=lambda changes: "-".join(changes) or "defaults",
 )
 def test_vae_configurations_come_back(changes: dict[str, Any], tmp_path: Path) -> None:
-    model = TextVAE(replace(VAE, **changes))
+    model = TextVAE(vae_config(**SIZES | {"decoder_layers": 2} | changes))
     official.save_vae(model, tmp_path)
     again = official.load_vae(tmp_path)
     assert again.config == model.config
@@ -103,8 +106,9 @@ def test_a_loaded_model_trains(tmp_path: Path) -> None:
 def test_whole_release(top: str, tmp_path: Path) -> None:
     cola = Cola(ColaConfig(vae=VAE, dit=DIT))
     tokenizer = Tokenizer.train(["once upon a time"], 258)
-    sampling = Sampling(steps=3, stop=("\n\n", "END"), first_block="left_pad", temperature=1, bf16_times=True)
-    official.save(cola, tmp_path / "out", tokenizer, sampling)
+    sampling = ColaSampling(steps=3, stop=("\n\n", "END"), first_block="left_pad", temperature=1, bf16_times=True)
+    official.save(cola, tmp_path / "out", tokenizer)
+    save_sampling(sampling, tmp_path / "out")
     root = tmp_path / "moved"
     shutil.copytree(tmp_path / "out", root)
     if top == ".":
@@ -113,7 +117,7 @@ def test_whole_release(top: str, tmp_path: Path) -> None:
     again = official.load(root)
     assert again.config == cola.config
     assert_same(again, state(cola))
-    assert official.load_sampling(root) == sampling
+    assert load_sampling(root) == sampling
     assert Tokenizer.load(root).encode("once") == tokenizer.encode("once")
     assert_same(official.load_vae(root), state(cola.vae))
     assert_same(official.load_dit(root), state(cola.dit))
@@ -197,9 +201,9 @@ def test_an_interrupted_save_leaves_the_old_model(tmp_path: Path, monkeypatch: p
 
 
 def test_sampling_defaults(tmp_path: Path) -> None:
-    assert official.load_sampling(tmp_path) == Sampling()
+    assert load_sampling(tmp_path) == ColaSampling()
     (tmp_path / "opencola.json").write_text('{"sampling": {"steps": 5, "guidance": 2}}')
-    assert official.load_sampling(tmp_path) == Sampling(steps=5, guidance=2.0)
+    assert load_sampling(tmp_path) == ColaSampling(steps=5, guidance=2.0)
 
 
 @pytest.mark.parametrize(
@@ -219,5 +223,5 @@ def test_sampling_defaults(tmp_path: Path) -> None:
 def test_wrong_sampling_is_named(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "opencola.json").write_text(text)
     with pytest.raises(ValueError, match=message) as caught:
-        official.load_sampling(tmp_path)
+        load_sampling(tmp_path)
     assert "\n" not in str(caught.value)

@@ -11,7 +11,8 @@ from torch.testing import assert_close
 
 from opencola.models.cola import generate as generation
 from opencola.models.cola.model import Cola
-from opencola.models.sampling import Sampling, choose, penalise, probabilities
+from opencola.models.cola.sampling import ColaSampling
+from opencola.models.sampling import choose, penalise, probabilities
 
 TOLERANCE: dict[str, Any] = {"atol": 2e-4, "rtol": 0}
 
@@ -20,7 +21,7 @@ TOLERANCE: dict[str, Any] = {"atol": 2e-4, "rtol": 0}
 def test_probabilities(stored, meta, case: str) -> None:
     expected, settings = stored("sampling"), meta["sampling"][case]
     logits = penalise(expected["logits"], expected["generated_ids"].tolist(), settings["repetition_penalty"])
-    found = probabilities(logits, Sampling(**settings))
+    found = probabilities(logits, ColaSampling(**settings))
     assert_close(found, expected[f"probs_{case}"], atol=1e-6, rtol=0)
 
 
@@ -28,7 +29,7 @@ def test_probabilities(stored, meta, case: str) -> None:
 def test_greedy_choice(stored, penalty: float, generator) -> None:
     expected = stored("sampling")
     logits = penalise(expected["logits"], expected["generated_ids"].tolist(), penalty)
-    ids = choose(logits, Sampling(temperature=0.0), [generator(0), generator(1)])
+    ids = choose(logits, ColaSampling(temperature=0.0), [generator(0), generator(1)])
     assert torch.equal(ids, expected[f"greedy_rp{penalty}"])
 
 
@@ -44,7 +45,7 @@ class Run:
     raw: list[Tensor] = field(default_factory=list)
 
 
-def sampling(meta: dict[str, Any], **changes: Any) -> Sampling:
+def sampling(meta: dict[str, Any], **changes: Any) -> ColaSampling:
     """The fixtures' arguments as our settings."""
     arguments = meta["generate"]
     settings = {
@@ -56,7 +57,7 @@ def sampling(meta: dict[str, Any], **changes: Any) -> Sampling:
         "seed": arguments["base_noise_seed"],
         "compatibility": "release",
     }
-    return Sampling(**(settings | changes))
+    return ColaSampling(**(settings | changes))
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def run(cola: Cola, meta, stored, monkeypatch: pytest.MonkeyPatch) -> Callable[.
     expected = stored("generate")
 
     def call(
-        settings: Sampling, *, prompts: Sequence[int] = (0, 1, 2), eos_ids: Sequence[int] = (), seeded: bool = False
+        settings: ColaSampling, *, prompts: Sequence[int] = (0, 1, 2), eos_ids: Sequence[int] = (), seeded: bool = False
     ) -> Run:
         result = Run([[] for _ in prompts], [""] * len(prompts))
 

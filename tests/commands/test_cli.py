@@ -12,6 +12,7 @@ import pytest
 from command_line import WEIGHTS, Main, environment, opencola
 
 from opencola.checkpoints import official
+from opencola.checkpoints.settings import load_sampling
 from opencola.commands import main as cli
 from opencola.version import __version__
 
@@ -86,7 +87,7 @@ def test_export_and_reload(main: Main, place: Path) -> None:
     code, said, _ = main("generate", "--model", "a/bf16", "--prompt", "The fox")
     assert code == 0 and said.startswith("The fox")
     assert (place / "a/bf16" / WEIGHTS).stat().st_size < 0.7 * (place / "a/fp32" / WEIGHTS).stat().st_size
-    assert official.load_sampling("a/bf16") == official.load_sampling("moved/tiny")
+    assert load_sampling("a/bf16") == load_sampling("moved/tiny")
     assert official.load_vae("a/vae").config.vocab_size == 300
 
 

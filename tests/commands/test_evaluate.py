@@ -17,9 +17,9 @@ from command_line import WEIGHTS, Main, command, environment
 
 from opencola.checkpoints import hub
 from opencola.commands import evaluate
-from opencola.evaluation.benchmarks.tasks import TASKS, find_task, read_demonstrations, read_records
+from opencola.evaluation.benchmarks.tasks import TASKS, find_task, read_demonstrations, read_questions
+from opencola.models.cola.sampling import ColaSampling
 from opencola.models.cola.score import Scoring
-from opencola.models.sampling import Sampling
 from opencola.models.text_stream import generate_text
 from opencola.worlds import story_tasks
 
@@ -61,10 +61,10 @@ def test_all_tasks(main: Main, place: Path) -> None:
     assert head["tasks"]["mmlu"] == {"file": "mmlu.jsonl", "records": 3}
     assert head["opencola"]["opencola"]
     model, tokenizer = hub.load(Path("runs/tiny"))
-    settings = Sampling(**{**head["settings"], "stop": tuple(head["settings"]["stop"])})
+    settings = ColaSampling(**{**head["settings"], "stop": tuple(head["settings"]["stop"])})
     for task in (find_task("mmlu"), find_task("squad")):
         demonstrations = read_demonstrations()[task.name]
-        asked = read_records(place / "data", task)[:3]
+        asked = read_questions(place / "data", task)[:3]
         for record, found in zip(asked, [r for r in records if r["task"] == task.name], strict=True):
             prompt = task.prompt(record, demonstrations)
             pieces = generate_text(model.double(), tokenizer, [prompt], settings, [found["index"]])

@@ -8,8 +8,7 @@ import torch
 from command_line import Main
 
 from opencola.checkpoints.hub import from_pretrained, load
-from opencola.models.build import scoring_class
-from opencola.models.sampling import Sampling
+from opencola.models.build import sampling_class, scoring_class
 from opencola.text.tokenizer import Tokenizer
 
 RECIPE = """
@@ -20,13 +19,13 @@ valid: words.txt
 tokenizer: {vocab_size: 300}
 model: {trunk: {width: 16, num_layers: 1, num_heads: 2, ffn_dim: 24}}
 train: {steps: 4, warmup: 1, log_every: 2, sample_every: 4, save_every: 2}
-sampling: {guidance: 1, steps: 4, max_new_tokens: 12}
+sampling: {STEPSmax_new_tokens: 12}
 """
 BASELINES = ("ar", "llada", "plaid")
 
 
 def written(place: Path, family: str, **changes: str) -> str:
-    text = RECIPE.replace("FAMILY", family)
+    text = RECIPE.replace("FAMILY", family).replace("STEPS", "" if family == "ar" else "steps: 4, ")
     for old, new in changes.items():
         text = text.replace(f"{old}: ", f"{old}: {new} # ", 1)
     (place / f"{family}.yaml").write_text(text)
@@ -45,8 +44,8 @@ def test_train_export_write_and_score(main: Main, place: Path, family: str) -> N
     (original, tokenizer), given = load(Path(folder)), from_pretrained("given")
     for name, value in original.state_dict().items():
         assert torch.equal(value, given.model.state_dict()[name]), name
-    assert given.model.vocab_size == tokenizer.vocab_size and given.sampling == Sampling(
-        guidance=1, steps=4, max_new_tokens=12
+    assert given.model.vocab_size == tokenizer.vocab_size and given.sampling == sampling_class(family)(
+        max_new_tokens=12, **({} if family == "ar" else {"steps": 4})
     )
     if family == "ar":
         assert original.config.bos_id == tokenizer.eos_id
@@ -157,7 +156,7 @@ def test_evaluate_and_report(main: Main, place: Path, family: str) -> None:
     ]
     (place / "data").mkdir()
     (place / "data" / "obqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    extra = () if family == "ar" else ("--scoring.samples", "2")
+    extra = () if family == "ar" else ("--scoring.samples", "2", "--steps", "4")
     command = (
         "evaluate",
         "--model",
@@ -171,7 +170,7 @@ def test_evaluate_and_report(main: Main, place: Path, family: str) -> None:
         "5",
     )
     for out, flags in {"one": ("--batch-size", "1"), "two": ("--processes", "2", "--batch-size", "3")}.items():
-        code, _, error = main(*command, "--out", out, "--likelihood", "--steps", "4", *extra, *flags)
+        code, _, error = main(*command, "--out", out, "--likelihood", *extra, *flags)
         assert code == 0, error
     text = (place / "one" / "results.jsonl").read_text()
     assert text == (place / "two" / "results.jsonl").read_text()

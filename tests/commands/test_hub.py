@@ -100,7 +100,7 @@ def test_from_python(hub: FakeHub, python: Python) -> None:
     assert said[0] == "('zzz',) 300 False"
     assert said[1].startswith("FileNotFoundError me/run is no folder, and cannot be had from the Hugging Face Hub: ")
     assert said[2].startswith("FileNotFoundError me/nothing is no folder, and cannot be had from the Hugging Face Hub")
-    assert said[3] == "ValueError runs/tiny is a folder: it has no revision main"
+    assert said[3] == "UserError runs/tiny is a folder: it has no revision main"
     assert said[4] == "FileNotFoundError no such folder: nothing"
     assert said[5] == "runs holds no model: give the folder of a finished run"
     uploaded = {name.split("/")[0] for name in hub.files("me/run")} - {".gitattributes"}

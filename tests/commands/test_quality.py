@@ -17,7 +17,7 @@ from opencola.evaluation.writing import held_out
 from opencola.layers.llama import LlamaConfig
 from opencola.models.ar.model import AR
 from opencola.models.ar.network import ARConfig
-from opencola.models.sampling import Sampling
+from opencola.models.cola.sampling import ColaSampling
 from opencola.models.text_stream import generate_text
 from opencola.text.tokenizer import Tokenizer
 
@@ -47,7 +47,7 @@ def test_samples_figures_and_drawing(main: Main, place: Path, judge: judges.Judg
     assert [*samples] == [None, 0.4, 0.9] and all(len(some) == 5 for some in samples.values())
     model, tokenizer = hub.load(Path("runs/tiny"))
     for temperature in (0.4, 0.9):
-        settings = Sampling(
+        settings = ColaSampling(
             max_new_tokens=12, steps=4, guidance=2.0, temperature=temperature, stop=("zzz",)
         )  # the recipe's own, but for these
         for sample in samples[temperature]:

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from command_line import TINY, WEIGHTS, Main, command, environment
 
 from opencola.checkpoints import official
 from opencola.checkpoints.parts import PARTS
+from opencola.checkpoints.settings import load_sampling
 from opencola.models import build
 from opencola.run import demo, export
 from opencola.run import recipe as recipes
@@ -34,9 +36,12 @@ def test_a_run_leaves_everything_that_it_promises(place: Path) -> None:
             (step, kind) for step in (4, 8) for kind in kinds for _ in range(4)
         ]
         assert len({sample["prompt"] for sample in samples}) == 4 * len(kinds)
-    ((family, recipe),) = recipes.read(out / "prior" / "recipe.yaml", [], build.config_class)
-    assert family == "cola" and recipe == dict(recipes.read("tiny.yaml", [], build.config_class))["prior"]
-    sampling = official.load_sampling(out)
+    ((family, recipe),) = recipes.read(out / "prior" / "recipe.yaml", [], build.config_class, build.sampling_class)
+    assert (
+        family == "cola"
+        and recipe == dict(recipes.read("tiny.yaml", [], build.config_class, build.sampling_class))["prior"]
+    )
+    sampling = load_sampling(out)
     assert (sampling.steps, sampling.guidance, sampling.stop) == (4, 2.0, ("zzz",))
     model = official.load(out)
     assert model.vae.config.vocab_size == 300
@@ -155,6 +160,16 @@ def test_resume_passes_over_finished_stages(main: Main, place: Path) -> None:
     assert (out / WEIGHTS).read_bytes() == after
 
 
+def test_resume_knows_stages_that_version_0_1_finished(main: Main, place: Path) -> None:
+    for stage in ("vae", "prior"):  # whose files have the release's conventions among the VAE's settings
+        file = place / "runs" / "tiny" / stage / "recipe.yaml"
+        values = yaml.safe_load(file.read_text())
+        values["model"]["vae"] |= values["model"]["vae"].pop("release")
+        file.write_text(yaml.safe_dump(values, sort_keys=False))
+    code, said, _ = main("train", "tiny.yaml", "--resume")
+    assert code == 0 and said.count("finished before") == 2
+
+
 def test_stages_one_by_one(main: Main, place: Path) -> None:
     code, _, error = main("train", "tiny.yaml", "--out", "steps", "--stage", "prior")
     assert code == 2 and "steps/vae holds no model" in error and not (place / "steps").exists()
@@ -210,7 +225,7 @@ def test_starting_from_another_model(main: Main, place: Path) -> None:
 
 @pytest.mark.parametrize("name", ["demo", "text", "tinystories", "fairytales"])
 def test_the_recipes_that_come_with_the_package(name: str) -> None:
-    stages = recipes.read(name, [], build.config_class)
+    stages = recipes.read(name, [], build.config_class, build.sampling_class)
     for number, (stage, recipe) in enumerate(stages):
         check_start(stage, recipe, [earlier for _, earlier in stages[:number]])
         assert recipe.out.parent == Path("runs", name)
@@ -229,7 +244,7 @@ def test_demo(main: Main, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert code == 0, error
     assert finished[0][0] == Path("d") and begin <= (finished[0][1] or 0) <= time.time()
     assert official.load("d").vae.config.width == 16
-    assert official.load_sampling("d") == recipes.read("demo", [], build.config_class)[-1][1].sampling
+    assert load_sampling("d") == recipes.read("demo", [], build.config_class, build.sampling_class)[-1][1].sampling
     assert main("demo", "--out", "d", *small)[0] == 2
     assert main("demo", "--out", "d", "--resume", *small)[0] == 0
     assert finished[1:] == [(Path("d"), None)]

@@ -9,6 +9,7 @@ import pytest
 from command_line import Main
 
 from opencola.checkpoints import official
+from opencola.checkpoints.settings import load_sampling
 from opencola.commands import chat
 from opencola.text.conversations import Message
 
@@ -51,7 +52,7 @@ def test_train_generate_and_chat(main: Main, place: Path, chats: str, monkeypatc
     )
     assert code == 0, error
     assert "cola: 1 of 3 documents are longer than data.length 64, and lose their ends" in said
-    assert official.load_sampling("chat").chat
+    assert load_sampling("chat").chat
     samples = [json.loads(line) for line in (place / "chat" / "samples.jsonl").open()]
     asked = {sample["prompt"] for sample in samples if sample["kind"] == "continuation"}
     assert asked and asked <= {"Number 1?", "Number 2?", "Number 40?"}

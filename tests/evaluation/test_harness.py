@@ -17,13 +17,16 @@ from tiny import tiny_cola
 
 from opencola.checkpoints import hub, official
 from opencola.checkpoints import parts as layout
+from opencola.checkpoints.settings import save_sampling
 from opencola.commands import main
+from opencola.errors import UserError
 from opencola.layers.llama import LlamaConfig
 from opencola.models import build
 from opencola.models.ar.model import AR
 from opencola.models.ar.network import ARConfig
+from opencola.models.ar.sampling import ARSampling
+from opencola.models.cola.sampling import ColaSampling
 from opencola.models.cola.score import Scoring
-from opencola.models.sampling import Sampling
 from opencola.models.text_stream import generate_text
 from opencola.text.tokenizer import Tokenizer
 
@@ -55,7 +58,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = Tokenizer.train(sentences, 300)
     root = tmp_path_factory.mktemp("model") / "tiny"
     cola = tiny_cola(vae={"vocab_size": tokenizer.vocab_size})
-    official.save(cola, root, tokenizer, Sampling(steps=4, guidance=2.0, temperature=1.0, stop=("zzz",)))
+    official.save(cola, root, tokenizer)
+    save_sampling(ColaSampling(steps=4, guidance=2.0, temperature=1.0, stop=("zzz",)), root)
     return root
 
 
@@ -67,7 +71,7 @@ def written(folder: Path) -> list[str]:
     return [write(model, tokenizer, prompt, sampling, number) for number, prompt in enumerate(PROMPTS)]
 
 
-def write(model: Any, tokenizer: Tokenizer, prompt: str, sampling: Sampling, id_: int) -> str:
+def write(model: Any, tokenizer: Tokenizer, prompt: str, sampling: ColaSampling, id_: int) -> str:
     blocks = generate_text(model, tokenizer, [prompt], sampling, [id_])
     return "".join(pieces[0].text for pieces in blocks)
 
@@ -375,7 +379,7 @@ def test_what_is_given_holds_over_the_commands_flags(folder: Path) -> None:
     [
         ({}, "model_args name no model"),
         ({"pretrained": "nowhere"}, "no such folder: nowhere"),
-        ({"stepps": 3}, "model_args: stepps is no setting of opencola; there are: .*steps.*score_steps"),
+        ({"stepps": 3}, "model_args: stepps is no setting of a Cola DLM; there are: .*steps.*score_steps"),
         ({"score_seed": 3}, "score_seed is no setting"),
         ({"steps": "many"}, "model_args: steps is 'many', but must be a whole number"),
         ({"score_solver": "stochastic"}, "model_args: score_solver is 'stochastic', but must be one of"),
@@ -389,6 +393,22 @@ def test_mistakes_in_model_args(folder: Path, args: dict[str, Any], message: str
     given = {"pretrained": str(folder)} | args if args else {}
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         OpenCola.create_from_arg_obj(given, {"batch_size": 1, "device": None})
+
+
+def test_settings_are_the_familys(tmp_path: Path, folder: Path) -> None:
+    tokenizer = Tokenizer.load(folder)
+    config = ARConfig(vocab_size=tokenizer.vocab_size, trunk=LlamaConfig(16, 1, 2, ffn_dim=24))
+    layout.PARTS["ar"].save(build.build(config), tmp_path / layout.PARTS["ar"].folder)
+    tokenizer.save(tmp_path)
+    message = "model_args: steps is no setting of an AR model; there are: max_new_tokens, .*, seed, rows$"
+    with pytest.raises(UserError, match=message):
+        OpenCola(str(tmp_path), steps=4)
+    lm = OpenCola(str(tmp_path), temperature=0.5)
+    assert lm.sampling == ARSampling(max_new_tokens=256, temperature=0.5)
+    with pytest.raises(UserError, match="generation_kwargs: solver is no setting of an AR model; there are: max_new"):
+        harness.generation(lm.sampling, {"until": [], "solver": "heun"})
+    with pytest.raises(UserError, match="model_args: block_length is no setting of a Cola DLM"):
+        OpenCola(str(folder), block_length=4)
 
 
 @pytest.mark.parametrize(
@@ -454,7 +474,7 @@ def test_every_family_answers(tmp_path: Path, folder: Path, tasks: Path, family:
     model = build.build(build.sized(config, tokenizer))
     layout.PARTS[family].save(model, tmp_path / layout.PARTS[family].folder)
     tokenizer.save(tmp_path)
-    args = {"pretrained": str(tmp_path), "guidance": 1.0, **({} if family == "ar" else {"samples": 3, "seed": 3})}
+    args = {"pretrained": str(tmp_path), **({} if family == "ar" else {"guidance": 1.0, "samples": 3, "seed": 3})}
     found = simple_evaluate(
         model="opencola",
         model_args=args,

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from opencola.layers.attention import attention
-from opencola.layers.cache import KVCache
+from opencola.layers.cache import KVCache, prefix_attention
 from opencola.layers.masks import block_causal, dense
 
 LENGTHS = torch.tensor([0, 3, 8, 5])  # committed rows of four samples; block sizes divide what is read only in some
@@ -104,6 +104,30 @@ def test_samples_alone_see_only_their_own_rows() -> None:
     assert torch.equal(both[:, :4], plain)
     own = torch.stack([attention(*lonely[layer]) for layer in range(LAYERS)])
     torch.testing.assert_close(both[:, 4:], own, rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("need_kernels")
+@pytest.mark.parametrize(
+    ("num_rows", "width", "by_kernel"), [(8, 16, True), (13, 32, True), (7, 16, False), (8, 6, False)]
+)
+def test_attention_to_prefixes_by_its_kernel_is_torchs(num_rows: int, width: int, by_kernel: bool) -> None:
+    q, (k, v) = torch.randn(2, num_rows, 2, width), torch.randn(2, 2, 48, 2, width)
+    limits = torch.randint(1, 49, (2, num_rows))
+    unseen = (torch.arange(48) >= limits[..., None])[:, None]
+    asked: list[torch.dtype] = []
+
+    def bias(dtype: torch.dtype) -> Tensor:
+        asked.append(dtype)
+        return torch.zeros(unseen.shape, dtype=dtype).masked_fill_(unseen, -torch.inf)
+
+    out = prefix_attention(q, k, v, limits, bias)
+    assert asked == ([] if by_kernel else [torch.float32])  # which the kernel does not need
+    for dtype in (torch.float32, torch.float64):
+        expected = prefix_attention.reference(*(x.to(dtype) for x in (q, k, v)), limits, bias)
+        torch.testing.assert_close(out.to(dtype), expected, rtol=0, atol=3e-6)
+    every, expected = torch.full_like(limits, 48), prefix_attention.reference(q, k, v, limits, None)
+    torch.testing.assert_close(prefix_attention(q, k, v, every, None), expected, rtol=0, atol=3e-6)
 
 
 def test_a_full_cache_says_so() -> None:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from opencola.flow.dit import BlockCausalDiT
 from opencola.layers.few_rows import FewRowsBlock, PackedLinear, prepacked
-from opencola.layers.transformer import AdaptiveBlock, Linear
+from opencola.layers.operations import Linear
+from opencola.layers.transformer import AdaptiveBlock
 from opencola.models.cola.generate import commit
 
 

@@ -5,10 +5,27 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from opencola.layers.attention import masked
-from opencola.layers.masks import clean_beside_noisy, dense
-from opencola.layers.packed import flexible, packed
+from opencola.layers.attention import Attend, masked
+from opencola.layers.masks import PackedRows, clean_beside_noisy, dense
+from opencola.layers.packed import Past, Shared, flexible, packed
+
+
+def by_flex(
+    num_clean: int,
+    num_latents: int,
+    block_size: int,
+    copies: int,
+    history: Tensor | None,
+    documents: Tensor | None,
+    past: Past | None = None,
+    first: int = 0,
+) -> Attend:
+    """`packed` by FlexAttention, which is otherwise for CUDA only."""
+    shared = Shared(PackedRows(num_clean, num_latents, block_size, copies, first, history, documents))
+    return lambda layer, q, k, v: flexible(q, k, v, None if past is None else past[layer], shared)
+
 
 PACKED = [(8, 12, 4, 1), (8, 12, 4, 3), (0, 4, 4, 2), (0, 8, 4, 1), (3, 4, 1, 2), (12, 12, 4, 2)]
 
@@ -35,7 +52,7 @@ def test_packed_is_attention_under_the_dense_mask(
                 mask[b, :, query, key] &= documents[b, place[query]] == documents[b, place[key]]
     expected = masked(mask)(0, *qkv)
     if way is flexible:  # torch has no gradient of it on a CPU
-        out = flexible(predicate, num_clean, copies, history, documents)(0, *qkv.detach())
+        out = by_flex(num_clean, num_latents, block_size, copies, history, documents)(0, *qkv.detach())
         torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
         return
     out = packed(num_clean, num_latents, block_size, copies, history, documents, span=way)(0, *qkv)
@@ -49,10 +66,7 @@ def test_packed_is_attention_under_the_dense_mask(
 def test_packed_without_clean_queries_gives_the_noisy_rows(way: str) -> None:
     q, k, v = torch.randn(3, 2, 32, 2, 8).double()
     history, documents = torch.tensor([True, False]), torch.tensor([[0] * 6 + [1] * 6, [0] * 12])
-    if way == "flex":
-        attend = flexible(clean_beside_noisy(8, 12, 4), 8, 2, history, documents)
-    else:
-        attend = packed(8, 12, 4, 2, history, documents)
+    attend = (by_flex if way == "flex" else packed)(8, 12, 4, 2, history, documents)
     torch.testing.assert_close(attend(0, q[:, 8:], k, v), attend(0, q, k, v)[:, 8:], rtol=0, atol=1e-12)
 
 
@@ -97,13 +111,14 @@ def test_noisy_rows_behind_past_ones_are_those_of_the_whole_pattern(
     asking = [num_clean + c * num_latents + row for c in range(copies) for row in range(first, num_latents)]
     past = [(qkv[1, :, :num_clean], qkv[2, :, :num_clean])]
     if way is flexible:
-        predicate = clean_beside_noisy(num_clean, num_latents, block_size, first)
-        attend = flexible(
-            predicate, num_clean, copies, history, documents, [(k.detach(), v.detach()) for k, v in past], first
+        attend = by_flex(
+            *(num_clean, num_latents, block_size, copies, history, documents),
+            past=[(k.detach(), v.detach()) for k, v in past],
+            first=first,
         )
         torch.testing.assert_close(attend(0, *qkv[:, :, asking].detach()), whole[:, asking], rtol=0, atol=1e-12)
         return
-    attend = packed(num_clean, num_latents, block_size, copies, history, documents, None, way, past, first)
+    attend = packed(num_clean, num_latents, block_size, copies, history, documents, way, past, first)
     out = attend(0, *qkv[:, :, asking])
     torch.testing.assert_close(out, whole[:, asking], rtol=0, atol=1e-12)
     weight = torch.randn_like(out)

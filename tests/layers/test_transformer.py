@@ -8,7 +8,8 @@ from tiny import dit_config, randomise, vae_config
 from torch import Tensor, nn
 
 from opencola.layers.attention import masked, rotary, rotate_halves, rotate_pairs, turns
-from opencola.layers.transformer import AdaptiveBlock, Block, LayerNorm, TimeEmbedding, modulate
+from opencola.layers.operations import LayerNorm, modulate
+from opencola.layers.transformer import AdaptiveBlock, Block, TimeEmbedding
 
 
 def norm(x: Tensor, eps: float, module: nn.Module | None = None) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from opencola.models.cola import generate as generation
 from opencola.models.cola.model import Cola
-from opencola.models.sampling import Sampling
+from opencola.models.cola.sampling import ColaSampling
 from opencola.models.stopping import TokenBlock
 
 
@@ -42,7 +42,7 @@ class Run:
 
 @pytest.fixture
 def generate(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
-    """generate(model, prompts, ids=..., other arguments of Cola.generate..., fields of Sampling...) -> Run."""
+    """generate(model, prompts, ids=..., other arguments of Cola.generate..., fields of ColaSampling...) -> Run."""
     write_block = generation.write_block
 
     def run(model: Cola, prompts: Sequence[Sequence[int]], **fields: Any) -> Run:
@@ -59,7 +59,7 @@ def generate(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
         hook = model.dit.register_forward_pre_hook(lambda module, args: result.rows.append(len(args[0])))
         names = ("eos_ids", "pad_id", "ids", "stop", "watch", "noise")
         rest = {name: fields.pop(name) for name in names if name in fields}
-        sampling = Sampling(**{"steps": 3, "guidance": 3.0, "max_new_tokens": 10} | fields)
+        sampling = ColaSampling(**{"steps": 3, "guidance": 3.0, "max_new_tokens": 10} | fields)
         result.blocks += list(model.generate(prompts, sampling, **rest))
         hook.remove()
         return result

@@ -7,9 +7,9 @@ from opencola.flow.dit import DiTConfig
 from opencola.models import build
 from opencola.models.cola.model import Cola
 from opencola.models.cola.parts import ColaConfig, PriorObjective
+from opencola.models.cola.sampling import ColaSampling
 from opencola.models.cola.stage_one import StageOne, StageOneConfig
 from opencola.models.samples import first_words, longest_document
-from opencola.models.sampling import Sampling
 from opencola.models.text_stream import generate_text
 from opencola.text.tokenizer import Tokenizer
 from opencola.vae.text_vae import TextVAEConfig
@@ -34,7 +34,7 @@ def test_a_whole_model_continues_and_reconstructs(tokenizer: Tokenizer) -> None:
     torch.manual_seed(0)
     config = ColaConfig(TextVAEConfig(tokenizer.vocab_size, **VAE), DIT, prior=PriorObjective(lambda_ref=0))
     model, tokens = Cola(config).eval(), rows(tokenizer)
-    sampling = Sampling(steps=2, max_new_tokens=500, ignore_eos=True, seed=3)
+    sampling = ColaSampling(steps=2, max_new_tokens=500, ignore_eos=True, seed=3)
     state = torch.get_rng_state()
     samples = build.samples(model, tokenizer, tokens, sampling)
     assert torch.equal(state, torch.get_rng_state())
@@ -43,7 +43,7 @@ def test_a_whole_model_continues_and_reconstructs(tokenizer: Tokenizer) -> None:
     for number, sample in enumerate(samples[:4]):
         text = tokenizer.decode(tokens[number].tolist())
         assert sample.prompt in text and len(sample.prompt.split()) == 8
-        written = [*generate_text(model, tokenizer, [sample.prompt], Sampling(
+        written = [*generate_text(model, tokenizer, [sample.prompt], ColaSampling(
             steps=2, max_new_tokens=64, ignore_eos=True, seed=3), [number])]  # fmt: skip
         assert sample.text == "".join(piece.text for pieces in written for piece in pieces)
     found = model.vae.decode(model.vae.encode(tokens).mean).argmax(-1)
@@ -55,7 +55,7 @@ def test_a_whole_model_continues_and_reconstructs(tokenizer: Tokenizer) -> None:
 def test_a_vae_reconstructs_only(tokenizer: Tokenizer) -> None:
     torch.manual_seed(0)
     model = StageOne(StageOneConfig(TextVAEConfig(tokenizer.vocab_size, **VAE)))
-    samples = build.samples(model, tokenizer, rows(tokenizer)[:2], Sampling())
+    samples = build.samples(model, tokenizer, rows(tokenizer)[:2], ColaSampling())
     assert [sample.kind for sample in samples] == ["reconstruction"] * 2
 
 

@@ -8,6 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from opencola.errors import UserError
+from opencola.models.ar.sampling import ARSampling
+from opencola.models.cola.sampling import ColaSampling
+from opencola.models.llada.sampling import LLaDASampling
+from opencola.models.plaid.sampling import PlaidSampling
 from opencola.models.sampling import Sampling, choose, penalise, probabilities
 
 LOGITS = 2 * torch.randn(2, 3, 12, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
@@ -120,7 +125,58 @@ def test_every_sample_has_its_own_generator() -> None:
 )
 def test_impossible_settings_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(fields))):
-        replace(Sampling(), **fields)
+        replace(ColaSampling(), **fields)
+
+
+@pytest.mark.parametrize(
+    ("settings", "fields"),
+    [
+        (LLaDASampling, {"steps": 0}),
+        (LLaDASampling, {"block_length": 0}),
+        (LLaDASampling, {"top_p": 0.0}),
+        (PlaidSampling, {"steps": 0}),
+        (PlaidSampling, {"shift": 0.0}),
+        (ColaSampling, {"shift": 0.0}),
+        (ColaSampling, {"guidance_every": 0}),
+        (ARSampling, {"max_new_tokens": 0}),
+    ],
+)
+def test_impossible_settings_of_a_family(settings: type[Sampling], fields: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=next(iter(fields))):
+        settings(**fields)
+
+
+def test_the_release_knows_no_stop_strings() -> None:
+    with pytest.raises(UserError, match="the public release knows no stop strings"):
+        ColaSampling(compatibility="release", stop=("a",))
+
+
+@pytest.mark.parametrize(
+    ("sampling", "shows", "together"),
+    [
+        (ColaSampling(), False, False),
+        (ColaSampling(first_block="left_pad"), True, False),
+        (ColaSampling(first_block="right_pad"), True, False),
+        (ColaSampling(first_block="partial"), False, False),
+        (ColaSampling(compatibility="release"), True, True),
+        *((settings(), False, False) for settings in (ARSampling, LLaDASampling, PlaidSampling)),
+    ],
+)
+def test_padding_and_common_ends(sampling: Sampling, shows: bool, together: bool) -> None:
+    assert (sampling.shows_padding, sampling.ends_together) == (shows, together)
+
+
+def test_a_setting_that_is_not_there_is_told_with_those_that_are() -> None:
+    told = "an AR model has no steps; its settings are max_new_tokens, temperature, top_k, top_p, repetition_penalty, "
+    assert str(ARSampling.lacks("steps")) == f"{told}stop, ignore_eos, chat, seed"
+
+
+def test_draws_in_the_logits_own_type() -> None:
+    logits = LOGITS.float()
+    narrow = choose(logits, Sampling(temperature=1.0), generators(0, 1), wide=False)
+    weights = [probabilities(row, Sampling(temperature=1.0)) for row in logits]
+    expected = [torch.multinomial(w, 1, generator=g)[:, 0] for w, g in zip(weights, generators(0, 1), strict=True)]
+    assert torch.equal(narrow, torch.stack(expected))
 
 
 @pytest.mark.parametrize("temperature", [-0.1, float("nan"), float("inf")])

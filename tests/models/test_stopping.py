@@ -96,7 +96,7 @@ def test_the_stop_rule_sees_what_stands_before_the_end_of_text_only() -> None:
     ],
 )
 def test_release_rule(budget: int, pinned: list[int], texts: list[list[list[int]]], expected: list[str]) -> None:
-    sampling = Sampling(max_new_tokens=budget, compatibility="release")
+    sampling = Sampling(max_new_tokens=budget)
     rule = ReleaseStop(prompts(pinned, pinned), sampling, [EOS], chunk=4)
     for number, (blocks, reason) in enumerate(zip(texts, expected, strict=True)):
         start = pinned if number == 0 else [0, 0]

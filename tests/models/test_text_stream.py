@@ -11,7 +11,7 @@ import torch
 from opencola.flow.dit import DiTConfig
 from opencola.models.cola.model import Cola
 from opencola.models.cola.parts import ColaConfig
-from opencola.models.sampling import Sampling
+from opencola.models.cola.sampling import ColaSampling
 from opencola.models.stopping import OwnStop, TokenBlock
 from opencola.models.text_stream import TextPiece, generate_text
 from opencola.text.conversations import ChatML, Message
@@ -30,7 +30,7 @@ class Scripted:
         self.vocab_size = 1000
 
     def generate(
-        self, prompts: list[list[int]], sampling: Sampling, *, eos_ids: Sequence[int], stop: Any, **rest: Any
+        self, prompts: list[list[int]], sampling: ColaSampling, *, eos_ids: Sequence[int], stop: Any, **rest: Any
     ) -> Iterator[list[TokenBlock]]:
         policy = OwnStop([[] for _ in prompts], sampling, eos_ids, stop)
         active = list(range(len(prompts)))
@@ -45,7 +45,7 @@ class Scripted:
 def write(texts: list[str], size: int = 4, prompt: str = "", **sampling: Any) -> list[list[TextPiece]]:
     """What the scripted model's pieces are, by sample."""
     tokens = [[*BYTES.encode(text), BYTES.eos_id, *[BYTES.encode("!")[0]] * size] for text in texts]
-    settings = Sampling(**{"max_new_tokens": 1000} | sampling)
+    settings = ColaSampling(**{"max_new_tokens": 1000} | sampling)
     steps = generate_text(Scripted(tokens, size), BYTES, [prompt] * len(texts), settings)  # type: ignore[arg-type]
     found: list[list[TextPiece]] = [[] for _ in texts]
     for pieces in steps:
@@ -131,7 +131,7 @@ def test_the_space_that_a_decoder_drops_at_the_beginning() -> None:
     backend.decoder = tokenizers.decoders.Metaspace()
     backend.add_special_tokens(["<eos>"])
     model = Scripted([[2, 3, 0]], 1)
-    steps = generate_text(model, Tokenizer(backend), ["the"], Sampling(stop=("ran",)))  # type: ignore[arg-type]
+    steps = generate_text(model, Tokenizer(backend), ["the"], ColaSampling(stop=("ran",)))  # type: ignore[arg-type]
     assert [pieces[0].text for pieces in steps] == [" fox", " "]
 
 
@@ -149,7 +149,7 @@ def cola() -> Cola:
     return model
 
 
-def run(cola: Cola, prompts: list[str], sampling: Sampling, ids: list[int] | None = None) -> list[list[TextPiece]]:
+def run(cola: Cola, prompts: list[str], sampling: ColaSampling, ids: list[int] | None = None) -> list[list[TextPiece]]:
     found: list[list[TextPiece]] = [[] for _ in prompts]
     for pieces in generate_text(cola, WORDS, prompts, sampling, ids):
         for piece in pieces:
@@ -158,12 +158,12 @@ def run(cola: Cola, prompts: list[str], sampling: Sampling, ids: list[int] | Non
 
 
 @pytest.fixture
-def free() -> Sampling:
+def free() -> ColaSampling:
     """Settings under which the tiny model writes 30 tokens."""
-    return Sampling(max_new_tokens=30, steps=2, guidance=1.0, temperature=1.0, ignore_eos=True)
+    return ColaSampling(max_new_tokens=30, steps=2, guidance=1.0, temperature=1.0, ignore_eos=True)
 
 
-def test_a_real_model(cola: Cola, free: Sampling) -> None:
+def test_a_real_model(cola: Cola, free: ColaSampling) -> None:
     prompts = ["the fox", "", "she said"]
     together = run(cola, prompts, free)
     for i, (prompt, pieces) in enumerate(zip(prompts, together, strict=True)):
@@ -174,7 +174,7 @@ def test_a_real_model(cola: Cola, free: Sampling) -> None:
     assert text_of(run(cola, ["the fox"], free, [1])[0]) != text_of(together[0])
 
 
-def test_a_real_model_stops(cola: Cola, free: Sampling) -> None:
+def test_a_real_model_stops(cola: Cola, free: ColaSampling) -> None:
     text = text_of(run(cola, ["the fox"], free)[0])
     stop = text[len(text) // 2 :][:2]
     pieces = run(cola, ["the fox"], replace(free, stop=(stop,)))[0]
@@ -191,13 +191,13 @@ def test_a_real_model_stops(cola: Cola, free: Sampling) -> None:
     ],
 )
 def test_settings_that_cannot_be(
-    cola: Cola, free: Sampling, change: Callable[[Sampling], Sampling], message: str
+    cola: Cola, free: ColaSampling, change: Callable[[ColaSampling], ColaSampling], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         run(cola, ["the fox"], change(free))
 
 
-def test_a_tokenizer_of_another_model(cola: Cola, free: Sampling) -> None:
+def test_a_tokenizer_of_another_model(cola: Cola, free: ColaSampling) -> None:
     other = Tokenizer.train(["many other words, and still more of them, go in here"] * 9, WORDS.vocab_size + 5)
     with pytest.raises(ValueError, match="tokens, but the model knows only"):
         next(generate_text(cola, other, ["the"], free))
@@ -214,14 +214,14 @@ def test_chat_answers_up_to_the_end_of_the_turn() -> None:
     generate = model.generate
     model.generate = lambda prompts, *rest, **options: asked.extend(prompts) or generate(prompts, *rest, **options)
     found = ["", "", ""]
-    for pieces in generate_text(model, tokenizer, ["Hi", said, [*said]], Sampling(max_new_tokens=99, chat=True)):
+    for pieces in generate_text(model, tokenizer, ["Hi", said, [*said]], ColaSampling(max_new_tokens=99, chat=True)):
         for piece in pieces:
             found[piece.sample] += piece.text + f"[{piece.finished}]" * bool(piece.finished)
     assert found == ["one[eos]", "zwölf[eos]", "three[eos]"]
     assert asked == [chatml.prompt([Message("user", "Hi")]), chatml.prompt(said), chatml.prompt(said)]
-    plain = [pieces[0] for pieces in generate_text(model, tokenizer, ["Hi"], Sampling(max_new_tokens=6))]
+    plain = [pieces[0] for pieces in generate_text(model, tokenizer, ["Hi"], ColaSampling(max_new_tokens=6))]
     assert asked[3] == tokenizer.encode("Hi") and plain[-1].finished == "length"  # the mark is not its end
     with pytest.raises(ValueError, match="messages are answered with chat only"):
-        next(generate_text(model, tokenizer, [said], Sampling()))
+        next(generate_text(model, tokenizer, [said], ColaSampling()))
     with pytest.raises(ValueError, match="conversations need a base model whose tokenizer was trained with"):
-        next(generate_text(model, BYTES, ["Hi"], Sampling(chat=True)))
+        next(generate_text(model, BYTES, ["Hi"], ColaSampling(chat=True)))

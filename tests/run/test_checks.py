@@ -19,7 +19,9 @@ from opencola.vae.text_vae import TextVAEConfig
 COLA = ColaConfig(vae=TextVAEConfig(patch_size=2), dit=DiTConfig(block_size=4))
 
 
-def recipe(model: Any = COLA, data: dict[str, int] | None = None, vocab_size: int = 300, **train: int) -> Recipe[Any]:
+def recipe(
+    model: Any = COLA, data: dict[str, int] | None = None, vocab_size: int = 300, **train: int
+) -> Recipe[Any, Any]:
     corpus = CorpusConfig(**{"length": 24, "batch_size": 12} | (data or {}))
     tokenizer = TokenizerConfig(vocab_size=vocab_size)
     config = TrainConfig(**train)
@@ -71,7 +73,7 @@ def recipe(model: Any = COLA, data: dict[str, int] | None = None, vocab_size: in
         ),
     ],
 )  # fmt: skip
-def test_what_does_not_divide(recipe: Recipe[Any], processes: int, message: str) -> None:
+def test_what_does_not_divide(recipe: Recipe[Any, Any], processes: int, message: str) -> None:
     with pytest.raises(ValueError, match=f"^stage prior: {message}") as caught:
         check("prior", recipe, processes)
     assert "\n" not in str(caught.value)

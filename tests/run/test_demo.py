@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from opencola.checkpoints import official
+from opencola.checkpoints.settings import save_sampling
 from opencola.evaluation.latents import traces
 from opencola.evaluation.latents.traces import map_variables, reconstruct_stories, trace_blocks
 from opencola.evaluation.reporting.demo_page import read_stages
@@ -20,14 +21,14 @@ from opencola.evaluation.writing import held_out
 from opencola.flow.dit import DiTConfig
 from opencola.models.cola.model import Cola
 from opencola.models.cola.parts import ColaConfig
-from opencola.models.sampling import Sampling
+from opencola.models.cola.sampling import ColaSampling
 from opencola.run.demo import finish
 from opencola.text.tokenizer import Tokenizer
 from opencola.vae.gaussian import DiagonalGaussian
 from opencola.vae.text_vae import TextVAEConfig
 from opencola.worlds.stories import story
 
-SAMPLING = Sampling(steps=2, guidance=2.0, solver="stochastic", seed=5)
+SAMPLING = ColaSampling(steps=2, guidance=2.0, solver="stochastic", seed=5)
 REQUIRED = {
     "seconds",
     "reconstruction_accuracy",
@@ -62,7 +63,8 @@ def tiny(tokenizer: Tokenizer, patch_size: int = 1) -> Cola:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
     out = tmp_path_factory.mktemp("run")
-    official.save(tiny(tokenizer), out, tokenizer, SAMPLING)
+    official.save(tiny(tokenizer), out, tokenizer)
+    save_sampling(SAMPLING, out)
     for age, (name, seconds) in enumerate([("prior", 50.0), ("vae", 20.0), ("empty", 0.0)]):
         (out / name).mkdir()
         records = [{"step": s, "tokens": 8 * s, "seconds": s * seconds / 2, "loss/kl": 1.0 / s} for s in (1, 2)]

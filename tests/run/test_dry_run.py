@@ -27,8 +27,8 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def stages(*argv: str) -> dict[str, Recipe[Any]]:
-    return dict(recipe.read("tiny.yaml", argv, build.config_class))
+def stages(*argv: str) -> dict[str, Recipe[Any, Any]]:
+    return dict(recipe.read("tiny.yaml", argv, build.config_class, build.sampling_class))
 
 
 def files(folder: Path) -> Sequence[Path]:

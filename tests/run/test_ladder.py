@@ -13,8 +13,8 @@ LADDER = {"1m": 1e6, "5m": 5e6, "20m": 20e6, "100m": 100e6, "500m": 500e6, "1800
 PAPER = {"vae": 501_871_574, "dit": 1_829_875_728}  # spec/official-format.md
 
 
-def stages(name: str) -> dict[str, Recipe[Any]]:
-    return dict(recipe.read(name, [], build.config_class))
+def stages(name: str) -> dict[str, Recipe[Any, Any]]:
+    return dict(recipe.read(name, [], build.config_class, build.sampling_class))
 
 
 @pytest.mark.parametrize("name", LADDER)
@@ -59,6 +59,6 @@ def test_the_paper() -> None:
 @pytest.mark.parametrize("devices", [16, 64, 128])
 def test_the_paper_on_more_devices(devices: int) -> None:
     argv = ["--train.accumulate", str(128 // devices), "--train.replicate", str(devices // 8)]
-    for name, stage in recipe.read("paper", argv, build.config_class):
+    for name, stage in recipe.read("paper", argv, build.config_class, build.sampling_class):
         checks.check(name, stage, devices)
         assert checks.num_shards(name, stage, devices) == 8

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from opencola.checkpoints import official
+from opencola.checkpoints.settings import load_sampling
 from opencola.models import build
 from opencola.models.text_stream import generate_text
 from opencola.run import recipe as recipes
@@ -72,7 +73,7 @@ def write_world(folder: Path) -> None:
 def stopped_and_right(folder: str, asked: Sequence[Sequence[int]]) -> tuple[int, int]:
     """Of answers to the last question of each conversation: how many stopped by themselves, and are as they should."""
     model, tokenizer = official.load(folder).eval(), Tokenizer.load(folder)
-    sampling = replace(official.load_sampling("chat"), max_new_tokens=BUDGET)
+    sampling = replace(load_sampling("chat"), max_new_tokens=BUDGET)
     texts, ends = [""] * len(asked), [""] * len(asked)
     for pieces in generate_text(model, tokenizer, [messages(numbers)[:-1] for numbers in asked], sampling):
         for piece in pieces:
@@ -88,7 +89,7 @@ def test_a_model_learns_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     write_world(tmp_path)
     (tmp_path / "base.yaml").write_text(BASE)
     for recipe, flags in (("base.yaml", ""), ("sft", SFT)):
-        run.run(recipes.read(recipe, flags.split(), build.config_class), "a test")
+        run.run(recipes.read(recipe, flags.split(), build.config_class, build.sampling_class), "a test")
     first = [[number] for number in range(1, 7)] * 4
     second = [[number, then] for number in range(1, 7) for then in range(1, 7)]
     figures = {folder: [stopped_and_right(folder, asked) for asked in (first, second)] for folder in ("base", "chat")}

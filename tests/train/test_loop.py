@@ -15,7 +15,7 @@ from opencola.models.language_model import Loss, Sample
 from opencola.train.checkpoint import TrainState, latest
 from opencola.train.loop import TrainConfig
 from opencola.train.sinks import Value
-from opencola.train.tracker import Report
+from opencola.train.tracker import RunLog
 
 Run = Callable[..., TrainState]
 
@@ -78,7 +78,7 @@ def test_other_processes_make_the_same_records_and_write_nothing(run: Run, tmp_p
     for main, folder in ((False, tmp_path), (True, shutil.copytree(tmp_path, tmp_path / "copy"))):
         told = Notes()
         state.step, state.num_tokens, state.seconds = 4, 192, 1.0
-        with Report(folder, state, 2, [told], display=True, main=main) as report:
+        with RunLog(folder, state, 2, [told], display=True, main=main) as report:
             assert report.records == [json.loads(line) for line in lines.splitlines()]
             for value in (1.0, 3.0):
                 state.step, state.num_tokens, state.seconds = state.step + 1, state.num_tokens + 48, state.seconds + 0.5

@@ -1,8 +1,8 @@
 """One protocol for every model: it is given prompts, writes, and what it wrote is judged (evaluation.md).
 
-Nothing here knows a model: `Write` and `Score` are any callables that do what their words say. What they draw depends
-on the ids that they are given, and an id is the place of a record in its task: neither batches nor processes, nor what
-was done before, change a record.
+Nothing here knows a model: `AnswerWriter` and `Scorer` are any callables that do what their words say. What they draw
+depends on the ids that they are given, and an id is the place of a record in its task: neither batches nor processes,
+nor what was done before, change a record.
 """
 
 import math
@@ -11,14 +11,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from opencola.errors import UserError
-from opencola.evaluation.benchmarks.tasks import Record, Task
+from opencola.evaluation.benchmarks.tasks import Question, Task
 from opencola.evaluation.statistics import Share, share
 from opencola.evaluation.writing import Continuation, LastWord, Writer
 from opencola.worlds.stories import Story
 
-Write = Callable[[Sequence[str], Sequence[int]], list[str]]
+AnswerWriter = Callable[[Sequence[str], Sequence[int]], list[str]]
 """Prompts and their ids -> what the model writes after each, unchanged."""
-Score = Callable[[Sequence[tuple[str, str]], Sequence[int]], list[float]]
+Scorer = Callable[[Sequence[tuple[str, str]], Sequence[int]], list[float]]
 """(prompt, continuation) pairs and their ids -> log-probabilities of the continuations in nats."""
 
 RIGHT = "right"
@@ -46,7 +46,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Batch:
+class ItemBatch:
     """Some of a job's items, to be done together."""
 
     job: str
@@ -60,18 +60,18 @@ class Batch:
 class Answers:
     """What a model made of a batch."""
 
-    batch: Batch
+    batch: ItemBatch
     texts: list[str]
     nats: list[list[float]] | None
     """Of every item's options; None where they were not scored."""
 
 
-def make_batches(job: Job, size: int) -> list[Batch]:
+def make_batches(job: Job, size: int) -> list[ItemBatch]:
     """All items of a job, `size` at a time: prompts of like length, which cost little padding, the longest first."""
     order = sorted(range(len(job.prompts)), key=lambda i: -len(job.prompts[i]))
     parts = [tuple(order[first : first + size]) for first in range(0, len(order), size)]
     return [
-        Batch(
+        ItemBatch(
             job.name,
             ids,
             tuple(job.prompts[i] for i in ids),
@@ -82,7 +82,7 @@ def make_batches(job: Job, size: int) -> list[Batch]:
     ]
 
 
-def answer(batch: Batch, write: Write, score: Score | None = None) -> Answers:
+def answer(batch: ItemBatch, write: AnswerWriter, score: Scorer | None = None) -> Answers:
     """Have a model write after all prompts and, with `score`, score a space and each option in their place.
 
     All options of a record are scored under its own id: what is drawn is the same for all of them.
@@ -92,8 +92,8 @@ def answer(batch: Batch, write: Write, score: Score | None = None) -> Answers:
         return Answers(batch, texts, None)
     asked = list(zip(batch.ids, batch.prompts, batch.choices, strict=True))
     pairs = [(prompt, f" {choice}") for _, prompt, choices in asked for choice in choices]
-    found = iter(score(pairs, [i for i, _, choices in asked for _ in choices]))
-    return Answers(batch, texts, [[next(found) for _ in choices] for choices in batch.choices])
+    nats = iter(score(pairs, [i for i, _, choices in asked for _ in choices]))
+    return Answers(batch, texts, [[next(nats) for _ in choices] for choices in batch.choices])
 
 
 def to_records(job: Job, answers: Answers) -> list[dict[str, Any]]:
@@ -105,23 +105,23 @@ def to_records(job: Job, answers: Answers) -> list[dict[str, Any]]:
     ]
 
 
-def benchmark(task: Task, records: Sequence[Record], demonstrations: Sequence[Record]) -> Job:
+def benchmark(task: Task, records: Sequence[Question], demonstrations: Sequence[Question]) -> Job:
     """A benchmark's records, to be answered. Raises UserError for another number of demonstrations than it takes."""
 
     def judge(item: int, generation: str, sums: Sequence[float] | None) -> dict[str, Any]:
         record = records[item]
-        verdict = task.grade(record, generation)
-        gold = verdict.gold if record.answer_index is None else record.answer_index
+        grade = task.grade(record, generation)
+        gold = grade.gold if record.answer_index is None else record.answer_index
         return {
             "id": record.id,
             "prompt": prompts[item],
             "generation": generation,
-            "truncated": verdict.text,
-            "choice": verdict.choice,
-            "gold": verdict.gold,
-            "correct": verdict.correct,
-            "parsed": verdict.parsed,
-            "agrees": verdict.agrees,
+            "truncated": grade.text,
+            "choice": grade.choice,
+            "gold": grade.gold,
+            "correct": grade.correct,
+            "parsed": grade.parsed,
+            "agrees": grade.agrees,
             "answer": record.answer,
             "options": record.choices,
             "likelihood": None if sums is None else choose(sums, record.choices, gold),
@@ -161,21 +161,21 @@ def about_stories(name: str, kind: str, stories: Sequence[Story], ask: Ask, max_
     """Something that is asked of held-out stories."""
 
     def judge(item: int, generation: str, _: Sequence[float] | None) -> dict[str, Any]:
-        (found,) = ask(stories[item : item + 1], lambda prompts, budget: [generation], max_new_tokens)
-        return asdict(found)
+        (answered,) = ask(stories[item : item + 1], lambda prompts, budget: [generation], max_new_tokens)
+        return asdict(answered)
 
     unanswered = ask(stories, lambda prompts, budget: [""] * len(prompts), max_new_tokens)
-    return Job(name, kind, tuple(one.prompt for one in unanswered), judge, max_new_tokens=max_new_tokens)
+    return Job(name, kind, tuple(item.prompt for item in unanswered), judge, max_new_tokens=max_new_tokens)
 
 
 def summary(records: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], Share]:
     """The shares of right records, by task and by what is right, in the records' order."""
-    found: dict[tuple[str, str], list[bool]] = {}
+    right_by: dict[tuple[str, str], list[bool]] = {}
     for record in records:
         right = {RIGHT: record["consistent"] if record["record"] == "story" else record["correct"]}
         if likelihood := record.get("likelihood"):
             right |= {"likeliest option": likelihood["correct_sum"]}
             right |= {"likeliest option, per byte": likelihood["correct_per_byte"]}
         for title, value in right.items():
-            found.setdefault((record["task"], title), []).extend([value] if value is not None else [])
-    return {key: share(sum(values), len(values)) for key, values in found.items()}
+            right_by.setdefault((record["task"], title), []).extend([value] if value is not None else [])
+    return {key: share(sum(values), len(values)) for key, values in right_by.items()}

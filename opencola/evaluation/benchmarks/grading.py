@@ -1,4 +1,4 @@
-"""Verdicts on generated answers: truncation, normal form, mapping to options (evaluation.md, the release's rules).
+"""Grades of generated answers: truncation, normal form, mapping to options (evaluation.md, the release's rules).
 
 Where the rules leave a detail open, the plain reading is taken:
 
@@ -39,7 +39,7 @@ _PHRASE = re.compile(r"^(?:the )?(?:correct |final )?answer (?:is )?")
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Grade:
     """What a generation was taken for."""
 
     text: str
@@ -85,17 +85,17 @@ def map_choice(text: str, choices: Sequence[str]) -> int | None:
     segment = answer_segment(whole)
     for rule in (_by_letter, _by_text):
         for part in (segment, whole):
-            found = rule(part, choices)
-            if found is not None:
-                return found
+            choice = rule(part, choices)
+            if choice is not None:
+                return choice
     return None
 
 
 def answer_segment(text: str) -> str:
     """The rest of the last line with the keyword answer, after it and its is, =, : or ：; else the whole text."""
     for line in reversed(text.split("\n")):
-        if found := _SEGMENT.match(line):
-            return found[1].strip()
+        if match := _SEGMENT.match(line):
+            return match[1].strip()
     return text
 
 
@@ -103,21 +103,21 @@ def _by_letter(text: str, choices: Sequence[str]) -> int | None:
     last = chr(ord("A") + len(choices) - 1)
     letter = f"([A-{last}a-{last.lower()}])"
     bracketed = rf"(?:\({letter}\)|\[{letter}\])"
-    found = re.fullmatch(rf"(?:{letter}|{bracketed})\.?", text)
-    if not found:
-        found = _last(re.finditer(rf"\b(?ai:answer|option|choice)\b{_LINK}{letter}(?=\Z|[\s.,;:!?])", text))
-    if not found and len(text) <= SHORT:
-        found = _last(re.finditer(bracketed, text))
-    if not found:
+    match = re.fullmatch(rf"(?:{letter}|{bracketed})\.?", text)
+    if not match:
+        match = _last(re.finditer(rf"\b(?ai:answer|option|choice)\b{_LINK}{letter}(?=\Z|[\s.,;:!?])", text))
+    if not match and len(text) <= SHORT:
+        match = _last(re.finditer(bracketed, text))
+    if not match:
         return None
-    return ord(next(filter(None, found.groups())).upper()) - ord("A")
+    return ord(next(filter(None, match.groups())).upper()) - ord("A")
 
 
 def _last(matches: Iterable[re.Match[str]]) -> re.Match[str] | None:
-    found = None
+    last = None
     for match in matches:
-        found = match
-    return found
+        last = match
+    return last
 
 
 def _by_text(text: str, choices: Sequence[str]) -> int | None:
@@ -133,8 +133,8 @@ def _by_text(text: str, choices: Sequence[str]) -> int | None:
     return ratios.index(best) if best >= SIMILAR else None
 
 
-def grade(rule: Rule, generation: str, answer: str, choices: Sequence[str] = ()) -> Verdict:
-    """The verdict on a raw generation, given the right answer's text and the options (none where the task has none)."""
+def grade(rule: Rule, generation: str, answer: str, choices: Sequence[str] = ()) -> Grade:
+    """The grade of a raw generation, given the right answer's text and the options (none where the task has none)."""
     text = truncate(generation)
     choice, gold = (map_choice(said, choices) if choices else None for said in (text, answer))
     said, right = norm(text), norm(answer)
@@ -145,4 +145,4 @@ def grade(rule: Rule, generation: str, answer: str, choices: Sequence[str] = ())
             correct = said == right
         case "option":
             correct = (choice is not None and choice == gold) or said == right
-    return Verdict(text, choice, gold, correct, choice is not None if choices else bool(said.split()))
+    return Grade(text, choice, gold, correct, choice is not None if choices else bool(said.split()))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from opencola.errors import UserError
-from opencola.evaluation.benchmarks.tasks import Record, Task, parse_record
+from opencola.evaluation.benchmarks.tasks import Question, Task, parse_question
 
 Row = Mapping[str, Any]
 
@@ -108,11 +108,11 @@ def multiple_choice(number: int, question: str, choices: Iterable[str], answer: 
 
 
 MAPPINGS: Mapping[str, Callable[[Row, int], dict[str, Any]]] = {
-    one.__name__: one for one in (lambada, mmlu, obqa, hellaswag, race, siqa, squad, story_cloze)
+    mapping.__name__: mapping for mapping in (lambada, mmlu, obqa, hellaswag, race, siqa, squad, story_cloze)
 }
 
 
-def to_records(task: Task, rows: Iterable[Row], place: str) -> Iterator[Record]:
+def to_questions(task: Task, rows: Iterable[Row], place: str) -> Iterator[Question]:
     """A record of every row; `place` begins the messages.
 
     Raises UserError, naming place and number of the row (from 0), for one that does not have the dataset's columns, or
@@ -125,10 +125,10 @@ def to_records(task: Task, rows: Iterable[Row], place: str) -> Iterator[Record]:
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise UserError(f"{where}: not as {task.title}'s rows are ({reason})") from error
-        yield parse_record(made, task, where)
+        yield parse_question(made, task, where)
 
 
-def read_hub(task: Task, limit: int | None = None, story_cloze_file: Path | None = None) -> list[Record]:
+def read_hub(task: Task, limit: int | None = None, story_cloze_file: Path | None = None) -> list[Question]:
     """A task's first `limit` records (all of them without it), streamed from the Hub.
 
     Story Cloze's come from the .csv file that its authors send. Raises UserError where the package `datasets` is
@@ -142,7 +142,7 @@ def read_hub(task: Task, limit: int | None = None, story_cloze_file: Path | None
     else:
         source = SOURCES[task.name]
         place, rows = f"{source.dataset}, {source.split}", stream(task, source)
-    records = list(to_records(task, itertools.islice(rows, limit), place))
+    records = list(to_questions(task, itertools.islice(rows, limit), place))
     if not records:
         raise UserError(f"{place}: no records")
     return records

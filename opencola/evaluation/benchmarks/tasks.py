@@ -1,20 +1,21 @@
-"""The eight benchmarks as data: records from JSONL files, and the prompts made of them (evaluation.md)."""
+"""The eight benchmarks as data: questions from JSONL files, and the prompts made of them (evaluation.md)."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from opencola.checkpoints.files import read_json
 from opencola.errors import UserError
-from opencola.evaluation.benchmarks.grading import Rule, Verdict, grade
+from opencola.evaluation.benchmarks.grading import Grade, Rule, grade
+from opencola.text.lines import read_objects
 
 DEMONSTRATIONS = Path(__file__).parent / "demonstrations.json"
 """The project's own, written for it."""
 
 
 @dataclass(frozen=True)
-class Record:
+class Question:
     """One question of a task."""
 
     id: str | int
@@ -57,7 +58,7 @@ class Task:
         """Accuracy, a fraction of 1, of picking an option blindly; 0 without options."""
         return 1 / self.options if self.options else 0.0
 
-    def prompt(self, record: Record, demonstrations: Sequence[Record]) -> str:
+    def prompt(self, record: Question, demonstrations: Sequence[Question]) -> str:
         """What a model is to continue: a ready prompt as it is, else instruction, shots and the question.
 
         It ends in the anchor, without a space or a newline. Raises UserError unless there are `shots` demonstrations.
@@ -69,7 +70,7 @@ class Task:
         shots = [f"{self.ask(shot)} {shot.answer}" for shot in demonstrations]
         return "\n\n".join([*filter(None, [self.instruction]), *shots, self.ask(record)])
 
-    def ask(self, record: Record) -> str:
+    def ask(self, record: Question) -> str:
         """A single question, from its lead to its anchor."""
         if not self.anchor:
             return record.question.rstrip()
@@ -81,8 +82,8 @@ class Task:
         lines += [f"({chr(ord('A') + i)}) {choice}" for i, choice in enumerate(record.choices)]
         return "\n".join([*lines, self.anchor])
 
-    def grade(self, record: Record, generation: str) -> Verdict:
-        """The verdict on a raw generation."""
+    def grade(self, record: Question, generation: str) -> Grade:
+        """The grade of a raw generation."""
         return grade(self.rule, generation, record.answer, record.choices)
 
 
@@ -109,51 +110,34 @@ def find_task(name: str) -> Task:
     raise UserError(f"unknown task {name!r}: choose one of {', '.join(task.name for task in TASKS)}")
 
 
-def read_records(folder: Path, task: Task) -> list[Record]:
-    """A task's records from FOLDER/NAME.jsonl, one JSON object a line; blank lines are skipped.
+def read_questions(folder: Path, task: Task) -> list[Question]:
+    """A task's questions from FOLDER/NAME.jsonl, one JSON object a line; blank lines are skipped.
 
     Raises FileNotFoundError where there is no such file, and UserError, naming file, line and field, for a record that
     is not as the task needs it, for an id that came before, and for a file without records.
     """
     file = folder / f"{task.name}.jsonl"
-    records: list[Record] = []
-    seen: dict[str | int, int] = {}
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8: {error}") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        place = f"{file}, line {number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{place}: not JSON: {error}") from error
-        record = parse_record(row, task, place)
-        if record.id in seen:
-            raise UserError(f"{place}: field 'id': {record.id!r} is the id of line {seen[record.id]}, too")
-        seen[record.id] = number
-        records.append(record)
-    if not records:
+    questions: dict[str | int, Question] = {}
+    places: dict[str | int, str] = {}
+    for place, row in read_objects(file):
+        question = parse_question(row, task, place)
+        if question.id in questions:
+            first = places[question.id].removeprefix(f"{file}, ")
+            raise UserError(f"{place}: field 'id': {question.id!r} is the id of {first}, too")
+        questions[question.id], places[question.id] = question, place
+    if not questions:
         raise UserError(f"{file}: no records")
-    return records
+    return list(questions.values())
 
 
-def read_demonstrations(file: Path = DEMONSTRATIONS) -> dict[str, tuple[Record, ...]]:
+def read_demonstrations(file: Path = DEMONSTRATIONS) -> dict[str, tuple[Question, ...]]:
     """Demonstrations by task from a JSON file: an object of lists of records (an id is not needed), in prompt order.
 
     A file may leave out tasks. Raises UserError, naming file, task, number and field, for an unknown task, for another
     number of demonstrations than the task's shots, and for a record that is not as the task needs it.
     """
-    try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not JSON: {error}") from error
-    if not isinstance(rows, dict):
-        raise UserError(f"{file}: not an object of demonstrations by task")
-    found = {}
-    for name, shots in rows.items():
+    demonstrations = {}
+    for name, shots in read_json(file).items():
         try:
             task = find_task(name)
         except ValueError as error:
@@ -164,14 +148,14 @@ def read_demonstrations(file: Path = DEMONSTRATIONS) -> dict[str, tuple[Record, 
         for place, shot in numbered:
             if isinstance(shot, dict) and "prompt" in shot:
                 raise UserError(f"{place}: field 'prompt': a demonstration has none")
-        found[name] = tuple(
-            parse_record({"id": i, **shot} if isinstance(shot, dict) else shot, task, place)
+        demonstrations[name] = tuple(
+            parse_question({"id": i, **shot} if isinstance(shot, dict) else shot, task, place)
             for i, (place, shot) in enumerate(numbered)
         )
-    return found
+    return demonstrations
 
 
-def parse_record(row: Any, task: Task, place: str) -> Record:
+def parse_question(row: Any, task: Task, place: str) -> Question:
     """A record of what JSON holds; `place` begins the messages. Raises UserError naming the field that is wrong."""
     if not isinstance(row, Mapping):
         raise UserError(f"{place}: not an object")
@@ -198,7 +182,7 @@ def parse_record(row: Any, task: Task, place: str) -> Record:
     index = row.get("answer_index")
     if index is not None and (type(index) is not int or not 0 <= index < len(choices)):
         raise UserError(f"{place}: field 'answer_index' is {index!r}, not the number of one of {len(choices)} options")
-    return Record(
+    return Question(
         name,
         text("question", needed=not ready),
         text("answer", needed=True),

@@ -16,7 +16,7 @@ from opencola.evaluation.statistics import Share, share
 from opencola.layers.device import device
 from opencola.models.cola import links as diagnosis
 from opencola.models.cola.model import Cola
-from opencola.models.sampling import FirstBlock, Sampling
+from opencola.models.cola.sampling import ColaSampling, FirstBlock
 from opencola.text.tokenizer import Tokenizer
 
 GUIDANCES = (1.0, 2.0, 4.0, 7.0)
@@ -33,7 +33,7 @@ class Bench:
     model: Cola
     tokenizer: Tokenizer
     task: Task
-    sampling: Sampling
+    sampling: ColaSampling
     places: int
     batch_size: int
     chunk: int
@@ -48,18 +48,18 @@ class Bench:
         runs = [tasks.judge(self.task, self.tokenizer, cut, new) for cut, new in zip(cuts, written, strict=True)]
         return tally(runs, len(self.task.texts))
 
-    def blocks(self, model: Cola, cuts: Sequence[Cut], sampling: Sampling) -> Tally:
+    def blocks(self, model: Cola, cuts: Sequence[Cut], sampling: ColaSampling) -> Tally:
         """Of the block that is generated at every cut."""
         before = [cut.before for cut in cuts]
         return self.tally(cuts, diagnosis.next_blocks(model, before, sampling, self.pad_id(sampling), self.batch_size))
 
-    def pad_id(self, sampling: Sampling) -> int:
+    def pad_id(self, sampling: ColaSampling) -> int:
         """The padding token, where padding is seen; other settings do without."""
         return self.tokenizer.pad_id if sampling.first_block in ("left_pad", "right_pad") else 0
 
 
 def prepare(
-    model: Cola, tokenizer: Tokenizer, task: Task, sampling: Sampling, places: int = 8, batch_size: int = 256
+    model: Cola, tokenizer: Tokenizer, task: Task, sampling: ColaSampling, places: int = 8, batch_size: int = 256
 ) -> Bench:
     """A model at a task, with its texts encoded and the spread of first blocks measured.
 
@@ -72,12 +72,12 @@ def prepare(
     width = -(-max(map(len, rows)) // chunk) * chunk
     tokens = torch.tensor([row + [tokenizer.eos_id] * (width - len(row)) for row in rows], device=device())
     data, prior = diagnosis.first_spreads(model, tokens[:, :chunk], diagnosis.settings(own)["prior"])
-    if not all(0 < one.overall < math.inf for one in (data, prior)):
+    if not all(0 < spread.overall < math.inf for spread in (data, prior)):
         raise UserError("the model's latents are not finite, or all alike: its weights are damaged, or diverged")
     fitted = diagnosis.renormalised(model, data, prior)
     lengths = torch.tensor([[len(row)] for row in rows], device=tokens.device)
     scored = torch.arange(width, device=tokens.device) < lengths
-    slopes = [diagnosis.velocity_slope(one, tokens, scored, own.seed) for one in (model, fitted)]
+    slopes = [diagnosis.velocity_slope(flow, tokens, scored, own.seed) for flow in (model, fitted)]
     channels = [moment.tolist() for moment in (data.mean, data.deviation, prior.mean, prior.deviation)]
     latents = Latents(channels[:2], channels[2:], *slopes)
     cuts = tasks.cuts(task, tokenizer, places, chunk, False, own.seed)
@@ -98,7 +98,10 @@ def conditions(bench: Bench) -> Iterator[tuple[str, Tally]]:
     fitted = now = bench.blocks(model, cuts, settings["prior"])
     if bench.latents.misplaced:
         fitted = bench.blocks(bench.fitted, cuts, settings["prior"])
-    yield "prior", min(fitted, now, key=lambda one: one.rate.value)  # samples may be misplaced for another reason
+    yield (
+        "prior",
+        min(fitted, now, key=lambda condition: condition.rate.value),
+    )  # samples may be misplaced for another reason
     yield "normalised", now
     before = settings["prior"]
     for name in ("steps", "guidance", "choice"):
@@ -125,8 +128,8 @@ def free(bench: Bench) -> Iterator[tuple[str, Tally]]:
         lambda number, new: tasks.is_over(bench.task, bench.tokenizer, cuts[number], new),
     )  # fmt: skip
     runs = [tasks.judge(bench.task, bench.tokenizer, cut, new) for cut, new in zip(cuts, written, strict=True)]
-    found = [tasks.places(cut, new, run, bench.chunk) for cut, new, run in zip(cuts, written, runs, strict=True)]
-    visited = [place for one in found for place in one]
+    begun = [tasks.places(cut, new, run, bench.chunk) for cut, new, run in zip(cuts, written, runs, strict=True)]
+    visited = [place for places in begun for place in places]
     chosen = random.Random(own.seed).sample(visited, min(len(visited), bench.places * len(cuts)))
     yield "clean", bench.blocks(bench.model, chosen, own)
     yield "free", tally(runs, len(cuts))
@@ -145,13 +148,13 @@ def sweep(bench: Bench) -> Iterator[tuple[str, Tally]]:
 
 def accuracies(bench: Bench) -> dict[str, Share]:
     """Of the VAE's round trip: tokens that come back right, and texts that the language still has."""
-    found = {}
+    shares = {}
     back = diagnosis.given_back(bench.model, bench.tokens, bench.sampling.seed)
     for name, tokens in zip(("mean", "sample"), back, strict=True):
         right = (tokens == bench.tokens)[bench.scored]
         texts = [row[scored][:-1].tolist() for row, scored in zip(tokens, bench.scored, strict=True)]
-        found[f"tokens_from_{name}"] = share(int(right.sum()), len(right))
-        found[f"texts_from_{name}"] = share(
+        shares[f"tokens_from_{name}"] = share(int(right.sum()), len(right))
+        shares[f"texts_from_{name}"] = share(
             sum(map(bench.task.is_whole, map(bench.tokenizer.decode, texts))), len(texts)
         )
-    return found
+    return shares

@@ -1,4 +1,4 @@
-"""All that a diagnosis measures at a task: failures under every condition, the decoder's margins, and the verdict."""
+"""All that is measured at a task: failures under every condition, the decoder's margins, and the diagnosis."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -15,7 +15,7 @@ from opencola.evaluation.diagnosis.conditions import (
     conditions,
     sweep,
 )
-from opencola.evaluation.diagnosis.verdicts import ALLOWED, CONDITIONS, Latents, Tally, Verdict, losses, verdict
+from opencola.evaluation.diagnosis.verdicts import ALLOWED, CONDITIONS, Diagnosis, Latents, Tally, diagnose, losses
 from opencola.evaluation.statistics import Share
 from opencola.models.cola.links import Margins, margins
 
@@ -31,14 +31,14 @@ class Findings:
     round_trip: dict[str, Share]
     latents: Latents
     decoder: dict[str, Margins]
-    verdict: Verdict
+    diagnosis: Diagnosis
 
     def records(self) -> Iterator[dict[str, Any]]:
         """Every figure."""
-        for name, one in self.conditions.items():
-            yield {"measure": "condition", "name": name, "label": CONDITIONS[name], **asdict(one.rate)}
-        for name, one in self.settings.items():
-            yield {"measure": "setting", "name": name, **asdict(one.rate)}
+        for name, condition in self.conditions.items():
+            yield {"measure": "condition", "name": name, "label": CONDITIONS[name], **asdict(condition.rate)}
+        for name, condition in self.settings.items():
+            yield {"measure": "setting", "name": name, **asdict(condition.rate)}
         for name, rate in self.round_trip.items():
             yield {"measure": "round_trip", "name": name, **asdict(rate)}
         for loss in losses(self.conditions):
@@ -46,9 +46,14 @@ class Findings:
             yield {"measure": "link", "name": loss.link.name, **ends, "allowed": ALLOWED, "at_fault": loss.at_fault}
         ratio, apart = self.latents.ratio, self.latents.apart
         yield {"measure": "latents", "name": "first_blocks", **asdict(self.latents), "ratio": ratio, "apart": apart}
-        for name, found in self.decoder.items():
-            yield {"measure": "decoder", "name": name, **asdict(found)}
-        yield {"measure": "verdict", "name": self.verdict.link, "known": self.verdict.known, "text": self.verdict.text}
+        for name, margin in self.decoder.items():
+            yield {"measure": "decoder", "name": name, **asdict(margin)}
+        yield {
+            "measure": "verdict",
+            "name": self.diagnosis.link,
+            "known": self.diagnosis.known,
+            "text": self.diagnosis.text,
+        }
 
 
 def examine(bench: Bench, bar: Progress) -> Findings:
@@ -56,14 +61,14 @@ def examine(bench: Bench, bar: Progress) -> Findings:
     in_blocks = bench.chunk > 1
     count = len(CONDITIONS) + len(GUIDANCES) + len(STEPS) + (len(FIRST_BLOCKS) if in_blocks else -1)
     job = bar.add_task(bench.task.name, total=count)
-    found: list[dict[str, Tally]] = []
+    tallies: list[dict[str, Tally]] = []
     for source in (conditions(bench), sweep(bench)):
-        found.append({})
-        for name, one in source:
-            found[-1][name] = one
+        tallies.append({})
+        for name, condition in source:
+            tallies[-1][name] = condition
             bar.advance(job)
     sides = margins(bench.model, bench.tokens[:WATCHED], bench.scored[:WATCHED], bench.sampling)
     decoder = dict(zip(("true_latents", "generated_latents"), sides, strict=True))
-    measured, changed = found
-    result = verdict(measured, bench.latents)
-    return Findings(measured, changed, accuracies(bench), bench.latents, decoder, result)
+    measured, changed = tallies
+    diagnosis = diagnose(measured, bench.latents)
+    return Findings(measured, changed, accuracies(bench), bench.latents, decoder, diagnosis)

@@ -71,24 +71,24 @@ def cuts(task: Task, tokenizer: Tokenizer, per_text: int, chunk: int, inside: bo
     The first one behind the prompt is always among them, because there is much to choose from; the others are drawn. A
     text without such a place behind its prompt is cut at its last one, if it has any.
     """
-    found = []
+    all_cuts = []
     for number, (text, prompt) in enumerate(zip(task.texts, task.prompts, strict=True)):
         ids = (*tokenizer.encode(text), tokenizer.eos_id)
         places = [place for place in range(1, len(ids)) if bool(place % chunk) == inside]
         first, *others = [place for place in places if place >= len(tokenizer.encode(prompt))] or places[-1:] or [0]
         rng = random.Random(f"{seed} {number}")  # the same texts are cut alike, however many there are
         chosen = sorted([first, *rng.sample(others, min(per_text - 1, len(others)))])
-        found += [Cut(number, ids[:place], ids[place:]) for place in chosen if place]
-    return found
+        all_cuts += [Cut(number, ids[:place], ids[place:]) for place in chosen if place]
+    return all_cuts
 
 
 def beginnings(task: Task, tokenizer: Tokenizer) -> list[Cut]:
     """Every text cut behind its prompt."""
-    found = []
+    starts = []
     for number, (text, prompt) in enumerate(zip(task.texts, task.prompts, strict=True)):
         place = len(tokenizer.encode(prompt))
-        found.append(Cut(number, tuple(tokenizer.encode(prompt)), (*tokenizer.encode(text)[place:], tokenizer.eos_id)))
-    return found
+        starts.append(Cut(number, tuple(tokenizer.encode(prompt)), (*tokenizer.encode(text)[place:], tokenizer.eos_id)))
+    return starts
 
 
 def blind(cuts: Sequence[Cut], seed: int) -> list[tuple[Cut, int]]:
@@ -96,10 +96,10 @@ def blind(cuts: Sequence[Cut], seed: int) -> list[tuple[Cut, int]]:
 
     As many for each cut as make some hundreds in all.
     """
-    rng, found = random.Random(seed), []
+    rng, guesses = random.Random(seed), []
     for _ in range(1 + BLIND // max(1, len(cuts))):
-        found += [(cut, rng.choice(cuts).after[0]) for cut in cuts]
-    return found
+        guesses += [(cut, rng.choice(cuts).after[0]) for cut in cuts]
+    return guesses
 
 
 def judge(task: Task, tokenizer: Tokenizer, cut: Cut, written: Sequence[int]) -> Run:

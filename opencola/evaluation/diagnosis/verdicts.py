@@ -1,6 +1,6 @@
 """Which link of a model loses text: losses between conditions that differ in that link alone, and the verdict on them.
 
-A condition's figure is its failures per judged token (see `diagnosis_tasks`). Texts are independent, what is written in
+A condition's figure is its failures per judged token (see `diagnosis.tasks`). Texts are independent, what is written in
 one text is not: intervals are those of ratios over texts.
 """
 
@@ -12,7 +12,7 @@ from statistics import fmean
 import numpy as np
 
 from opencola.evaluation.diagnosis.tasks import Run
-from opencola.evaluation.statistics import Share, Z, share
+from opencola.evaluation.statistics import Share, Z, ratio_difference, share
 
 ALLOWED = 0.01
 """Failures per token that a link may cost: with one more in a hundred, every third text of forty tokens breaks."""
@@ -145,40 +145,31 @@ def tally(runs: Sequence[Run], num_texts: int) -> Tally:
 
 
 def loss(link: Link, before: Tally, after: Tally) -> Loss:
-    """The difference of two conditions on the same texts: sum of failures / sum of tokens of each.
-
-    The interval is the delta method's for ratios over texts, which keeps what both conditions share in a text.
-    """
-    parts = []
-    for one in (after, before):
-        rate = one.failures.sum() / one.tokens.sum()
-        parts.append((rate, (one.failures - rate * one.tokens) / one.tokens.sum()))
-    (rate_after, apart_after), (rate_before, apart_before) = parts
-    value, count = float(rate_after - rate_before), len(after.tokens)
-    error = float(np.square(apart_after - apart_before).sum() * count / (count - 1)) ** 0.5
+    """The difference of two conditions on the same texts: sum of failures / sum of tokens of each."""
+    value, error = ratio_difference((after.failures, after.tokens), (before.failures, before.tokens))
     return Loss(link, value, value - Z * error, value + Z * error)
 
 
-def losses(found: Mapping[str, Tally]) -> list[Loss]:
+def losses(tallies: Mapping[str, Tally]) -> list[Loss]:
     """Of every link of which both conditions have judged tokens."""
     result = []
     for link in LINKS:
-        if link.after not in found or (link.before and link.before not in found):
+        if link.after not in tallies or (link.before and link.before not in tallies):
             continue
-        after = found[link.after]
-        before = found[link.before] if link.before else Tally(0 * after.failures, after.tokens)
+        after = tallies[link.after]
+        before = tallies[link.before] if link.before else Tally(0 * after.failures, after.tokens)
         if after.tokens.sum() and before.tokens.sum():
             result.append(loss(link, before, after))
     return result
 
 
-def worst(found: Sequence[Loss]) -> Loss | None:
+def worst(of_links: Sequence[Loss]) -> Loss | None:
     """The link that loses most of those at fault; None where none is."""
-    return max((one for one in found if one.at_fault), key=lambda one: one.value, default=None)
+    return max((lost for lost in of_links if lost.at_fault), key=lambda lost: lost.value, default=None)
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Diagnosis:
     """The link at fault ("" for none), whether the task is `known` to the model, and both in words."""
 
     link: str
@@ -186,8 +177,8 @@ class Verdict:
     text: str
 
 
-def verdict(tallies: Mapping[str, Tally], latents: Latents) -> Verdict:
-    """The verdict on a task.
+def diagnose(tallies: Mapping[str, Tally], latents: Latents) -> Diagnosis:
+    """The diagnosis of a model at a task.
 
     The link that loses most of those at fault is named. Where none is, the statistics of the latents name one, if they
     show a fault. They also do where velocities are wrong and what loses most lies behind them, and where the model's
@@ -199,10 +190,10 @@ def verdict(tallies: Mapping[str, Tally], latents: Latents) -> Verdict:
     blind = tallies["blind"].rate.low
     known = all(tallies[name].rate.high < blind for name in ("decoded", "prior"))
     link, why = latents.fault
-    label = {one.name: one.label for one in LINKS}
+    label = {link.name: link.label for link in LINKS}
     if named is None:
         text = f"No link surely loses text, but {label[link]} is at fault: {why}." if link else "No link is at fault."
-        return Verdict(link, known, text)
+        return Diagnosis(link, known, text)
     cause = bool(link) and (named.link.name == "history" or (link == "prior" and named.link.name != "vae"))
     interval = f"95 % interval {named.low:.3f} to {named.high:.3f}"
     text = f"The link that loses most: {named.link.label}, {named.value:.3f} failures per token more ({interval})."
@@ -212,4 +203,4 @@ def verdict(tallies: Mapping[str, Tally], latents: Latents) -> Verdict:
         text += f" Indeed {why}."
     elif link:
         text += f" {'The cause is' if cause else 'Also at fault:'} {label[link]}, for {why}."
-    return Verdict(link if cause else named.link.name, known, text)
+    return Diagnosis(link if cause else named.link.name, known, text)

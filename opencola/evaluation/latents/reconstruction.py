@@ -95,9 +95,18 @@ def principal_plane(variable: str, latents: np.ndarray, values: Sequence[str]) -
     if len(latents) < 3:
         raise ValueError(f"a map of {variable} needs at least 3 latents, not {len(latents)}")
     centred = latents - latents.mean(0)
-    _, scales, axes = np.linalg.svd(centred, full_matrices=False)
-    # an axis has no sign of its own: the largest weight shall be positive
-    axes = axes[:2] * np.sign(axes[:2][np.arange(2), np.abs(axes[:2]).argmax(1)])[:, None]
+    axes, scales = principal_axes(centred)
     total = np.square(scales).sum()
     explained = float(np.square(scales[:2]).sum() / total) if total > 0 else 1.0
     return LatentMap(variable, centred @ axes.T, list(values), explained)
+
+
+def principal_axes(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first two axes (2, d) along which points (n, d) spread most about 0, and the spreads along all axes.
+
+    There are fewer axes where there are fewer points or channels.
+    """
+    _, scales, axes = np.linalg.svd(points, full_matrices=False)
+    axes = axes[:2]
+    # an axis has no sign of its own: the largest weight shall be positive
+    return axes * np.sign(axes[np.arange(len(axes)), np.abs(axes).argmax(1)])[:, None], scales

@@ -105,8 +105,8 @@ def measure(
 
 def join(parts: Sequence[Robustness]) -> Robustness:
     """The result of all batches together."""
-    found = [part.posteriors for part in parts]
-    together = {name: torch.cat([getattr(one, name) for one in found]) for name in ("mean", "variance", "sequence")}
+    names = ("mean", "variance", "sequence")
+    together = {name: torch.cat([getattr(part.posteriors, name) for part in parts]) for name in names}
     return replace(
         parts[0],
         posteriors=Posteriors(**together),

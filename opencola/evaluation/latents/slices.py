@@ -11,6 +11,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from opencola.evaluation.figures import COLOURS, INK, STYLE, as_svg
+from opencola.evaluation.latents.reconstruction import principal_axes
 
 RESOLUTION = 40
 COARSE = 3  # the density, which costs most, is known at every third place
@@ -47,9 +48,7 @@ def cut(
 
     decode: points (M, d) -> what each is read as; density: points -> log-densities (M,) of the prior.
     """
-    _, _, axes = np.linalg.svd(prior - centre, full_matrices=False)
-    # an axis has no sign of its own: the largest weight shall be positive
-    axes = axes[:2] * np.sign(axes[:2][np.arange(len(axes[:2])), np.abs(axes[:2]).argmax(1)])[:, None]
+    axes, _ = principal_axes(prior - centre)
     if len(axes) < 2:
         raise ValueError("a slice needs at least 2 samples, and latents of at least 2 channels")
     near, far = (posterior - centre) @ axes.T, (prior - centre) @ axes.T
@@ -67,37 +66,37 @@ def cut(
     return Slice(title, x, y, over(decode, 1), truth, near, far, known)
 
 
-def slices(found: Sequence[Slice]) -> str:
+def slices(planes: Sequence[Slice]) -> str:
     """A panel for each slice, as an `<svg>` element."""
     with mpl.rc_context({**STYLE, "svg.hashsalt": "slices"}):
-        figure = Figure(figsize=(1 + 3.6 * len(found), 4.4), layout="constrained")
-        for axes, one in zip(figure.subplots(1, len(found), squeeze=False)[0], found, strict=True):
-            _draw(axes, one)
+        figure = Figure(figsize=(1 + 3.6 * len(planes), 4.4), layout="constrained")
+        for axes, plane in zip(figure.subplots(1, len(planes), squeeze=False)[0], planes, strict=True):
+            _draw(axes, plane)
         return as_svg(figure, "Latents around tokens: samples of posterior and prior, and regions of the decoder")
 
 
-def _draw(axes: Axes, one: Slice) -> None:
-    names, sizes = np.unique(one.regions, return_counts=True)
+def _draw(axes: Axes, plane: Slice) -> None:
+    names, sizes = np.unique(plane.regions, return_counts=True)
     largest = [str(name) for name in names[np.argsort(-sizes, kind="stable")]]
-    shown = [one.truth, *(name for name in largest if name != one.truth)][:NAMED]
+    shown = [plane.truth, *(name for name in largest if name != plane.truth)][:NAMED]
     number = {name: place for place, name in enumerate(shown)}
-    index = np.vectorize(lambda name: number.get(name, NAMED), otypes=[int])(one.regions)
+    index = np.vectorize(lambda name: number.get(name, NAMED), otypes=[int])(plane.regions)
     colours = ListedColormap([*COLOURS[:NAMED], "#888888"])
     axes.pcolormesh(
-        one.x, one.y, index, cmap=colours, vmin=0, vmax=NAMED, alpha=0.35, rasterized=True, shading="nearest"
+        plane.x, plane.y, index, cmap=colours, vmin=0, vmax=NAMED, alpha=0.35, rasterized=True, shading="nearest"
     )
-    if one.density is not None:
-        x, y = one.x[::COARSE], one.y[::COARSE]
-        axes.contour(x, y, one.density, levels=10, colors=INK, linewidths=0.6, linestyles="solid")
-    axes.plot(*one.posterior.T, ".", color=INK, markersize=3, alpha=0.6, label="posterior samples")
-    axes.plot(*one.prior.T, "x", color=INK, markersize=3.5, label="prior samples")
+    if plane.density is not None:
+        x, y = plane.x[::COARSE], plane.y[::COARSE]
+        axes.contour(x, y, plane.density, levels=10, colors=INK, linewidths=0.6, linestyles="solid")
+    axes.plot(*plane.posterior.T, ".", color=INK, markersize=3, alpha=0.6, label="posterior samples")
+    axes.plot(*plane.prior.T, "x", color=INK, markersize=3.5, label="prior samples")
     for name in shown:
         if name in largest:
-            label = f"{name!r}{' (the token)' if name == one.truth else ''}".replace("$", r"\$")  # no formula
+            label = f"{name!r}{' (the token)' if name == plane.truth else ''}".replace("$", r"\$")  # no formula
             axes.plot([], [], "s", color=COLOURS[number[name]], alpha=0.6, label=label)
     if len(largest) > len(shown):
         axes.plot([], [], "s", color="#888888", alpha=0.6, label="other tokens")
-    axes.set_title(one.title)
+    axes.set_title(plane.title)
     axes.set_xlabel("first axis of the prior's samples")
     axes.set_ylabel("second axis")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, handletextpad=0.2)

@@ -11,7 +11,7 @@ from opencola.evaluation.statistics import Share, share
 from opencola.flow.likelihood import Likelihood
 from opencola.models.cola.inspect import Inspection, decode_instead, density_instead, inspect
 from opencola.models.cola.model import Cola
-from opencola.models.sampling import Sampling
+from opencola.models.cola.sampling import ColaSampling
 from opencola.text.tokenizer import Tokenizer
 
 
@@ -40,7 +40,7 @@ def inspect_tokens(
     tokenizer: Tokenizer,
     ids: Sequence[int],
     num_samples: int,
-    sampling: Sampling,
+    sampling: ColaSampling,
     deviation: float,
     density: Likelihood,
 ) -> tuple[Inspection, list[Seen]]:
@@ -52,11 +52,11 @@ def inspect_tokens(
     return inspection, look(model, tokenizer, ids, inspection)
 
 
-def look(model: Cola, tokenizer: Tokenizer, ids: Sequence[int], found: Inspection) -> list[Seen]:
-    """What was found of every token."""
-    patch, count = model.vae.config.patch_size, len(found.posterior_samples)
+def look(model: Cola, tokenizer: Tokenizer, ids: Sequence[int], inspection: Inspection) -> list[Seen]:
+    """What the inspection says of every token."""
+    patch, count = model.vae.config.patch_size, len(inspection.posterior_samples)
     chunk = patch * model.dit.config.block_size
-    log_posterior = -found.posterior.entropy()[0]
+    log_posterior = -inspection.posterior.entropy()[0]
 
     def hits(tokens: torch.Tensor, number: int) -> Share:
         return share(int((tokens[:, number] == ids[number]).sum()), count)
@@ -66,23 +66,25 @@ def look(model: Cola, tokenizer: Tokenizer, ids: Sequence[int], found: Inspectio
             number,
             tokenizer.decode([token]),
             token,
-            tokenizer.decode([int(found.prior_tokens[0, number])]),
+            tokenizer.decode([int(inspection.prior_tokens[0, number])]),
             float(log_posterior[number // patch]),
-            float(found.log_decoder[:, number].mean()),
+            float(inspection.log_decoder[:, number].mean()),
             number // chunk,
-            float(found.log_prior[:, number // chunk].mean()),
-            hits(found.posterior_tokens, number),
-            hits(found.prior_tokens, number),
-            hits(found.probe_tokens, number),
+            float(inspection.log_prior[:, number // chunk].mean()),
+            hits(inspection.posterior_tokens, number),
+            hits(inspection.prior_tokens, number),
+            hits(inspection.probe_tokens, number),
         )
         for number, token in enumerate(ids)
     ]
 
 
-def slice_of(model: Cola, tokenizer: Tokenizer, one: Seen, found: Inspection, density: Likelihood | None) -> Slice:
+def slice_of(
+    model: Cola, tokenizer: Tokenizer, token: Seen, inspection: Inspection, density: Likelihood | None
+) -> Slice:
     """The latent of a token on a plane, with contours of the prior's density where it is given how to compute that."""
-    mean, patch = found.posterior.mean, model.vae.config.patch_size
-    latent, place = divmod(one.number, patch)
+    mean, patch = inspection.posterior.mean, model.vae.config.patch_size
+    latent, place = divmod(token.number, patch)
 
     def decode(points: np.ndarray) -> list[str]:
         tokens = decode_instead(model, mean, latent, torch.from_numpy(points).to(mean))[:, place]
@@ -94,11 +96,11 @@ def slice_of(model: Cola, tokenizer: Tokenizer, one: Seen, found: Inspection, de
         return density_instead(model, mean, latent, placed, density).double().cpu().numpy()
 
     centre, posterior, prior = (
-        z[:, latent].double().cpu().numpy() for z in (mean, found.posterior_samples, found.prior_samples)
+        z[:, latent].double().cpu().numpy() for z in (mean, inspection.posterior_samples, inspection.prior_samples)
     )
     return cut(
-        f"token {one.number}: {one.token!r}",
-        one.token,
+        f"token {token.number}: {token.token!r}",
+        token.token,
         centre[0],
         posterior,
         prior,

@@ -17,7 +17,7 @@ from opencola.evaluation.latents.reconstruction import (
 )
 from opencola.evaluation.writing import held_out
 from opencola.models.cola.model import Cola
-from opencola.models.sampling import Sampling
+from opencola.models.cola.sampling import ColaSampling
 from opencola.text.tokenizer import Tokenizer
 from opencola.worlds.stories import Story
 
@@ -54,7 +54,7 @@ def reconstruct_stories(model: Cola, tokenizer: Tokenizer, stories: Sequence[Sto
     return reconstruct(documents, encode, vae.decode, seed)
 
 
-def trace_blocks(model: Cola, tokenizer: Tokenizer, sampling: Sampling, prompt: str, sample_id: int) -> Trace:
+def trace_blocks(model: Cola, tokenizer: Tokenizer, sampling: ColaSampling, prompt: str, sample_id: int) -> Trace:
     """Write the first blocks after a prompt and note what every state of the flow would decode to."""
     states: list[list[list[str]]] = []
     times: list[float] = []

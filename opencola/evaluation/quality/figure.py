@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from opencola.evaluation.figures import COLOURS, INK, STYLE, as_svg
-from opencola.evaluation.latents.report import Entry
+from opencola.evaluation.statistics import Entry
 
 Frontier = Mapping[float | None, Sequence[Entry]]
 """A model's figures at each temperature, and those of held-out texts (None)."""
@@ -23,8 +23,8 @@ def frontier(models: Mapping[str, Frontier]) -> str:
         figure = Figure(figsize=(5.4, 3.8), layout="constrained")
         axes = figure.subplots()
         held_out = set()
-        for number, (name, found) in enumerate(models.items()):
-            points = {t: point for t, some in found.items() if (point := _point(some)) is not None}
+        for number, (name, entries) in enumerate(models.items()):
+            points = {t: point for t, own in entries.items() if (point := _point(own)) is not None}
             held_out |= {(x.value, y.value) for t, (x, y) in points.items() if t is None}
             line = sorted((t, point) for t, point in points.items() if t is not None)
             if line:
@@ -52,13 +52,13 @@ def frontier(models: Mapping[str, Frontier]) -> str:
         return as_svg(figure, "Perplexity under the judge against token entropy, by temperature")
 
 
-def _point(found: Sequence[Entry]) -> tuple[Entry, Entry] | None:
-    named = {entry.name: entry for entry in found}
+def _point(entries: Sequence[Entry]) -> tuple[Entry, Entry] | None:
+    named = {entry.name: entry for entry in entries}
     return (named[X], named[Y]) if {X, Y} <= named.keys() else None
 
 
-def _bars(found: Sequence[Entry]) -> list[list[float]]:
+def _bars(entries: Sequence[Entry]) -> list[list[float]]:
     """Lengths of the error bars, below and above: nothing where there is no interval."""
-    below = [0.0 if entry.low is None else entry.value - entry.low for entry in found]
-    above = [0.0 if entry.high is None else entry.high - entry.value for entry in found]
+    below = [0.0 if entry.low is None else entry.value - entry.low for entry in entries]
+    above = [0.0 if entry.high is None else entry.high - entry.value for entry in entries]
     return [below, above]

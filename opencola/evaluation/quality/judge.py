@@ -12,6 +12,7 @@ from opencola.checkpoints import hub, llama
 from opencola.checkpoints import parts as layout
 from opencola.checkpoints.files import CONFIG, checked, read_json
 from opencola.errors import UserError
+from opencola.evaluation.quality.measures import Judgement
 from opencola.layers.device import device
 from opencola.text.tokenizer import Tokenizer
 
@@ -21,15 +22,6 @@ PASS_TOKENS = 4096
 
 Logits = Callable[[Tensor], Tensor]
 """Tokens (B, R) int64 -> logits (B, R, V) of the token that follows each, in which those behind it have no part."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """-log p(text | prompt) in nats, over so many of the judge's tokens; `bytes`: of the text as UTF-8."""
-
-    nats: float
-    tokens: int
-    bytes: int
 
 
 @dataclass(frozen=True)
@@ -54,8 +46,8 @@ class Judge:
     """Tokens that can be predicted from at a time; None: any number."""
 
     @torch.no_grad()
-    def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> list[Verdict]:
-        """The verdict on each text after its prompt, maybe "".
+    def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> list[Judgement]:
+        """The judgement of each text after its prompt, maybe "".
 
         Prompt and text are tokenised together; the text's tokens are all behind those that the prompt has alone, too,
         so that one which holds the prompt's end and the text's beginning counts. No end of text is judged. Where
@@ -66,15 +58,15 @@ class Judge:
         firsts = [shared(self.tokenizer.encode(prompt), whole) for prompt, whole in zip(prompts, wholes, strict=True)]
         nats = torch.zeros(len(texts), dtype=torch.float64)
         parts = (self.windows(i, whole, first) for i, (whole, first) in enumerate(zip(wholes, firsts, strict=True)))
-        for some in batches([window for part in parts for window in part]):
-            width = len(some[-1].inputs)
-            rows = [window.inputs + [self.bos_id] * (width - len(window.inputs)) for window in some]
-            for window, logits in zip(some, self.logits(torch.tensor(rows, device=device())), strict=True):
+        for batch in batches([window for part in parts for window in part]):
+            width = len(batch[-1].inputs)
+            rows = [window.inputs + [self.bos_id] * (width - len(window.inputs)) for window in batch]
+            for window, logits in zip(batch, self.logits(torch.tensor(rows, device=device())), strict=True):
                 end, targets = len(window.inputs), torch.tensor(window.targets, device=logits.device)
                 log_p = logits[end - len(targets) : end].double().log_softmax(-1)
                 nats[window.text] -= log_p.gather(-1, targets[:, None]).sum().cpu()
         return [
-            Verdict(value, len(whole) - first, len(text.encode()))
+            Judgement(self.name, value, len(whole) - first, len(text.encode()))
             for value, whole, first, text in zip(nats.tolist(), wholes, firsts, texts, strict=True)
         ]
 
@@ -124,8 +116,8 @@ def first_token(file: Path, values: Mapping[str, Any]) -> int:
         if isinstance(value, list) and value:
             value = value[0]
         if value is not None:
-            found: int = checked(file, key, value, int)
-            return found
+            token: int = checked(file, key, value, int)
+            return token
     raise UserError(f"{file} has no bos_token_id and no eos_token_id, which the first token is predicted from")
 
 
@@ -142,8 +134,8 @@ def transformers_logits(folder: Path) -> Logits:
     model = model.eval().to(device())
 
     def logits(tokens: Tensor) -> Tensor:
-        found: Tensor = model(tokens, use_cache=False).logits
-        return found
+        predicted: Tensor = model(tokens, use_cache=False).logits
+        return predicted
 
     return logits
 
@@ -159,17 +151,17 @@ def check_causal(folder: Path, logits: Logits, bos_id: int, vocab_size: int) -> 
 
 def shared(first: Sequence[int], second: Sequence[int]) -> int:
     """How many tokens two lists begin with alike."""
-    same = (one == other for one, other in zip(first, second, strict=False))
-    return next((place for place, alike in enumerate(same) if not alike), min(len(first), len(second)))
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((place for place, (here, there) in pairs if here != there), min(len(first), len(second)))
 
 
 def batches(windows: Sequence[Window]) -> Iterator[list[Window]]:
     """Windows of about one length together, the longest last, at most PASS_TOKENS with padding or a single one."""
-    some: list[Window] = []
+    batch: list[Window] = []
     for window in sorted(windows, key=lambda window: len(window.inputs)):
-        if some and (len(some) + 1) * len(window.inputs) > PASS_TOKENS:
-            yield some
-            some = []
-        some.append(window)
-    if some:
-        yield some
+        if batch and (len(batch) + 1) * len(window.inputs) > PASS_TOKENS:
+            yield batch
+            batch = []
+        batch.append(window)
+    if batch:
+        yield batch

@@ -47,16 +47,16 @@ def area(p: np.ndarray, q: np.ndarray, scale: float = SCALE, points: int = 2001)
     """
     weights = np.linspace(0, 1, points)[:, None]
     mixture = weights * p + (1 - weights) * q
-    x, y = (np.exp(-scale * _divergence(one, mixture)) for one in (q, p))
+    x, y = (np.exp(-scale * _divergence(histogram, mixture)) for histogram in (q, p))
     # x falls and y rises with λ; left of the last x the curve is at its height
     return float(np.sum((x[:-1] - x[1:]) * (y[:-1] + y[1:])) / 2 + x[-1] * y[-1])
 
 
 def _divergence(p: np.ndarray, mixtures: np.ndarray) -> np.ndarray:
     """KL(p|r) in nats of each row r of mixtures (N, K); infinite where r lacks what p has."""
-    some = p > 0
+    filled = p > 0
     with np.errstate(divide="ignore"):
-        return np.sum(p[some] * (np.log(p[some]) - np.log(mixtures[:, some])), -1)
+        return np.sum(p[filled] * (np.log(p[filled]) - np.log(mixtures[:, filled])), -1)
 
 
 def features(text: str) -> np.ndarray:
@@ -74,9 +74,9 @@ def features(text: str) -> np.ndarray:
     mixed = (ngrams ^ (ngrams >> np.uint64(29))) * _KEYS  # modulo 2^64; its upper bits depend on all of the key
     mixed = (mixed ^ (mixed >> np.uint64(32))) * _KEYS
     signs = np.where(mixed >> np.uint64(20) & np.uint64(1), 1.0, -1.0)
-    found = np.bincount((mixed >> _BUCKETS).astype(np.int64), signs * np.sqrt(counts), DIMENSION)
-    length = np.linalg.norm(found)
-    return found / length if length else found
+    values = np.bincount((mixed >> _BUCKETS).astype(np.int64), signs * np.sqrt(counts), DIMENSION)
+    length = np.linalg.norm(values)
+    return values / length if length else values
 
 
 def cluster(points: np.ndarray, weights: np.ndarray, number: int) -> np.ndarray:

@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from opencola.errors import UserError
-from opencola.evaluation.latents.report import Entry, ratio
 from opencola.evaluation.quality.mauve import mauve
-from opencola.evaluation.statistics import Share, Z, share
+from opencola.evaluation.statistics import Entry, mean_entry, perplexity, share, share_entry
 from opencola.evaluation.writing import continuation_shares, judge
 
 NGRAMS = (1, 2, 3, 4)
@@ -30,7 +30,7 @@ STORY_LABELS = {
 
 
 @dataclass(frozen=True)
-class Judged:
+class Judgement:
     """What the judge `name` makes of a text after its prompt: -log p in nats, over so many of its own tokens."""
 
     name: str
@@ -50,7 +50,7 @@ class Written:
     text: str
     ids: tuple[int, ...]
     """The text's tokens, without an end of text."""
-    judge: Judged | None = None
+    judge: Judgement | None = None
 
 
 def to_record(sample: Written) -> dict[str, Any]:
@@ -61,19 +61,19 @@ def to_record(sample: Written) -> dict[str, Any]:
 def from_record(record: Mapping[str, Any], place: str) -> Written:
     """A sample of a line of JSON. Raises UserError, naming the place, where it is none."""
     try:
-        found = Written(
+        sample = Written(
             record["temperature"],
             record["index"],
             record["prompt"],
             record["text"],
             tuple(record["ids"]),
-            None if record["judge"] is None else Judged(**record["judge"]),
+            None if record["judge"] is None else Judgement(**record["judge"]),
         )
     except (KeyError, TypeError) as error:
         raise UserError(f"{place}: not a record of a sample: {error}") from error
-    if record.get("num_tokens") != len(found.ids):
-        raise UserError(f"{place}: num_tokens is {record.get('num_tokens')}, but there are {len(found.ids)} ids")
-    return found
+    if record.get("num_tokens") != len(sample.ids):
+        raise UserError(f"{place}: num_tokens is {record.get('num_tokens')}, but there are {len(sample.ids)} ids")
+    return sample
 
 
 def by_temperature(samples: Iterable[Written]) -> dict[float | None, list[Written]]:
@@ -81,14 +81,14 @@ def by_temperature(samples: Iterable[Written]) -> dict[float | None, list[Writte
 
     Raises UserError where a temperature has an index twice.
     """
-    found: dict[float | None, list[Written]] = {}
+    groups: dict[float | None, list[Written]] = {}
     for sample in samples:
-        found.setdefault(sample.temperature, []).append(sample)
-    for temperature, some in found.items():
-        some.sort(key=lambda sample: sample.index)
-        if len({sample.index for sample in some}) < len(some):
+        groups.setdefault(sample.temperature, []).append(sample)
+    for temperature, group in groups.items():
+        group.sort(key=lambda sample: sample.index)
+        if len({sample.index for sample in group}) < len(group):
             raise UserError(f"samples of temperature {temperature} have an index twice")
-    return dict(sorted(found.items(), key=lambda item: -math.inf if item[0] is None else item[0]))
+    return dict(sorted(groups.items(), key=lambda item: -math.inf if item[0] is None else item[0]))
 
 
 def entries(samples: Sequence[Written], reference: Sequence[str] = (), story_world: bool = False) -> list[Entry]:
@@ -100,18 +100,18 @@ def entries(samples: Sequence[Written], reference: Sequence[str] = (), story_wor
     """
     if not samples:
         raise UserError("there are no samples to measure")
-    found = [*variety([sample.ids for sample in samples]), *judged(samples)]
+    figures = [*variety([sample.ids for sample in samples]), *judged(samples)]
     wholes = [sample.prompt + sample.text for sample in samples]
     if reference:
         label = "likeness to reference texts: area under the divergence curve of byte n-gram clusters, c = 5"
-        found.append(Entry("mauve_ngram", label, "", mauve(wholes, reference), len(samples), "samples"))
+        figures.append(Entry("mauve_ngram", label, "", mauve(wholes, reference), len(samples), "samples"))
     if story_world:
         shares = continuation_shares([judge(sample.prompt, sample.text, "") for sample in samples])
         counted = {"legal_sentences": "sentences"}
-        found += [
-            _share(name, label, shares[name], counted.get(name, "samples")) for name, label in STORY_LABELS.items()
+        figures += [
+            share_entry(name, label, shares[name], counted.get(name, "samples")) for name, label in STORY_LABELS.items()
         ]
-    return found
+    return figures
 
 
 def variety(texts: Sequence[Sequence[int]]) -> list[Entry]:
@@ -122,57 +122,60 @@ def variety(texts: Sequence[Sequence[int]]) -> list[Entry]:
     """
     lengths = [len(text) for text in texts]
     full = [text for text in texts if text]
-    found = [
-        _share("empty", "samples without a token", share(len(texts) - len(full), len(texts)), "samples"),
-        _mean("length", "tokens of a sample", "tokens", lengths, [1] * len(texts), "samples"),
+    empty = share(len(texts) - len(full), len(texts))
+    figures = [
+        share_entry("empty", "samples without a token", empty, "samples"),
+        mean_entry("length", "tokens of a sample", "tokens", _tensor(lengths), _tensor([1] * len(texts)), "samples"),
     ]
     if not full:
-        return found
+        return figures
     pool = Counter(token for text in full for token in text)
-    ones = [1] * len(full)
+    each = _tensor([1] * len(full))
+    entropies = _tensor([entropy(Counter(text)) for text in full])
+    repeated = _tensor([longest_repeat(text) for text in full])
     within = "entropy of a sample's own distribution of tokens, mean of samples"
     whole = "entropy of the distribution of all samples' tokens"
     longest = "longest stretch of a sample's tokens that stood in it before, mean of samples"
-    found += [
-        _mean("token_entropy", within, "nats", [entropy(Counter(text)) for text in full], ones, "samples"),
+    figures += [
+        mean_entry("token_entropy", within, "nats", entropies, each, "samples"),
         Entry("pool_entropy", whole, "nats", entropy(pool), sum(lengths), "tokens"),
-        _mean("longest_repeat", longest, "tokens", [longest_repeat(text) for text in full], ones, "samples"),
+        mean_entry("longest_repeat", longest, "tokens", repeated, each, "samples"),
     ]
     for n in NGRAMS:
         grams = [list(ngrams(text, n)) for text in full]
-        counts = [len(some) for some in grams]
+        counts = [len(own) for own in grams]
         if not any(counts):
             continue
         label = f"different {n}-grams of all samples, of all their {n}-grams"
-        distinct = len({gram for some in grams for gram in some}) / sum(counts)
-        found.append(Entry(f"distinct_{n}", label, "share", distinct, sum(counts), f"{n}-grams"))
-        repeats = [len(some) - len({*some}) for some in grams]
+        distinct = len({gram for own in grams for gram in own}) / sum(counts)
+        figures.append(Entry(f"distinct_{n}", label, "share", distinct, sum(counts), f"{n}-grams"))
+        repeats = _tensor([len(own) - len({*own}) for own in grams])
         label = f"{n}-grams that stood in their sample before"
-        found.append(_mean(f"repetition_{n}", label, "share", repeats, counts, f"{n}-grams"))
-    return found
+        figures.append(mean_entry(f"repetition_{n}", label, "share", repeats, _tensor(counts), f"{n}-grams"))
+    return figures
 
 
 def judged(samples: Sequence[Written]) -> list[Entry]:
     """What the judge makes of all samples' tokens together; none where nothing was judged."""
-    verdicts = [sample.judge for sample in samples if sample.judge is not None]
-    names = {verdict.name for verdict in verdicts}
-    if len(verdicts) not in (0, len(samples)) or len(names) > 1:
-        raise UserError(f"{len(verdicts)} of {len(samples)} samples are judged, by {', '.join(sorted(names))}")
-    nats, tokens, size = ([getattr(one, name) for one in verdicts] for name in ("nats", "tokens", "bytes"))
-    if not sum(tokens):
+    judgements = [sample.judge for sample in samples if sample.judge is not None]
+    names = {judgement.name for judgement in judgements}
+    if len(judgements) not in (0, len(samples)) or len(names) > 1:
+        raise UserError(f"{len(judgements)} of {len(samples)} samples are judged, by {', '.join(sorted(names))}")
+    nats, tokens, size = (
+        _tensor([getattr(judgement, name) for judgement in judgements]) for name in ("nats", "tokens", "bytes")
+    )
+    if not tokens.sum():
         return []
     (name,) = names
-    cross_entropy = _mean(
-        "judge_nats", f"-log p of a token by {name}", "nats per token", nats, tokens, "judge's tokens"
-    )
-    low, high = (None if end is None else _exp(end) for end in (cross_entropy.low, cross_entropy.high))
-    label = f"exp of the mean -log p of a token by {name}"
-    value, count = _exp(cross_entropy.value), sum(tokens)
-    found = [cross_entropy, Entry("judge_perplexity", label, "", value, count, "judge's tokens", low, high)]
-    if sum(size):
-        bits = [value / math.log(2) for value in nats]
-        found.append(_mean("judge_bits_per_byte", f"-log2 p of a byte by {name}", "bits per byte", bits, size, "bytes"))
-    return found
+    label, counted = f"-log p of a token by {name}", "judge's tokens"
+    cross_entropy = mean_entry("judge_nats", label, "nats per token", nats, tokens, counted)
+    low, high = (None if end is None else perplexity(end) for end in (cross_entropy.low, cross_entropy.high))
+    value, label = perplexity(cross_entropy.value), f"exp of the mean {label}"
+    figures = [cross_entropy, Entry("judge_perplexity", label, "", value, cross_entropy.count, counted, low, high)]
+    if size.sum():
+        bits, label = nats / math.log(2), f"-log2 p of a byte by {name}"
+        figures.append(mean_entry("judge_bits_per_byte", label, "bits per byte", bits, size, "bytes"))
+    return figures
 
 
 def entropy(counts: Mapping[int, int]) -> float:
@@ -191,21 +194,10 @@ def longest_repeat(tokens: Sequence[int]) -> int:
     low, high = 0, max(len(tokens) - 1, 0)  # what repeats has a beginning that does, so it can be searched by halves
     while low < high:
         n = (low + high + 1) // 2
-        some = list(ngrams(tokens, n))
-        low, high = (n, high) if len({*some}) < len(some) else (low, n - 1)
+        grams = list(ngrams(tokens, n))
+        low, high = (n, high) if len({*grams}) < len(grams) else (low, n - 1)
     return low
 
 
-def _share(name: str, label: str, found: Share, counted: str) -> Entry:
-    return Entry(name, label, "share", found.value, found.count, counted, found.low, found.high)
-
-
-def _mean(name: str, label: str, unit: str, sums: Sequence[float], counts: Sequence[int], counted: str) -> Entry:
-    value, error = ratio(torch.tensor(sums, dtype=torch.float64), torch.tensor(counts, dtype=torch.float64))
-    low, high = (None, None) if error is None else (value - Z * error, value + Z * error)
-    return Entry(name, label, unit, value, sum(counts), counted, low, high)
-
-
-def _exp(nats: float) -> float:
-    """Perplexity, as far as a float goes."""
-    return math.exp(min(nats, 700))
+def _tensor(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)

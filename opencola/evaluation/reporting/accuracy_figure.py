@@ -15,28 +15,28 @@ SPREAD = 0.6
 
 def accuracies(summaries: Sequence[Summary]) -> str:
     """A row for each task: every model's accuracy in percent with its 95 % interval, and chance; an `<svg>` element."""
-    tasks = [task for task in TASKS if any(one.find(task) for one in summaries)]
+    tasks = [task for task in TASKS if any(summary.find(task) for summary in summaries)]
     with mpl.rc_context({**STYLE, "svg.hashsalt": "accuracies"}):
         figure = Figure(figsize=(7.5, 1.2 + len(tasks) * (0.25 + 0.13 * len(summaries))), layout="constrained")
         axes = figure.subplots()
         for row, task in enumerate(tasks):
             chance = 100 * task.chance
             axes.plot([chance, chance], [row - 0.45, row + 0.45], ":", color=INK, linewidth=1, label="chance")
-        for number, one in enumerate(summaries):
-            found = [(row, part.scores.accuracy) for row, task in enumerate(tasks) if (part := one.find(task))]
-            if not found:
+        for number, summary in enumerate(summaries):
+            shares = [(row, part.scores.accuracy) for row, task in enumerate(tasks) if (part := summary.find(task))]
+            if not shares:
                 continue
             shift = SPREAD * ((number + 0.5) / len(summaries) - 0.5)
-            values = [100 * share.value for _, share in found]
+            values = [100 * share.value for _, share in shares]
             # rounding may leave the interval of 0 or 1 on the wrong side of it
             ends = [
-                [100 * max(0.0, share.value - share.low) for _, share in found],
-                [100 * max(0.0, share.high - share.value) for _, share in found],
+                [100 * max(0.0, share.value - share.low) for _, share in shares],
+                [100 * max(0.0, share.high - share.value) for _, share in shares],
             ]
             axes.errorbar(
-                values, [row + shift for row, _ in found], xerr=ends, fmt="osD^v"[number // len(COLOURS) % 5],
+                values, [row + shift for row, _ in shares], xerr=ends, fmt="osD^v"[number // len(COLOURS) % 5],
                 color=COLOURS[number % len(COLOURS)], markersize=4, elinewidth=1.2, capsize=2,
-                label=one.name.replace("$", r"\$"),
+                label=summary.name.replace("$", r"\$"),
             )  # fmt: skip
         axes.set_yticks(range(len(tasks)), [task.title for task in tasks])
         axes.set_ylim(max(1, len(tasks)) - 0.5, -0.5)

@@ -1,17 +1,17 @@
 """The demo's report of a run on the story world: one HTML page (that of evaluations is in `results_page`)."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from opencola.evaluation.figures import Record, latent_maps, loss_curves
+from opencola.evaluation.figures import MetricsRecord, latent_maps, loss_curves
 from opencola.evaluation.latents.reconstruction import LatentMap
 from opencola.evaluation.latents.traces import Trace
 from opencola.evaluation.reporting.page import details, page, scroll
 from opencola.evaluation.writing import PROMPT_SENTENCES, Continuation
+from opencola.text.lines import read_objects
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Measure:
 
 
 @dataclass(frozen=True)
-class Report:
+class DemoPage:
     """All that the page shows. `stages`: the records of each stage's metrics.jsonl, in order; `headlines`: names of the
     measures that stand on top; `settings`: plain JSON values."""
 
@@ -57,14 +57,14 @@ class Report:
     subtitle: str
     measures: Sequence[Measure]
     headlines: Sequence[str]
-    stages: Mapping[str, Sequence[Record]]
+    stages: Mapping[str, Sequence[MetricsRecord]]
     samples: Sequence[Continuation]
     maps: Sequence[LatentMap]
     trace: Trace
     settings: Mapping[str, Any]
 
 
-def render(report: Report) -> str:
+def render(report: DemoPage) -> str:
     """The page."""
     sections = [
         ("results", "Results", _results(report)),
@@ -77,16 +77,16 @@ def render(report: Report) -> str:
     return page(report.title, report.subtitle, sections)
 
 
-def _results(report: Report) -> str:
+def _results(report: DemoPage) -> str:
     tops = [measure for name in report.headlines for measure in report.measures if measure.name == name]
     cards = "".join(
         f'<div class="card"><b>{measure.text}</b><span>{escape(measure.label)}</span>{_bar(measure)}</div>'
         for measure in tops
     )
     rows = "".join(
-        f"<tr><th>{escape(one.label)}</th><td>{one.text}</td><td>{one.interval_text}</td><td>{one.count:,}</td>"
-        f'<td class="words">{escape(one.meaning)}</td></tr>'
-        for one in report.measures
+        f"<tr><th>{escape(measure.label)}</th><td>{measure.text}</td><td>{measure.interval_text}</td><td>{measure.count:,}</td>"
+        f'<td class="words">{escape(measure.meaning)}</td></tr>'
+        for measure in report.measures
     )
     head = "<tr><th></th><th>value</th><th>95 % interval</th><th>cases</th><th class='words'>what it says</th></tr>"
     return f'<div class="cards">{cards}</div>{scroll(f"<table><thead>{head}</thead><tbody>{rows}</tbody></table>")}'
@@ -103,7 +103,7 @@ def _bar(measure: Measure) -> str:
     )
 
 
-def _stages(stages: Mapping[str, Sequence[Record]]) -> str:
+def _stages(stages: Mapping[str, Sequence[MetricsRecord]]) -> str:
     if not stages:
         return "<p>No training records were found beside the model.</p>"
     rows = ""
@@ -184,7 +184,7 @@ def _tokens(tokens: Sequence[str], last: Sequence[str], given: int) -> str:
 
 def read_stages(out: Path) -> dict[str, list[dict[str, Any]]]:
     """The records of every training stage below a run's folder, or in it, in the order in which they ended."""
-    found = [*out.glob("metrics.jsonl"), *out.glob("*/metrics.jsonl")]
-    files = sorted(found, key=lambda file: (file.stat().st_mtime, file))
-    stages = {file.parent.name: [json.loads(line) for line in file.read_text().splitlines()] for file in files}
+    files = [*out.glob("metrics.jsonl"), *out.glob("*/metrics.jsonl")]
+    files = sorted(files, key=lambda file: (file.stat().st_mtime, file))
+    stages = {file.parent.name: [record for _, record in read_objects(file)] for file in files}
     return {name: records for name, records in stages.items() if records}

@@ -1,6 +1,5 @@
 """Results files, as `opencola evaluate` writes them: one JSON object a line, first the run, then its records."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 from opencola.errors import UserError
 from opencola.evaluation.benchmarks.tasks import TASKS
 from opencola.evaluation.writing import Continuation, LastWord, Sentence
+from opencola.text.lines import read_objects
 
 STORIES, LAST_WORD, SAMPLES = "stories", "last_word", "samples"
 KINDS = {"answer": None, "story": STORIES, "last_word": LAST_WORD, "sample": SAMPLES}
@@ -18,7 +18,7 @@ KINDS = {"answer": None, "story": STORIES, "last_word": LAST_WORD, "sample": SAM
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer to a question, and the verdict on it (see `grading.Verdict`)."""
+    """The answer to a question, and its grade (see `grading.Grade`)."""
 
     id: str | int
     prompt: str
@@ -36,7 +36,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Sample:
+class WrittenSample:
     """A text that the model wrote unprompted; temperature None: a held-out one. `judge`: its `name`, `nats` (-log p),
     `tokens` and `bytes`; None: not judged."""
 
@@ -56,13 +56,13 @@ class Results:
     """Of every task of the run that is one of `tasks.TASKS`, maybe none yet."""
     stories: Sequence[Continuation]
     last_words: Sequence[LastWord]
-    samples: Sequence[Sample]
+    samples: Sequence[WrittenSample]
 
     @property
     def counts(self) -> dict[str, tuple[int, int]]:
         """Of every task of the run: records that are there, and that there should be."""
         there = {STORIES: len(self.stories), LAST_WORD: len(self.last_words), SAMPLES: len(self.samples)}
-        there |= {name: len(some) for name, some in self.answers.items()}
+        there |= {name: len(answers) for name, answers in self.answers.items()}
         return {name: (there[name], facts["records"]) for name, facts in self.run["tasks"].items()}
 
     @property
@@ -79,32 +79,28 @@ def read_results(file: Path) -> Results:
     a record of a task that the run did not have, a field that is missing or of another type, a record that came before.
     """
     run: dict[str, Any] | None = None
-    found: dict[str, dict[tuple[float, int], Any]] = {}
-    for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], 1):
-        place = f"{file}, line {number}"
-        if not line.strip():
-            continue
-        row = _parse(line, place)
+    by_task: dict[str, dict[tuple[float, int], Any]] = {}
+    for place, row in read_objects(file, ended=True):
         if run is None:
             run = _run(row, place)
-            found = {name: {} for name in run["tasks"]}
+            by_task = {name: {} for name in run["tasks"]}
             continue
         kind = _take(row, "record", str, place)
         if kind not in KINDS:
             raise UserError(f"{place}: field 'record' is {kind!r}, not one of {', '.join(KINDS)}")
         task = KINDS[kind] or _take(row, "task", str, place)
-        if task not in found or (kind == "answer") != (task in _names()):
+        if task not in by_task or (kind == "answer") != (task in _names()):
             raise UserError(f"{place}: field 'task' is {task!r}, which the run in line 1 does not have")
         record = _READ[kind](row, place)
         # samples are counted anew at each temperature, held-out ones (None) too
-        series = -1.0 if not isinstance(record, Sample) or record.temperature is None else record.temperature
+        series = -1.0 if not isinstance(record, WrittenSample) or record.temperature is None else record.temperature
         key = (series, _take(row, "index", int, place))
-        if key in found[task]:
+        if key in by_task[task]:
             raise UserError(f"{place}: field 'index' is {key[1]}, as in an earlier record of {task}")
-        found[task][key] = record
+        by_task[task][key] = record
     if run is None:
         raise UserError(f"{file}: no results")
-    ordered = {task: tuple(some[key] for key in sorted(some)) for task, some in found.items()}
+    ordered = {task: tuple(records[key] for key in sorted(records)) for task, records in by_task.items()}
     return Results(
         file,
         run,
@@ -115,16 +111,6 @@ def read_results(file: Path) -> Results:
 
 def _names() -> list[str]:
     return [task.name for task in TASKS]
-
-
-def _parse(line: bytes, place: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: not JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise UserError(f"{place}: not an object")
-    return row
 
 
 def _take(row: Mapping[str, Any], name: str, kind: type | UnionType, place: str) -> Any:
@@ -184,13 +170,15 @@ def _story(row: Mapping[str, Any], place: str) -> Continuation:
         "conflicts": list, "consistent": bool, "log_probability": float | int | None, "sentences": list,
     }  # fmt: skip
     values = {name: _take(row, name, kind, place) for name, kind in types.items()}
-    if not all(isinstance(one, bool) for one in values["legal"]):
+    if not all(isinstance(verdict, bool) for verdict in values["legal"]):
         raise UserError(f"{place}: field 'legal' is {values['legal']!r:.80}, not a list of true and false")
     sentences = []
-    for one in values["sentences"]:
-        if not isinstance(one, dict):
-            raise UserError(f"{place}: field 'sentences' holds {one!r:.80}, not an object")
-        sentences.append(Sentence(*(_take(one, field.name, str, f"{place}, sentences") for field in fields(Sentence))))
+    for sentence in values["sentences"]:
+        if not isinstance(sentence, dict):
+            raise UserError(f"{place}: field 'sentences' holds {sentence!r:.80}, not an object")
+        sentences.append(
+            Sentence(*(_take(sentence, field.name, str, f"{place}, sentences") for field in fields(Sentence)))
+        )
     values |= {"legal": tuple(values["legal"]), "conflicts": _texts(row, "conflicts", place)}
     return Continuation(**values | {"sentences": tuple(sentences)})
 
@@ -202,13 +190,13 @@ def _last_word(row: Mapping[str, Any], place: str) -> LastWord:
     return LastWord(**{name: _take(row, name, kind, place) for name, kind in types.items()})
 
 
-def _sample(row: Mapping[str, Any], place: str) -> Sample:
+def _sample(row: Mapping[str, Any], place: str) -> WrittenSample:
     judge = _take(row, "judge", dict | None, place)
     if judge is not None:
         _take(judge, "name", str, f"{place}, judge")
         for name in ("nats", "tokens", "bytes"):
             _take(judge, name, float | int, f"{place}, judge")
-    return Sample(
+    return WrittenSample(
         _take(row, "temperature", float | int | None, place),
         _take(row, "text", str, place),
         _take(row, "num_tokens", int, place),

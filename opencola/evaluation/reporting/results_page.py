@@ -1,4 +1,4 @@
-"""The pages of `opencola report`, on evaluations (the demo's page is in `report`)."""
+"""The pages of `opencola report`, on evaluations (the demo's page is in `demo_page`)."""
 
 from collections.abc import Sequence
 from html import escape
@@ -18,10 +18,10 @@ PROMPT_END = 700
 
 def render_markdown(summaries: Sequence[Summary], drawing: str) -> str:
     """All tables, and the file name of the drawing."""
-    parts = [f"# {TITLE}\n", "".join(f"- {escape_markdown(_head(one))}\n" for one in summaries)]
+    parts = [f"# {TITLE}\n", "".join(f"- {escape_markdown(_head(summary))}\n" for summary in summaries)]
     parts += [f"**{escape_markdown(warning)}**\n" for warning in warnings(summaries)]
     parts += [markdown(table) for table in tables(summaries)]
-    if any(one.tasks for one in summaries):
+    if any(summary.tasks for summary in summaries):
         parts.append(f"![Accuracies with intervals, against chance]({drawing})\n")
     return "\n".join(parts)
 
@@ -30,34 +30,36 @@ def render_html(summaries: Sequence[Summary]) -> str:
     """One page: what is not finished, tables, drawing, settings, example records."""
     said = "".join(f'<p class="warning"><b>{escape(warning)}</b></p>' for warning in warnings(summaries))
     sections = [("models", "Models", said + _models(summaries))]
-    if any(one.tasks for one in summaries):
+    if any(summary.tasks for summary in summaries):
         sections.append(("accuracies", "Accuracies", f"<figure>{accuracies(summaries)}</figure>"))
     sections += [
         (f"table-{number}", escape(table.title), html(table)) for number, table in enumerate(tables(summaries), 1)
     ]
     sections.append(("examples", "Examples", _examples(summaries)))
-    return page(TITLE, ", ".join(one.name for one in summaries), sections)
+    return page(TITLE, ", ".join(summary.name for summary in summaries), sections)
 
 
-def _head(one: Summary) -> str:
-    run = one.results.run
-    return f"{one.name}: family {run['family']}, weights {run['model_hash']}, seed {run['seed']}, {one.results.file}"
+def _head(summary: Summary) -> str:
+    run, file = summary.results.run, summary.results.file
+    return f"{summary.name}: family {run['family']}, weights {run['model_hash']}, seed {run['seed']}, {file}"
 
 
 def _models(summaries: Sequence[Summary]) -> str:
-    return "".join(f"<p>{escape(_head(one))}</p>{details('settings', one.results.run)}" for one in summaries)
+    return "".join(
+        f"<p>{escape(_head(summary))}</p>{details('settings', summary.results.run)}" for summary in summaries
+    )
 
 
 def _examples(summaries: Sequence[Summary]) -> str:
     """Of each task the first record that the first model which has it got right, and the first that it got wrong."""
     parts = []
     for task in TASKS:
-        having = [one for one in summaries if one.find(task)]
+        having = [summary for summary in summaries if summary.find(task)]
         if not having:
             continue
         answers = having[0].results.answers[task.name]
         for correct in (True, False):
-            chosen = next((one for one in answers if one.correct is correct), None)
+            chosen = next((answer for answer in answers if answer.correct is correct), None)
             if chosen is not None:
                 parts.append(_example(task, chosen, having))
     note = "<p>Of each task the first record that the first model got right, and the first that it got wrong.</p>"
@@ -67,10 +69,10 @@ def _examples(summaries: Sequence[Summary]) -> str:
 def _example(task: Task, chosen: Answer, having: Sequence[Summary]) -> str:
     start = "… " * (len(chosen.prompt) > PROMPT_END)
     items = ""
-    for one in having:
-        for answer in one.results.answers[task.name]:
+    for summary in having:
+        for answer in summary.results.answers[task.name]:
             if (answer.id, answer.options) == (chosen.id, chosen.options):
-                items += f"<li>{escape(one.name)}: “{escape(truncate(answer.generation))}” {_mark(answer)}</li>"
+                items += f"<li>{escape(summary.name)}: “{escape(truncate(answer.generation))}” {_mark(answer)}</li>"
     return (
         f"<h3>{escape(task.title)}, record {escape(str(chosen.id))}</h3>"
         f'<pre class="text">{start}{escape(chosen.prompt[-PROMPT_END:])}</pre>'

@@ -1,15 +1,14 @@
 """What results files say: the protocol's figures for each model, and pairs of models on the same records."""
 
 import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
 from opencola.evaluation.benchmarks.tasks import TASKS, Task, find_task
-from opencola.evaluation.reporting.results import LAST_WORD, SAMPLES, STORIES, Answer, Results, Sample
-from opencola.evaluation.statistics import Paired, Scores, Share, compare, score, share, tasks_average
+from opencola.evaluation.reporting.results import LAST_WORD, SAMPLES, STORIES, Answer, Results, WrittenSample
+from opencola.evaluation.statistics import Paired, Scores, Share, compare, perplexity, score, share, tasks_average
 from opencola.evaluation.writing import continuation_shares, last_word_scores
 
 OPTIONS = ("by_sum", "by_byte")
@@ -51,7 +50,7 @@ class Summary:
     @property
     def average(self) -> float | None:
         """The plain mean of the tasks' accuracies; None without tasks."""
-        return tasks_average([one.scores for one in self.tasks]) if self.tasks else None
+        return tasks_average([part.scores.accuracy for part in self.tasks]) if self.tasks else None
 
     @property
     def estimator(self) -> str:
@@ -61,15 +60,15 @@ class Summary:
 
     def find(self, task: Task) -> TaskSummary | None:
         """A task's figures, where there are any."""
-        return next((one for one in self.tasks if one.task == task), None)
+        return next((part for part in self.tasks if part.task == task), None)
 
     @property
     def stories(self) -> Mapping[str, Share]:
         """Shares of the story tasks (see `stories.continuation_shares`); empty where these were not done."""
-        found = continuation_shares(self.results.stories) if self.results.stories else {}
+        shares = continuation_shares(self.results.stories) if self.results.stories else {}
         if self.results.last_words:
-            found["last_words"] = last_word_scores(self.results.last_words)[0]
-        return found
+            shares["last_words"] = last_word_scores(self.results.last_words)[0]
+        return shares
 
     @property
     def last_word_ceiling(self) -> float | None:
@@ -79,14 +78,14 @@ class Summary:
     @property
     def samples(self) -> list[SampleSummary]:
         """Of every temperature."""
-        groups: dict[float | None, list[Sample]] = {}
+        groups: dict[float | None, list[WrittenSample]] = {}
         for sample in self.results.samples:
             groups.setdefault(sample.temperature, []).append(sample)
-        return [_samples(temperature, some) for temperature, some in groups.items()]
+        return [_samples(temperature, samples) for temperature, samples in groups.items()]
 
 
 @dataclass(frozen=True)
-class Pair:
+class Comparison:
     """Two models on the records of a task that both have answered."""
 
     first: str
@@ -99,68 +98,72 @@ class Pair:
 def summarise(results: Sequence[Results]) -> list[Summary]:
     """A summary of every file. Models of one name are told apart by their files."""
     return [
-        Summary(name, one, [_task(find_task(task), some) for task, some in one.answers.items() if some])
-        for name, one in zip(names(results), results, strict=True)
+        Summary(name, source, [_task(find_task(task), answers) for task, answers in source.answers.items() if answers])
+        for name, source in zip(names(results), results, strict=True)
     ]
 
 
 def names(results: Sequence[Results]) -> list[str]:
     """A name for every file, each different as long as the files are."""
-    models = [str(one.run["model"]) for one in results]
+    models = [str(source.run["model"]) for source in results]
     return [
-        f"{model} ({one.file})" if models.count(model) > 1 else model
-        for model, one in zip(models, results, strict=True)
+        f"{model} ({source.file})" if models.count(model) > 1 else model
+        for model, source in zip(models, results, strict=True)
     ]
 
 
 def _task(task: Task, answers: Sequence[Answer]) -> TaskSummary:
-    found = {}
+    likelihood = {}
     for way in OPTIONS:
-        known = [right for one in answers if one.likelihood and (right := one.likelihood[_FIELDS[way]]) is not None]
+        known = [
+            right for answer in answers if answer.likelihood and (right := answer.likelihood[_FIELDS[way]]) is not None
+        ]
         if known:
-            found[way] = share(sum(known), len(known))
-    return TaskSummary(task, score(answers, task.chance), found)
+            likelihood[way] = share(sum(known), len(known))
+    return TaskSummary(task, score(answers, task.chance), likelihood)
 
 
-def _samples(temperature: float | None, samples: Sequence[Sample]) -> SampleSummary:
-    judged = [one.judge for one in samples if one.judge is not None]
-    nats, tokens = (sum(one[name] for one in judged) for name in ("nats", "tokens"))
-    judges = {one["name"] for one in judged}
+def _samples(temperature: float | None, samples: Sequence[WrittenSample]) -> SampleSummary:
+    judged = [sample.judge for sample in samples if sample.judge is not None]
+    nats, tokens = (sum(judgement[name] for judgement in judged) for name in ("nats", "tokens"))
+    judges = {judgement["name"] for judgement in judged}
     whole = len(judged) == len(samples) and len(judges) == 1 and tokens > 0
     return SampleSummary(
         temperature,
         len(samples),
-        fmean(one.num_tokens for one in samples),
+        fmean(sample.num_tokens for sample in samples),
         ", ".join(sorted(judges)),
-        math.exp(min(nats / tokens, 700)) if whole else None,
+        perplexity(nats / tokens) if whole else None,
     )
 
 
-def pairs(summaries: Sequence[Summary]) -> list[Pair]:
+def pairs(summaries: Sequence[Summary]) -> list[Comparison]:
     """McNemar's test of every two models on every task, on records of the same id, options and right answer that both
     have answered; tasks without such records are left out."""
-    found = []
+    compared = []
     for first, second in itertools.combinations(summaries, 2):
         for task in TASKS:
-            one, other = (_right(summary.results.answers.get(task.name, ())) for summary in (first, second))
-            both = one.keys() & other.keys()
+            first_right, second_right = (
+                _right(summary.results.answers.get(task.name, ())) for summary in (first, second)
+            )
+            both = first_right.keys() & second_right.keys()
             if both:
-                tested = compare({key: one[key] for key in both}, {key: other[key] for key in both})
-                found.append(Pair(first.name, second.name, task, tested, len(both)))
-    return found
+                tested = compare({key: first_right[key] for key in both}, {key: second_right[key] for key in both})
+                compared.append(Comparison(first.name, second.name, task, tested, len(both)))
+    return compared
 
 
 def _right(answers: Sequence[Answer]) -> dict[tuple[str | int, str, tuple[str, ...]], bool]:
-    return {(one.id, one.answer, one.options): one.correct for one in answers}
+    return {(answer.id, answer.answer, answer.options): answer.correct for answer in answers}
 
 
 def rows(summaries: Sequence[Summary]) -> Iterator[dict[str, Any]]:
     """Every figure as an object for JSON: shares in percent with their 95 % interval and number of records."""
-    for one in summaries:
-        head = {"model": one.name, "file": str(one.results.file)}
-        for task, (there, asked) in one.results.counts.items():
+    for summary in summaries:
+        head = {"model": summary.name, "file": str(summary.results.file)}
+        for task, (there, asked) in summary.results.counts.items():
             yield {**head, "task": task, "figure": "records", "unit": "", "value": there, "asked": asked}
-        for part in one.tasks:
+        for part in summary.tasks:
             scores = part.scores
             shares = {
                 "accuracy": scores.accuracy,
@@ -170,19 +173,19 @@ def rows(summaries: Sequence[Summary]) -> Iterator[dict[str, Any]]:
                 **{f"likelihood_accuracy_{way}": value for way, value in part.likelihood.items()},
             }
             for name, value in shares.items():
-                label = {"estimator": one.estimator} if name.startswith("likelihood") else {}
+                label = {"estimator": summary.estimator} if name.startswith("likelihood") else {}
                 yield {**head, "task": part.task.name, "figure": name, **_percent(value), **label}
             yield {**head, "task": part.task.name, "figure": "chance", "unit": "%", "value": 100 * scores.chance}
-        if one.average is not None:
-            average = {"figure": "tasks_average", "unit": "%", "value": 100 * one.average}
-            yield {**head, "task": None, **average, "tasks": [part.task.name for part in one.tasks]}
-        for name, value in one.stories.items():
+        if summary.average is not None:
+            average = {"figure": "tasks_average", "unit": "%", "value": 100 * summary.average}
+            yield {**head, "task": None, **average, "tasks": [part.task.name for part in summary.tasks]}
+        for name, value in summary.stories.items():
             task = LAST_WORD if name == "last_words" else STORIES
             yield {**head, "task": task, "figure": name, **_percent(value)}
-        if one.last_word_ceiling is not None:
-            ceiling = {"figure": "last_words_ceiling", "unit": "%", "value": 100 * one.last_word_ceiling}
+        if summary.last_word_ceiling is not None:
+            ceiling = {"figure": "last_words_ceiling", "unit": "%", "value": 100 * summary.last_word_ceiling}
             yield {**head, "task": LAST_WORD, **ceiling}
-        for samples in one.samples:
+        for samples in summary.samples:
             yield {**head, "task": SAMPLES, "figure": "samples", "unit": "", **asdict(samples)}
     for pair in pairs(summaries):
         tested = pair.paired
@@ -201,19 +204,19 @@ def rows(summaries: Sequence[Summary]) -> Iterator[dict[str, Any]]:
         }
 
 
-def _percent(found: Share) -> dict[str, Any]:
-    ends = {"value": found.value, "low": found.low, "high": found.high}
-    return {"unit": "%", **{name: 100 * value for name, value in ends.items()}, "count": found.count}
+def _percent(of_all: Share) -> dict[str, Any]:
+    ends = {"value": of_all.value, "low": of_all.low, "high": of_all.high}
+    return {"unit": "%", **{name: 100 * value for name, value in ends.items()}, "count": of_all.count}
 
 
 def warnings(summaries: Sequence[Summary]) -> list[str]:
     """What a reader must know first, in plain words: which runs are not finished, and what they lack."""
-    found = []
-    for one in summaries:
-        lacking = [f"{title(task)} {n:,} of {asked:,}" for task, (n, asked) in one.results.unfinished.items()]
+    texts = []
+    for summary in summaries:
+        lacking = [f"{title(task)} {n:,} of {asked:,}" for task, (n, asked) in summary.results.unfinished.items()]
         if lacking:
-            found.append(f"{one.name} is not finished; records: {', '.join(lacking)}.")
-    return found
+            texts.append(f"{summary.name} is not finished; records: {', '.join(lacking)}.")
+    return texts
 
 
 def title(task: str) -> str:

@@ -35,8 +35,8 @@ def accuracies(summaries: Sequence[Summary]) -> Table:
     """The protocol's figures: answers that were generated."""
     columns = ("accuracy", "parsed", "accuracy if parsed", "above chance", "records")
 
-    def cells(found: TaskSummary) -> list[str]:
-        scores = found.scores
+    def cells(part: TaskSummary) -> list[str]:
+        scores = part.scores
         shares = (scores.accuracy, scores.parse_rate, scores.accuracy_given_parse, scores.chance_corrected)
         return [*map(percent, shares), f"{scores.accuracy.count:,}"]
 
@@ -44,9 +44,9 @@ def accuracies(summaries: Sequence[Summary]) -> Table:
     if not table.rows:
         return table
     average = ["average of tasks", ""]
-    for one in summaries:
-        value = "" if one.average is None else f"{100 * one.average:.2f}"
-        average += [value, "", "", "", f"{len(one.tasks)} of {len(TASKS)} tasks"]
+    for summary in summaries:
+        value = "" if summary.average is None else f"{100 * summary.average:.2f}"
+        average += [value, "", "", "", f"{len(summary.tasks)} of {len(TASKS)} tasks"]
     note = (
         "All in percent, with Wilson's 95 % interval. Accuracy: generated answers that match, of all records. Parsed: "
         "answers that name an option (without options: that hold a word). Accuracy if parsed: of these, the ones that "
@@ -58,16 +58,16 @@ def accuracies(summaries: Sequence[Summary]) -> Table:
 
 def likelihoods(summaries: Sequence[Summary]) -> Table:
     """Accuracy of the likeliest option; not what the protocol asks for."""
-    scored = [one for one in summaries if any(part.likelihood for part in one.tasks)]
+    scored = [summary for summary in summaries if any(part.likelihood for part in summary.tasks)]
 
-    def cells(found: TaskSummary) -> list[str]:
-        shares = [found.likelihood.get(way) for way in OPTIONS]
-        counts = [f"{one.count:,}" for one in shares if one is not None]
-        return [*("" if one is None else percent(one) for one in shares), *(counts[:1] or [""])]
+    def cells(part: TaskSummary) -> list[str]:
+        shares = [part.likelihood.get(way) for way in OPTIONS]
+        counts = [f"{value.count:,}" for value in shares if value is not None]
+        return [*("" if value is None else percent(value) for value in shares), *(counts[:1] or [""])]
 
     columns = (*WAYS.values(), "records")
     table = _by_task("Choice by likelihood", scored, columns, cells)
-    groups = [(f"{one.name}: {one.estimator}", len(columns)) for one in scored]
+    groups = [(f"{summary.name}: {summary.estimator}", len(columns)) for summary in scored]
     note = (
         "Not the protocol's figure, which counts generated answers: percent of records whose right option has the "
         "highest log-probability, whole or divided by its bytes. Behind each model's name: how that was computed. "
@@ -97,19 +97,19 @@ def comparisons(summaries: Sequence[Summary]) -> Table:
 
 def story_shares(summaries: Sequence[Summary]) -> Table:
     """The story world's verdicts."""
-    told = [one for one in summaries if one.stories]
-    labels = dict.fromkeys(name for one in told for name in one.stories)
+    told = [summary for summary in summaries if summary.stories]
+    labels = dict.fromkeys(name for summary in told for name in summary.stories)
     rows = []
     for name in labels:
         row = [name.replace("_", " ")]
-        for one in told:
-            found = one.stories.get(name)
-            row += ["", ""] if found is None else [percent(found), f"{found.count:,}"]
+        for summary in told:
+            value = summary.stories.get(name)
+            row += ["", ""] if value is None else [percent(value), f"{value.count:,}"]
         rows.append(row)
-    if any(one.last_word_ceiling is not None for one in told):
+    if any(summary.last_word_ceiling is not None for summary in told):
         row = ["last words, at best"]
-        for one in told:
-            row += ["" if one.last_word_ceiling is None else f"{100 * one.last_word_ceiling:.2f}", ""]
+        for summary in told:
+            row += ["" if summary.last_word_ceiling is None else f"{100 * summary.last_word_ceiling:.2f}", ""]
         rows.append(row)
     note = (
         "Held-out stories continued after their first sentences, and their last words, in percent, with Wilson's 95 % "
@@ -117,22 +117,22 @@ def story_shares(summaries: Sequence[Summary]) -> Table:
         "At best: the expected accuracy of always choosing the most probable last word."
     )
     columns = ("", *["share", "cases"] * len(told))
-    return Table("Stories", columns, rows, [(one.name, 2) for one in told], note)
+    return Table("Stories", columns, rows, [(summary.name, 2) for summary in told], note)
 
 
 def samples(summaries: Sequence[Summary]) -> Table:
     """Texts written unprompted."""
     rows = [
         [
-            one.name,
-            "held-out texts" if some.temperature is None else f"{some.temperature:g}",
-            f"{some.count:,}",
-            f"{some.mean_tokens:.1f}",
-            "" if some.perplexity is None else f"{some.perplexity:.2f}",
-            some.judge,
+            summary.name,
+            "held-out texts" if group.temperature is None else f"{group.temperature:g}",
+            f"{group.count:,}",
+            f"{group.mean_tokens:.1f}",
+            "" if group.perplexity is None else f"{group.perplexity:.2f}",
+            group.judge,
         ]
-        for one in summaries
-        for some in one.samples
+        for summary in summaries
+        for group in summary.samples
     ]
     note = "Perplexity of the judge's own tokens. It alone says little, for repeating likely words lowers it."
     return Table("Samples", ("model", "temperature", "samples", "mean tokens", "perplexity", "judge"), rows, note=note)
@@ -144,19 +144,19 @@ def _by_task(
     """A row for each task that any model has answered: its name, chance, and `columns` for each model."""
     rows = []
     for task in TASKS:
-        found = [one.find(task) for one in summaries]
-        if any(found):
+        parts = [summary.find(task) for summary in summaries]
+        if any(parts):
             row = [task.title, f"{100 * task.chance:.1f}"]
-            for one in found:
-                row += [""] * len(columns) if one is None else cells(one)
+            for part in parts:
+                row += [""] * len(columns) if part is None else cells(part)
             rows.append(row)
-    groups = [(one.name, len(columns)) for one in summaries]
+    groups = [(summary.name, len(columns)) for summary in summaries]
     return Table(title, ("task", "chance", *[*columns] * len(summaries)), rows, groups)
 
 
-def percent(found: Share) -> str:
+def percent(of_all: Share) -> str:
     """A share in percent, its interval behind it."""
-    return f"{100 * found.value:.2f} ({100 * found.low:.1f} to {100 * found.high:.1f})"
+    return f"{100 * of_all.value:.2f} ({100 * of_all.low:.1f} to {100 * of_all.high:.1f})"
 
 
 def markdown(table: Table) -> str:

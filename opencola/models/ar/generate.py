@@ -7,8 +7,9 @@ import torch
 from opencola.layers import randomness
 from opencola.layers.cache import KVCache
 from opencola.models.ar.network import ARNetwork, whole_steps
+from opencola.models.ar.sampling import ARSampling
 from opencola.models.inputs import checked_prompts, sample_ids
-from opencola.models.sampling import Sampling, choose, penalise
+from opencola.models.sampling import choose, penalise
 from opencola.models.stopping import OwnStop, StopRule, TokenBlock
 
 
@@ -16,7 +17,7 @@ from opencola.models.stopping import OwnStop, StopRule, TokenBlock
 def generate(
     model: ARNetwork,
     prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
+    sampling: ARSampling,
     *,
     eos_ids: Sequence[int] = (),
     pad_id: int = 0,
@@ -28,8 +29,8 @@ def generate(
     prompts: token ids, maybe none; eos_ids end a sample and are not given out; pad_id: fills short prompts up, and
     is never seen; ids: the samples' ids (their place in the batch when not given); stop(sample, new tokens) -> how
     many of these to keep, or None to go on. A token's draw depends on the seed, the sample's id and the token's
-    place in the text alone: going on from a text that was written gives what would have followed it. Of the
-    settings, those of the token's choice and of the end count. Raises ValueError for ids beyond the vocabulary.
+    place in the text alone: going on from a text that was written gives what would have followed it. Raises ValueError
+    for ids beyond the vocabulary.
     """
     if not prompts:
         return

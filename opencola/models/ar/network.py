@@ -12,7 +12,7 @@ from opencola.layers import masks
 from opencola.layers.attention import masked
 from opencola.layers.cache import ROUND, KVCache
 from opencola.layers.llama import Llama, LlamaConfig
-from opencola.layers.transformer import Linear
+from opencola.layers.operations import Linear
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class ARConfig:
     """An autoregressive language model."""
 
     vocab_size: int = 1024
-    """Tokens; set from the tokenizer when training."""
+    """Number of tokens in the vocabulary; set from the tokenizer when training."""
     trunk: LlamaConfig = field(default_factory=LlamaConfig)
-    """The transformer."""
+    """Sizes of the transformer."""
     tied: bool = False
     """Use the embedding as the output matrix, too."""
     bos_id: int = 0

@@ -16,7 +16,7 @@ class ARScoring:
     """How texts are scored: exactly."""
 
     rows: int = 32
-    """Texts to compute at a time: memory."""
+    """Number of texts to compute at a time: memory; no figure depends on it."""
 
     def __post_init__(self) -> None:
         if self.rows < 1:

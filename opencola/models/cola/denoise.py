@@ -1,17 +1,17 @@
 """One block: noise transported to latents by the guided velocity (model.md §5)."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from opencola.flow.dit import BlockCausalDiT, Modulation
-from opencola.flow.ode import evaluation_times, guide, repaint, solve, time_grid
+from opencola.flow.ode import Velocity, evaluation_times, guide, repaint, solve, time_grid
 from opencola.layers.attention import Attend
 from opencola.layers.cache import KVCache
-from opencola.models.sampling import Sampling
+from opencola.models.cola.sampling import ColaSampling
 
 
 @dataclass(frozen=True)
@@ -31,19 +31,24 @@ class Block:
         return Block(self.number, ids, self.pinned[rows], self.known[rows], seen)
 
 
+def seen_times(times: Sequence[float], sampling: ColaSampling) -> Tensor:
+    """Times (T,), float64, as the DiT is given them: with `bf16_times` rounded as the release does (official-format
+    §8)."""
+    t = torch.tensor(times, dtype=torch.float64)
+    return (1000 * t).bfloat16().double() / 1000 if sampling.bf16_times else t
+
+
 class Clock:
     """The DiT's modulations at all times that a solver will ask for, computed once for all blocks."""
 
-    def __init__(self, dit: BlockCausalDiT, sampling: Sampling, like: Tensor) -> None:
+    def __init__(self, dit: BlockCausalDiT, sampling: ColaSampling, like: Tensor) -> None:
         self.dit, self.sampling, self.like = dit, sampling, like
         times = dict.fromkeys([0.0, *evaluation_times(time_grid(sampling.steps, sampling.shift), sampling.solver)])
         self.modulations = dict(zip(times, self.compute(list(times)), strict=True))
 
     def compute(self, times: list[float]) -> list[Modulation]:
         """For each time the modulations of time 0, which clean rows have, and of that time: two rows."""
-        t = torch.tensor([0.0, *times], dtype=torch.float64)
-        if self.sampling.bf16_times:
-            t = (1000 * t).bfloat16().double() / 1000
+        t = seen_times([0.0, *times], self.sampling)
         layers = self.dit.modulation(t.to(self.like))
         return [[torch.stack((rows[0], rows[place])) for rows in layers] for place in range(1, len(t))]
 
@@ -53,12 +58,48 @@ class Clock:
         return both if moving is None else [rows[moving : moving + 1] for rows in both]
 
 
+def guided(
+    conditional: Velocity,
+    both: Callable[[Tensor, float], tuple[Tensor, Tensor]],
+    sampling: ColaSampling,
+    history: Tensor,
+) -> Velocity:
+    """The velocity of one solve, by the rule of classifier-free guidance (model.md §5, item 3).
+
+    conditional(z, t): the velocity given the history; both(z, t): that and the unconditional one; history: bool that
+    broadcasts to z, whether a row has any. It counts evaluations for `guidance_every`: every solve needs its own.
+    """
+    # without a history both velocities coincide, and guidance would only multiply rounding
+    scale = torch.where(history, sampling.guidance, 1.0)
+    alone = scale == 1
+    if bool(alone.all()):
+        return conditional
+    mixed = bool(alone.any())
+    evaluations, difference = 0, torch.zeros(())
+
+    def velocity(z: Tensor, t: float) -> Tensor:
+        nonlocal evaluations, difference
+        if not sampling.guidance_until <= t <= sampling.guidance_from:
+            return conditional(z, t)
+        if evaluations % sampling.guidance_every:
+            v = conditional(z, t)
+            free = v - difference
+        else:
+            v, free = both(z, t)
+            difference = v - free
+        evaluations += 1
+        moved = guide(v, free, scale.to(z))
+        return torch.where(alone, v, moved) if mixed else moved
+
+    return velocity
+
+
 def denoise(
     dit: BlockCausalDiT,
     cache: KVCache,
     z: Tensor,
     block: Block,
-    sampling: Sampling,
+    sampling: ColaSampling,
     clock: Clock,
     draw: Callable[..., Tensor],
 ) -> Iterator[tuple[float, Tensor]]:
@@ -75,14 +116,9 @@ def denoise(
     size = dit.config.block_size
     partial = sampling.first_block == "partial" and block.number == 0
     pinned = torch.zeros_like(block.pinned) if partial else block.pinned
-    # without a history both branches coincide, and guidance would only multiply rounding
-    scale = torch.where(cache.lengths > 0, sampling.guidance, 1.0).to(z)[:, None, None]
-    guided = bool((scale != 1).any())
-    unguided = scale == 1 if guided and bool((scale == 1).any()) else None
     alike = not bool(pinned.any())  # all rows have the same time: its modulation is then broadcast, not gathered
     moving = (~pinned).long()
     turn = dit.turns(cache.positions(size))
-    evaluations, difference = 0, torch.zeros_like(z)
 
     @functools.cache
     def pattern(number: int) -> tuple[Tensor, Tensor, Attend]:
@@ -92,19 +128,12 @@ def denoise(
     def branches(state: Tensor, t: float, number: int) -> Tensor:
         return dit(state.repeat(number, 1, 1), clock(t, 1 if alike else None), *pattern(number))
 
-    def velocity(state: Tensor, t: float) -> Tensor:
-        nonlocal evaluations, difference
-        if not guided or not sampling.guidance_until <= t <= sampling.guidance_from:
-            return branches(state, t, 1)
-        if evaluations % sampling.guidance_every:
-            conditional = branches(state, t, 1)
-            unconditional = conditional - difference
-        else:
-            conditional, unconditional = branches(state, t, 2).chunk(2)
-            difference = conditional - unconditional
-        evaluations += 1
-        v = guide(conditional, unconditional, scale)
-        return v if unguided is None else torch.where(unguided, conditional, v)
+    def both(state: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        conditional, unconditional = branches(state, t, 2).chunk(2)
+        return conditional, unconditional
+
+    history = (cache.lengths > 0)[:, None, None]
+    velocity = guided(lambda state, t: branches(state, t, 1), both, sampling, history)
 
     def project(state: Tensor, t: float) -> Tensor:
         return torch.where(pinned[..., None], block.known, state)

@@ -15,8 +15,9 @@ from opencola.models.cola.parts import ColaParts
 from opencola.models.cola.prompts import Prompts, encode_prompts
 from opencola.models.cola.release import ReleaseStop
 from opencola.models.cola.release import noise as release_noise
+from opencola.models.cola.sampling import ColaSampling
 from opencola.models.inputs import sample_ids
-from opencola.models.sampling import Sampling, choose, penalise
+from opencola.models.sampling import choose, penalise
 from opencola.models.stopping import OwnStop, StopRule, TokenBlock
 from opencola.vae.text_vae import TextVAE
 
@@ -41,7 +42,7 @@ class Caches:
 def generate(
     model: ColaParts,
     prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
+    sampling: ColaSampling,
     *,
     eos_ids: Sequence[int] = (),
     pad_id: int = 0,
@@ -58,7 +59,6 @@ def generate(
     (S, d): in place of the seeded noise. Raises ValueError for prompts with ids beyond the vocabulary.
     """
     vae, dit = model.vae, model.dit
-    release = sampling.compatibility == "release"
     patch, size = vae.config.patch_size, dit.config.block_size
     if not prompts:
         return
@@ -66,7 +66,7 @@ def generate(
     ids = sample_ids(prompts, ids)
     clock = Clock(dit, sampling, encoded.latents)
     policy: OwnStop | ReleaseStop = OwnStop(encoded.known, sampling, eos_ids, stop)
-    if release:
+    if sampling.release:
         policy = ReleaseStop(encoded, sampling, eos_ids, size * patch)
     written: list[list[int]] = [[] for _ in prompts]  # all tokens of the generated blocks
     active = list(range(len(prompts)))
@@ -74,13 +74,13 @@ def generate(
     caches = prefill(vae, dit, encoded, sampling, clock)
     for number in range(1 << 30):
         rows = torch.tensor(active, device=encoded.tokens.device)
-        seen = [written[i] if release else list(prompts[i]) + written[i] for i in active]
+        seen = [written[i] if sampling.release else list(prompts[i]) + written[i] for i in active]
         first = number == 0
         fixed = first_block(encoded, rows, size) if first else no_rows(len(active), size, encoded.latents)
         block = Block(number, [ids[i] for i in active], *fixed, seen)
         z, tokens, caches = write_block(vae, dit, caches, block, sampling, clock, watch, noise)
         new = tokens.tolist()
-        if first and not release:
+        if first and not sampling.release:
             new = [encoded.known[i] + block[len(encoded.known[i]) :] for i, block in zip(active, new, strict=True)]
         for i, tokens_of_block in zip(active, new, strict=True):
             written[i] += tokens_of_block
@@ -96,7 +96,7 @@ def generate(
         caches = replace(caches, dit=commit(dit, caches.dit, z, size, clock(0.0, 0)))
 
 
-def prefill(vae: TextVAE, dit: BlockCausalDiT, prompts: Prompts, sampling: Sampling, clock: Clock) -> Caches:
+def prefill(vae: TextVAE, dit: BlockCausalDiT, prompts: Prompts, sampling: ColaSampling, clock: Clock) -> Caches:
     """Caches that hold the whole prompt blocks, with room for what will be written."""
     size, patch, batch = dit.config.block_size, vae.config.patch_size, len(prompts.latents)
     longest = int(prompts.history.max())
@@ -107,7 +107,7 @@ def prefill(vae: TextVAE, dit: BlockCausalDiT, prompts: Prompts, sampling: Sampl
         z = prompts.latents[:, :longest].contiguous()  # a slice takes other kernels than a single sample's does
         dit_cache = commit(dit, dit_cache, z, prompts.history, clock(0.0, 0))
         # the release decodes latents as the prior sees them (Q8)
-        vae.decode(z if sampling.compatibility == "release" else vae.denormalise(z), decoder)
+        vae.decode(z if sampling.release else vae.denormalise(z), decoder)
         decoder = decoder.append(prompts.history)
         if encoder is not None:
             vae.encode(prompts.tokens[:, : longest * patch], cache=encoder)
@@ -142,14 +142,13 @@ def write_block(
     dit: BlockCausalDiT,
     caches: Caches,
     block: Block,
-    sampling: Sampling,
+    sampling: ColaSampling,
     clock: Clock,
     watch: Watch | None,
     noise: Callable[[int, int], Tensor] | None,
 ) -> tuple[Tensor, Tensor, Caches]:
     """Latents (B, S, d) and tokens (B, S * P) of the next block, and caches with the decoder's side committed."""
     size, count, batch = dit.config.block_size, sampling.candidates, len(block.ids)
-    release = sampling.compatibility == "release"
     if count > 1:
         rows = torch.arange(batch, device=block.known.device).repeat_interleave(count)
         caches = caches.select(rows)
@@ -164,23 +163,23 @@ def write_block(
 
     if noise is not None:
         z = torch.stack([noise(i, block.number) for i in block.ids]).to(block.known)
-    elif release:
+    elif sampling.release:
         shape = (size, dit.config.latent_dim)
         z = release_noise(sampling.seed, block.ids, block.number, shape).to(block.known)
     else:
         z = draw("noise")
 
     def decode(latents: Tensor) -> Tensor:
-        return vae.decode(latents if release else vae.denormalise(latents), caches.decoder)
+        return vae.decode(latents if sampling.release else vae.denormalise(latents), caches.decoder)
 
     for t, z in denoise(dit, caches.dit, z, block, sampling, clock, draw):  # noqa: B020 the last state is the block
         if watch is not None:
             watch(block.number, t, decode(z).argmax(-1))
     logits = decode(z)
-    if not (release and block.number == 0):
+    if not (sampling.release and block.number == 0):
         logits = penalise(logits, block.seen, sampling.repetition_penalty)
     generators = [randomness.generator(sampling.seed, "token", i, block.number, c) for i, c in keys]
-    tokens = choose(logits, sampling, generators)
+    tokens = choose(logits, sampling, generators, wide=not sampling.release)  # the release draws in the logits' type
     caches = replace(caches, decoder=caches.decoder.append(size))
     if caches.encoder is not None:
         mean = vae.normalise(vae.encode(tokens, cache=caches.encoder).mean)

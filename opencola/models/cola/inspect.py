@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from opencola.flow.likelihood import Likelihood
-from opencola.flow.ode import guide, solve, time_grid
+from opencola.flow.ode import solve, time_grid
 from opencola.layers import randomness
+from opencola.models.cola.denoise import guided, seen_times
 from opencola.models.cola.parts import ColaParts
+from opencola.models.cola.sampling import ColaSampling
 from opencola.models.cola.score import log_prior
-from opencola.models.sampling import Sampling
 from opencola.vae.gaussian import DiagonalGaussian
 
 POINTS = 256  # decoded at a time
@@ -46,7 +47,7 @@ class Inspection:
 
 @torch.no_grad()
 def inspect(
-    model: ColaParts, tokens: Tensor, num_samples: int, sampling: Sampling, deviation: float, density: Likelihood
+    model: ColaParts, tokens: Tensor, num_samples: int, sampling: ColaSampling, deviation: float, density: Likelihood
 ) -> Inspection:
     """Draw latents of every block of tokens (1, N * P) and decode them.
 
@@ -81,21 +82,22 @@ def inspect(
     return Inspection(posterior, samples, prior, probes, *decoded, log_decoder, torch.cat(log_p))
 
 
-def prior_samples(model: ColaParts, mean: Tensor, z_1: Tensor, noise: dict[int, Tensor], sampling: Sampling) -> Tensor:
+def prior_samples(
+    model: ColaParts, mean: Tensor, z_1: Tensor, noise: dict[int, Tensor], sampling: ColaSampling
+) -> Tensor:
     """Samples (K, N, d) of every block given the latents mean (1, N, d) before it: all blocks in one packed solve.
 
     z_1 (K, N, d): noise at t = 1; noise: by step, for the stochastic solver.
     """
-    history = mean.expand_as(z_1)
+    clean = mean.expand_as(z_1)
     blind = torch.zeros(len(z_1), dtype=torch.bool, device=z_1.device)
 
-    def velocity(z: Tensor, t: float) -> Tensor:
-        times = torch.full((len(z), 1, 1), t).to(z)
-        conditional = model.dit.packed(history, z[:, None], times)[:, 0]
-        if sampling.guidance == 1 or not sampling.guidance_until <= t <= sampling.guidance_from:
-            return conditional
-        return guide(conditional, model.dit.packed(history, z[:, None], times, history=blind)[:, 0], sampling.guidance)
+    def branch(z: Tensor, t: float, history: Tensor | None = None) -> Tensor:
+        times = seen_times([t], sampling).to(z).expand(len(z), 1, 1)
+        return model.dit.packed(clean, z[:, None], times, history=history)[:, 0]
 
+    has_history = (torch.arange(z_1.shape[1], device=z_1.device) >= model.dit.config.block_size)[:, None]
+    velocity = guided(branch, lambda z, t: (branch(z, t), branch(z, t, blind)), sampling, has_history)
     grid = time_grid(sampling.steps, sampling.shift)
     *_, z_0 = solve(
         velocity, z_1, grid, sampling.solver,

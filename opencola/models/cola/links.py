@@ -14,7 +14,7 @@ from opencola.flow.path import interpolate, target_velocity
 from opencola.layers import randomness
 from opencola.models.cola.inspect import decode_blocks, prior_samples
 from opencola.models.cola.model import Cola
-from opencola.models.sampling import Sampling
+from opencola.models.cola.sampling import ColaSampling
 
 FINE_STEPS = 64
 """Solver steps at least, in conditions without an error of the sampler's own."""
@@ -43,7 +43,7 @@ class Margins:
     changed: float
 
 
-def settings(own: Sampling) -> dict[str, Sampling]:
+def settings(own: ColaSampling) -> dict[str, ColaSampling]:
     """Settings of generation, by the link that comes in with them: from those without error to the model's own."""
     guidance = replace(own, temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0, candidates=1)
     steps = replace(guidance, guidance=1.0, guidance_from=1.0, guidance_until=0.0, guidance_every=1)
@@ -53,7 +53,7 @@ def settings(own: Sampling) -> dict[str, Sampling]:
 
 
 def next_blocks(
-    model: Cola, prompts: Sequence[Sequence[int]], sampling: Sampling, pad_id: int, batch_size: int
+    model: Cola, prompts: Sequence[Sequence[int]], sampling: ColaSampling, pad_id: int, batch_size: int
 ) -> list[list[int]]:
     """The new tokens of the first block that is generated after each prompt."""
     short = replace(sampling, max_new_tokens=model.dit.config.block_size * model.vae.config.patch_size)
@@ -68,7 +68,7 @@ def next_blocks(
 def write(
     model: Cola,
     prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
+    sampling: ColaSampling,
     pad_id: int,
     batch_size: int,
     is_over: Callable[[int, list[int]], bool],
@@ -99,7 +99,7 @@ def given_back(model: Cola, tokens: Tensor, seed: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.inference_mode()
-def first_spreads(model: Cola, tokens: Tensor, sampling: Sampling) -> tuple[Spread, Spread]:
+def first_spreads(model: Cola, tokens: Tensor, sampling: ColaSampling) -> tuple[Spread, Spread]:
     """Of texts' first blocks (B, S * P), posterior samples of them and samples of the prior.
 
     A first block has no history, so neither guidance nor what latents the history holds has a part in these.
@@ -160,7 +160,7 @@ def renormalised(model: Cola, data: Spread, prior: Spread) -> Cola:
 
 
 @torch.inference_mode()
-def margins(model: Cola, tokens: Tensor, scored: Tensor, sampling: Sampling) -> tuple[Margins, Margins]:
+def margins(model: Cola, tokens: Tensor, scored: Tensor, sampling: ColaSampling) -> tuple[Margins, Margins]:
     """Of the decoder on posterior means of texts (B, N * P), and on samples of the prior given the true text before.
 
     scored (B, N * P) bool: the tokens that count.

@@ -18,7 +18,7 @@ from opencola.vae.text_vae import TextVAE
 
 
 class Cola(ColaParts):
-    """Text VAE `vae` and prior `dit`."""
+    """A whole Cola DLM: Text VAE `vae` and prior `dit`. It is trained, writes, and scores (`LanguageModel`)."""
 
     generate = generation.generate
     score = scoring.score

@@ -19,21 +19,21 @@ class PriorObjective:
     strategy: Literal["fixed", "joint", "scratch", "interval"] = "joint"
     """Latent space: frozen VAE; trained along from stage 1; trained along from random weights; in cycles of both."""
     joint_steps: int = 2000
-    """Steps of a cycle in which the VAE trains along (interval)."""
+    """Number of steps of a cycle in which the VAE trains along (strategy interval)."""
     frozen_steps: int = 3000
-    """Steps of a cycle in which it does not (interval)."""
+    """Number of steps of a cycle in which the VAE is frozen (strategy interval)."""
     vae_learning_rate_ratio: float = 1.0
-    """The VAE's learning rate over the DiT's."""
+    """Learning rate of the VAE as a multiple of the DiT's, where it trains along; the paper's weak variant is 0.01."""
     lambda_vae: float = 1.0
-    """Weight of the VAE's terms."""
+    """Weight of the VAE's own terms (cross-entropy, entropy, masking) in the loss of joint training."""
     lambda_fm: float = 1.0
-    """Weight of the flow-matching loss."""
+    """Weight of the flow-matching term in the loss."""
     lambda_ref: float = 0.1
     """Weight of KL(q || q_ref), q_ref a frozen copy of the encoder that training started from."""
     encoder_gradient: bool = True
     """Whether the flow-matching loss reaches the encoder through z_t. History and target never carry gradient."""
     noisy_copies: int = 2
-    """Noisy copies per clean sequence: more training of the prior per pass over the history."""
+    """Number of noisy copies of a clean sequence: more training of the prior per pass over the history."""
     time: TimestepLaw = field(default_factory=TimestepLaw)
     prompt_in_block: float = 0.3
     """Probability that a block is given a clean prefix of random length, without loss there."""

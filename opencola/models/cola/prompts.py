@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from opencola.layers.cache import ROUND
+from opencola.models.cola.sampling import ColaSampling
 from opencola.models.inputs import checked_prompts
-from opencola.models.sampling import Sampling
 from opencola.vae.text_vae import TextVAE
 
 
@@ -24,7 +24,7 @@ class Prompts:
 
 
 def encode_prompts(
-    vae: TextVAE, prompts: Sequence[Sequence[int]], sampling: Sampling, block_size: int, pad_id: int
+    vae: TextVAE, prompts: Sequence[Sequence[int]], sampling: ColaSampling, block_size: int, pad_id: int
 ) -> Prompts:
     """Encode prompts (token ids, maybe none) by the posterior mean. Raises ValueError for ids beyond the vocabulary."""
     patch = vae.config.patch_size
@@ -34,10 +34,9 @@ def encode_prompts(
         fill = [[pad_id] * (-len(prompt) % chunk) for prompt in texts]
         left = sampling.first_block == "left_pad"
         texts = [pad + prompt if left else prompt + pad for pad, prompt in zip(fill, texts, strict=True)]
-    release = sampling.compatibility == "release"
     # a patch that the prompt fills in part is left to the prior; the release pads it, and pads leak into it (Q7)
-    latents = [-(-len(prompt) // patch) if release else len(prompt) // patch for prompt in texts]
-    visible = [-(-len(prompt) // chunk) * block_size for prompt in texts] if release else latents
+    latents = [-(-len(prompt) // patch) if sampling.release else len(prompt) // patch for prompt in texts]
+    visible = [-(-len(prompt) // chunk) * block_size for prompt in texts] if sampling.release else latents
     history = [count - count % block_size for count in latents]
     longest = max(1, *(-(-len(prompt) // chunk) for prompt in texts)) * block_size
     width = -(-longest // ROUND) * ROUND * patch
@@ -47,6 +46,6 @@ def encode_prompts(
     start = torch.tensor(history, device=tokens.device)
     posterior = vae.encode(tokens, torch.tensor(visible, device=tokens.device))
     known = [prompt[first * patch :] for prompt, first in zip(texts, history, strict=True)]
-    if release:  # a prompt whose last patch closes a block is not trimmed there
+    if sampling.release:  # a prompt whose last patch closes a block is not trimmed there
         known = [tail if count % block_size else [] for tail, count in zip(known, latents, strict=True)]
     return Prompts(tokens, vae.normalise(posterior.mean), start, counts - start, known)

@@ -26,15 +26,15 @@ class Scoring(Likelihood):
     """How texts are scored."""
 
     samples: int = 8
-    """Posterior samples K of every text."""
+    """Number of posterior samples K of every text."""
     estimator: Estimator = "iwae"
-    """Mean of log w, or the log of the mean of w, which is never below it."""
+    """elbo: mean of log w over the samples' weights w; iwae: log of their mean, which is never below that."""
     conditional: Literal["joint", "blockwise", "first_block"] = "blockwise"
     """A continuation given its prompt. joint: score of both less that of the prompt, a difference of bounds. blockwise:
     given the prompt's latents (posterior mean), those in the first continued block pinned, as when text is generated.
     first_block: the same, of the tokens in that block alone."""
     rows: int = 32
-    """Samples to solve at a time: memory. What comes out does not depend on it."""
+    """Number of samples to solve at a time: memory; no figure depends on it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -137,8 +137,8 @@ def evaluate(
     """
     ids = sample_ids(prompts, ids)
     chunk = model.vae.config.patch_size * model.dit.config.block_size
-    if not model.vae.config.variational:
-        raise UserError("model.vae.variational is false: without a posterior there is no likelihood")
+    if not model.vae.config.release.variational:
+        raise UserError("model.vae.release.variational is false: without a posterior there is no likelihood")
     texts, prefixes = [], []
     for prompt, tokens in zip(prompts, checked_texts(prompts, continuations, model.vae.config.vocab_size), strict=True):
         known = 0 if settings.conditional == "joint" else len(prompt)

@@ -13,7 +13,8 @@ from torch import Tensor
 from opencola.layers import randomness
 from opencola.models.inputs import checked_prompts, sample_ids
 from opencola.models.llada.network import LLaDANetwork
-from opencola.models.sampling import Sampling, penalise, probabilities
+from opencola.models.llada.sampling import LLaDASampling
+from opencola.models.sampling import penalise, probabilities
 from opencola.models.stopping import OwnStop, StopRule, TokenBlock
 
 Predict = Callable[[Tensor], Tensor]
@@ -53,7 +54,7 @@ class Canvas:
 def generate(
     model: LLaDANetwork,
     prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
+    sampling: LLaDASampling,
     *,
     eos_ids: Sequence[int] = (),
     pad_id: int = 0,
@@ -124,7 +125,7 @@ def unmask(predict: Predict, tokens: Tensor, block: Tensor, steps: int, propose:
         done[rows, order] = True
 
 
-def proposer(sampling: Sampling, keys: Sequence[tuple[int, int]], lengths: Sequence[int], mask_id: int) -> Propose:
+def proposer(sampling: LLaDASampling, keys: Sequence[tuple[int, int]], lengths: Sequence[int], mask_id: int) -> Propose:
     """Draw tokens as `sampling` says. keys: of every row (sample id, block), for its draws; lengths: without padding.
 
     A token's priority is its probability before temperature, or random. Tokens are drawn by Gumbel noise in float64,

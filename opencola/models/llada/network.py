@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from opencola.layers.attention import masked
 from opencola.layers.llama import Llama, LlamaConfig
-from opencola.layers.transformer import Linear, initialise
+from opencola.layers.operations import Linear
+from opencola.layers.transformer import initialise
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,8 @@ class LLaDAConfig:
     """A LLaDA."""
 
     vocab_size: int = 1024
-    """Tokens; set from the tokenizer when training. The embedding has one row more, the [MASK] input."""
+    """Number of tokens in the vocabulary; set from the tokenizer when training. The embedding has one row more,
+    [MASK]."""
     trunk: LlamaConfig = field(default_factory=LlamaConfig)
 
 

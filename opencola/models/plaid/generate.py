@@ -9,7 +9,8 @@ from opencola.layers import randomness
 from opencola.layers.attention import masked
 from opencola.models.inputs import checked_prompts, sample_ids
 from opencola.models.plaid.network import PlaidNetwork
-from opencola.models.sampling import Sampling, choose, penalise
+from opencola.models.plaid.sampling import PlaidSampling
+from opencola.models.sampling import choose, penalise
 from opencola.models.stopping import OwnStop, StopRule, TokenBlock
 
 
@@ -17,7 +18,7 @@ from opencola.models.stopping import OwnStop, StopRule, TokenBlock
 def generate(
     model: PlaidNetwork,
     prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
+    sampling: PlaidSampling,
     *,
     eos_ids: Sequence[int] = (),
     pad_id: int = 0,
@@ -28,8 +29,7 @@ def generate(
 
     prompts: token ids; eos_ids end a sample and are not given out; ids: the samples' ids, which decide their noise
     (their place in the batch when not given); stop(sample, new tokens) -> how many of these to keep, or None; pad_id
-    changes nothing: no prompt is filled up. Of the sampling, `steps`, `shift`, `guidance` (1: none) and what concerns
-    tokens and the end count. Raises ValueError for prompts with ids beyond the vocabulary.
+    changes nothing: no prompt is filled up. Raises ValueError for prompts with ids beyond the vocabulary.
     """
     ids = sample_ids(prompts, ids)
     texts = checked_prompts(prompts, model.config.vocab_size)
@@ -41,7 +41,7 @@ def generate(
         yield policy.cut(active, written.tolist(), 0)
 
 
-def write(model: PlaidNetwork, known: Tensor, ids: Sequence[int], sampling: Sampling) -> Tensor:
+def write(model: PlaidNetwork, known: Tensor, ids: Sequence[int], sampling: PlaidSampling) -> Tensor:
     """Tokens (B, P + max_new_tokens) that begin with the prompts known (B, P); draws depend on the ids (B)."""
     table, length = model.embeddings(), known.shape[1]
     shape = length + sampling.max_new_tokens, model.config.embedding_dim

@@ -17,7 +17,8 @@ from opencola.errors import UserError
 from opencola.layers.attention import Attend, masked
 from opencola.layers.llama import Llama, LlamaConfig
 from opencola.layers.masks import same_document
-from opencola.layers.transformer import Linear, TimeEmbedding, initialise
+from opencola.layers.operations import Linear
+from opencola.layers.transformer import TimeEmbedding, initialise
 
 SHAPE_SCALE = 1e-3
 """Of the gradient of the schedule's shape: at full size its outliers decide the norm that all gradients are clipped by,
@@ -29,11 +30,11 @@ class PlaidConfig:
     """Sizes of a Plaid."""
 
     vocab_size: int = 1024
-    """Tokens, V; set from the tokenizer when training."""
+    """Number of tokens in the vocabulary, V; set from the tokenizer when training."""
     embedding_dim: int = 16
-    """Channels of a token's embedding, E: what diffuses."""
+    """Number of channels of a token's embedding, E: what diffuses."""
     trunk: LlamaConfig = field(default_factory=LlamaConfig)
-    """The transformer, which sees the whole sequence."""
+    """Sizes of the transformer, which sees the whole sequence."""
     self_conditioning: float = 0.25
     """Share of training sequences whose estimate sees a first estimate; 0: the trunk never sees one."""
 

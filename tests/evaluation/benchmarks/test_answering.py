@@ -19,15 +19,15 @@ from opencola.evaluation.benchmarks.answering import (
     summary,
     to_records,
 )
-from opencola.evaluation.benchmarks.tasks import Record, find_task
+from opencola.evaluation.benchmarks.tasks import Question, find_task
 from opencola.evaluation.writing import continue_stories, held_out, predict_last_words
 
 OBQA = find_task("obqa")
-SHOTS = [Record(i, f"q{i}?", "a", ("a", "b", "c", "d")) for i in range(2)]
+SHOTS = [Question(i, f"q{i}?", "a", ("a", "b", "c", "d")) for i in range(2)]
 RECORDS = [
-    Record("x", "Which?", "blue sky", ("red", "blue sky", "ö", "green"), answer_index=1),
-    Record("y", "", "B", ("red", "blue", "so", "green"), prompt="READY \n", few_shot_prefix="BEFORE "),
-    Record("z", "Which other, of them all?", "nothing", ("red", "blue", "so", "green")),
+    Question("x", "Which?", "blue sky", ("red", "blue sky", "ö", "green"), answer_index=1),
+    Question("y", "", "B", ("red", "blue", "so", "green"), prompt="READY \n", few_shot_prefix="BEFORE "),
+    Question("z", "Which other, of them all?", "nothing", ("red", "blue", "so", "green")),
 ]
 
 
@@ -112,7 +112,7 @@ def test_tasks_without_options_are_not_scored() -> None:
     def score(pairs: Sequence[tuple[str, str]], ids: Sequence[int]) -> list[float]:
         raise AssertionError
 
-    job = benchmark(find_task("lambada"), [Record(0, "Once upon a", "time")], [])
+    job = benchmark(find_task("lambada"), [Question(0, "Once upon a", "time")], [])
     (record,) = all_records(job, 1, score=score, write=lambda prompts, ids: [" Time and"])
     assert record["correct"] and record["likelihood"] is None and record["prompt"] == "Once upon a"
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from opencola.evaluation.benchmarks.hub import MAPPINGS, SOURCES, read_hub, to_records
-from opencola.evaluation.benchmarks.tasks import TASKS, find_task, read_demonstrations, read_records
+from opencola.evaluation.benchmarks.hub import MAPPINGS, SOURCES, read_hub, to_questions
+from opencola.evaluation.benchmarks.tasks import TASKS, find_task, read_demonstrations, read_questions
 
 DEVELOPMENT = Path("/work/shared/data/eval")
 
@@ -76,7 +76,7 @@ def test_every_task_has_a_mapping() -> None:
 @pytest.mark.parametrize("name", ROWS)
 def test_a_row_becomes_a_question_and_its_answer(name: str) -> None:
     task = find_task(name)
-    first, second = to_records(task, [ROWS[name]] * 2, "rows")
+    first, second = to_questions(task, [ROWS[name]] * 2, "rows")
     assert (task.ask(first), first.answer) == (QUESTIONS[name], ANSWERS[name])
     assert [first.id, second.id] == IDS.get(name, [0, 1])
     if task.options:
@@ -91,7 +91,7 @@ def test_the_mapped_row_is_a_line_of_the_tasks_file(name: str, tmp_path: Path) -
     task = find_task(name)
     made = MAPPINGS[name](ROWS[name], 0)
     (tmp_path / f"{name}.jsonl").write_text(json.dumps(made) + "\n")
-    assert read_records(tmp_path, task) == [*to_records(task, [ROWS[name]], "rows")]
+    assert read_questions(tmp_path, task) == [*to_questions(task, [ROWS[name]], "rows")]
     if DEVELOPMENT.exists():
         shipped = json.loads((DEVELOPMENT / f"{name}.jsonl").read_text().split("\n")[0])
         assert {*shipped} == {*made}
@@ -106,7 +106,7 @@ def test_a_row_of_another_kind_is_named(name: str) -> None:
     lacking = {"hellaswag": "label", "race": "options", "siqa": "answerC"}.get(name, lacking)
     del row[lacking]
     with pytest.raises(ValueError, match=f"rows, row 1: not as .*'{lacking}'"):
-        list(to_records(find_task(name), [ROWS[name], row], "rows"))
+        list(to_questions(find_task(name), [ROWS[name], row], "rows"))
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_a_row_of_another_kind_is_named(name: str) -> None:
 )
 def test_a_row_without_an_answer_is_refused(name: str, change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="rows, row 0: "):
-        list(to_records(find_task(name), [{**ROWS[name], **change}], "rows"))
+        list(to_questions(find_task(name), [{**ROWS[name], **change}], "rows"))
 
 
 def test_the_hub_is_asked_for_the_right_split_and_no_more_rows(monkeypatch: pytest.MonkeyPatch) -> None:

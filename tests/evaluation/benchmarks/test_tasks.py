@@ -7,12 +7,12 @@ import pytest
 from opencola.evaluation.benchmarks.tasks import (
     DEMONSTRATIONS,
     TASKS,
-    Record,
+    Question,
     Task,
     find_task,
-    parse_record,
+    parse_question,
     read_demonstrations,
-    read_records,
+    read_questions,
 )
 from opencola.worlds import story_tasks
 
@@ -20,7 +20,7 @@ SHARED = Path("/work/shared/data/eval")
 FOUR = ("one", "two", "three", "four")
 
 DEMOS = {
-    name: [Record(i, f"q{i}?", f"right {i}", FOUR[:options], f"c{i}.") for i in range(1, shots + 1)]
+    name: [Question(i, f"q{i}?", f"right {i}", FOUR[:options], f"c{i}.") for i in range(1, shots + 1)]
     for name, shots, options in [
         ("lambada", 0, 0),
         ("mmlu", 2, 4),
@@ -73,7 +73,7 @@ def named(task: Task) -> str:
 
 @pytest.mark.parametrize("task", TASKS, ids=named)
 def test_prompts_are_laid_out_as_written_here(task: Task) -> None:
-    record = Record("x", "last?", "one", FOUR[: task.options], "text.")
+    record = Question("x", "last?", "one", FOUR[: task.options], "text.")
     assert task.prompt(record, DEMOS[task.name]) == PROMPTS[task.name]
 
 
@@ -93,20 +93,20 @@ def test_the_protocols_table() -> None:
 
 
 def test_a_passage_ends_without_space() -> None:
-    assert find_task("lambada").prompt(Record(1, " He said to \n", "her"), []) == " He said to"
+    assert find_task("lambada").prompt(Question(1, " He said to \n", "her"), []) == " He said to"
 
 
 @pytest.mark.parametrize("task", TASKS, ids=named)
 def test_ready_prompts_are_used_verbatim(task: Task) -> None:
     row = {"id": 1, "prompt": " A: b \n", "answer": "x", "choices": list(FOUR[: task.options])}
-    assert task.prompt(parse_record(row, task, "here"), []) == " A: b \n"
-    record = parse_record(row | {"few_shot_prefix": "\nshots \n"}, task, "here")
+    assert task.prompt(parse_question(row, task, "here"), []) == " A: b \n"
+    record = parse_question(row | {"few_shot_prefix": "\nshots \n"}, task, "here")
     assert task.prompt(record, DEMOS[task.name]) == "\nshots \n A: b \n"
 
 
 def test_the_number_of_shots_is_the_tasks() -> None:
     with pytest.raises(ValueError, match="mmlu takes 2 demonstrations, not 1"):
-        find_task("mmlu").prompt(Record(1, "q", "one", FOUR), DEMOS["mmlu"][:1])
+        find_task("mmlu").prompt(Question(1, "q", "one", FOUR), DEMOS["mmlu"][:1])
 
 
 def test_unknown_task() -> None:
@@ -115,11 +115,11 @@ def test_unknown_task() -> None:
 
 
 def test_a_task_grades_by_its_rule() -> None:
-    record = Record(1, "q", "two", FOUR[:2])
-    assert find_task("mmlu").grade(Record(1, "q", "two", FOUR), " B\n").correct
+    record = Question(1, "q", "two", FOUR[:2])
+    assert find_task("mmlu").grade(Question(1, "q", "two", FOUR), " B\n").correct
     verdict = find_task("story_cloze").grade(record, " B\n")
     assert not verdict.correct and verdict.agrees and verdict.choice == verdict.gold == 1
-    assert find_task("lambada").grade(Record(1, "q", "two"), " Two, or").correct
+    assert find_task("lambada").grade(Question(1, "q", "two"), " Two, or").correct
 
 
 def test_shipped_demonstrations_answer_their_own_questions() -> None:
@@ -146,9 +146,9 @@ def test_records_are_read(tmp_path: Path) -> None:
     write_rows(tmp_path, GOOD)
     with (tmp_path / "mmlu.jsonl").open("a", encoding="utf-8") as file:
         file.write('\n{"id": "é", "question": "a\u2028b", "choices": ["", "b", "c", "d"], "answer": "B"}')
-    assert read_records(tmp_path, find_task("mmlu")) == [
-        Record(1, "q?", "two", FOUR, answer_index=1),
-        Record("é", "a\u2028b", "B", ("", "b", "c", "d")),
+    assert read_questions(tmp_path, find_task("mmlu")) == [
+        Question(1, "q?", "two", FOUR, answer_index=1),
+        Question("é", "a\u2028b", "B", ("", "b", "c", "d")),
     ]
 
 
@@ -175,33 +175,33 @@ def test_records_are_read(tmp_path: Path) -> None:
 def test_a_wrong_field_is_named_with_its_line(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     write_rows(tmp_path, GOOD, GOOD | {"id": 2} | change)
     with pytest.raises(ValueError, match=f"mmlu.jsonl, line 2: {message}"):
-        read_records(tmp_path, find_task("mmlu"))
+        read_questions(tmp_path, find_task("mmlu"))
 
 
 def test_a_question_needs_its_context(tmp_path: Path) -> None:
     write_rows(tmp_path, {"id": 1, "question": "q?", "answer": "a"}, name="squad")
     with pytest.raises(ValueError, match="squad.jsonl, line 1: field 'context' is None"):
-        read_records(tmp_path, find_task("squad"))
+        read_questions(tmp_path, find_task("squad"))
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b'{"id": 1\n', "line 1: not JSON"),
-        (b"[1]\n", "line 1: not an object"),
+        (b"[1]\n", "line 1: expected an object, found list"),
         (b"\n \n", "mmlu.jsonl: no records"),
-        (b"\xff", "mmlu.jsonl: not UTF-8"),
+        (b"\xff", "mmlu.jsonl, line 1: not UTF-8 at byte 0"),
     ],
 )
 def test_a_broken_file_is_told(content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "mmlu.jsonl").write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        read_records(tmp_path, find_task("mmlu"))
+        read_questions(tmp_path, find_task("mmlu"))
 
 
 def test_a_missing_file_is_told(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="mmlu.jsonl"):
-        read_records(tmp_path, find_task("mmlu"))
+        read_questions(tmp_path, find_task("mmlu"))
 
 
 def test_a_users_demonstrations_are_read(tmp_path: Path) -> None:
@@ -210,15 +210,15 @@ def test_a_users_demonstrations_are_read(tmp_path: Path) -> None:
     file.write_text(json.dumps({"squad": [shot]}), encoding="utf-8")
     mine = read_demonstrations(file)
     assert set(mine) == {"squad"}
-    record = Record("x", "last?", "one", (), "text.")
+    record = Question("x", "last?", "one", (), "text.")
     assert find_task("squad").prompt(record, mine["squad"]) == PROMPTS["squad"]
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "mine.json: not JSON"),
-        ("[]", "mine.json: not an object"),
+        ("{", "mine.json, line 1: not valid JSON"),
+        ("[]", "mine.json: expected a JSON object, found list"),
         ('{"arc": []}', "mine.json: unknown task 'arc'"),
         ('{"squad": []}', "mine.json: squad takes a list of 1 demonstrations"),
         ('{"squad": [3]}', "mine.json, squad 1: not an object"),
@@ -235,7 +235,7 @@ def test_wrong_demonstrations_are_told(content: str, message: str, tmp_path: Pat
 @pytest.mark.parametrize("task", TASKS, ids=named)
 def test_the_story_worlds_records_fit(task: Task) -> None:
     for row in story_tasks.records(task.name, 20, 0):
-        record = parse_record(row, task, "here")
+        record = parse_question(row, task, "here")
         assert task.grade(record, f" {record.answer}").correct
         assert task.prompt(record, DEMOS[task.name]).endswith(task.anchor or record.question)
 
@@ -243,7 +243,7 @@ def test_the_story_worlds_records_fit(task: Task) -> None:
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} is not there")
 @pytest.mark.parametrize("task", TASKS, ids=named)
 def test_the_development_records(task: Task) -> None:
-    records = read_records(SHARED, task)
+    records = read_questions(SHARED, task)
     assert len(records) == 200
     shown = json.dumps([row for rows in json.loads(DEMONSTRATIONS.read_text()).values() for row in rows])
     for record in records:

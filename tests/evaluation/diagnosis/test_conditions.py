@@ -6,21 +6,22 @@ from dataclasses import replace
 import pytest
 import torch
 
-from opencola.checkpoints import hub, official
+from opencola.checkpoints import hub
+from opencola.checkpoints.settings import load_sampling
 from opencola.data.batch import Batch
 from opencola.evaluation.diagnosis.conditions import accuracies, conditions, prepare, sweep
 from opencola.evaluation.diagnosis.tasks import Task, nests, stories
-from opencola.evaluation.diagnosis.verdicts import Tally, Verdict, verdict
+from opencola.evaluation.diagnosis.verdicts import Diagnosis, Tally, diagnose
 from opencola.flow.dit import DiTConfig
 from opencola.models.cola.model import Cola
 from opencola.models.cola.parts import ColaConfig, PriorObjective
-from opencola.models.sampling import Sampling
+from opencola.models.cola.sampling import ColaSampling
 from opencola.text.tokenizer import Tokenizer
 from opencola.vae.objective import VAEObjective
 from opencola.vae.text_vae import TextVAEConfig
 
-Sabotage = Callable[[Cola, Sampling], tuple[Cola, Sampling]]
-SHIPPED = replace(official.load_sampling(hub.SHIPPED), max_new_tokens=10)
+Sabotage = Callable[[Cola, ColaSampling], tuple[Cola, ColaSampling]]
+SHIPPED = replace(load_sampling(hub.SHIPPED), max_new_tokens=10)
 
 
 def setting(**changes: object) -> Sabotage:
@@ -34,25 +35,25 @@ def spoil(parameters: list[torch.nn.Parameter], size: float) -> None:
         parameter.add_(size * parameter.std() * torch.randn_like(parameter))
 
 
-def spoilt_head(model: Cola, sampling: Sampling) -> tuple[Cola, Sampling]:
+def spoilt_head(model: Cola, sampling: ColaSampling) -> tuple[Cola, ColaSampling]:
     spoil([model.vae.head.weight], 4)
     return model, sampling
 
 
-def spoilt_block(model: Cola, sampling: Sampling) -> tuple[Cola, Sampling]:
+def spoilt_block(model: Cola, sampling: ColaSampling) -> tuple[Cola, ColaSampling]:
     spoil([weight for weight in model.dit.blocks[1].parameters() if weight.ndim > 1], 1)
     return model, sampling
 
 
 @torch.no_grad()
-def halved_velocity(model: Cola, sampling: Sampling) -> tuple[Cola, Sampling]:
+def halved_velocity(model: Cola, sampling: ColaSampling) -> tuple[Cola, ColaSampling]:
     for parameter in model.dit.velocity_out.parameters():
         parameter.mul_(0.5)
     return model, sampling
 
 
 def normalisation(scale: float, shift: float) -> Sabotage:
-    def change(model: Cola, sampling: Sampling) -> tuple[Cola, Sampling]:
+    def change(model: Cola, sampling: ColaSampling) -> tuple[Cola, ColaSampling]:
         config = replace(model.config, vae=replace(model.config.vae, latent_scale=scale, latent_shift=shift))
         other = Cola(config)
         other.load_state_dict(model.state_dict())
@@ -61,17 +62,17 @@ def normalisation(scale: float, shift: float) -> Sabotage:
     return change
 
 
-def diagnosis(sabotage: Sabotage, count: int = 8, places: int = 3) -> tuple[Verdict, dict[str, Tally]]:
+def diagnosis(sabotage: Sabotage, count: int = 8, places: int = 3) -> tuple[Diagnosis, dict[str, Tally]]:
     model, tokenizer = hub.load(hub.SHIPPED)
     model, sampling = sabotage(model, SHIPPED)
     bench = prepare(model, tokenizer, stories(count), sampling, places)
     found = dict(conditions(bench))
-    return verdict(found, bench.latents), found
+    return diagnose(found, bench.latents), found
 
 
 def test_the_healthy_model() -> None:
     result, found = diagnosis(lambda model, sampling: (model, sampling))
-    assert result == Verdict("", True, "No link is at fault.")
+    assert result == Diagnosis("", True, "No link is at fault.")
     assert "inside" not in found, "blocks of one token"
     assert found["blind"].rate.value > 0.7 and found["decoded"].rate.value == 0
     assert all(found[name].rate.value < 0.1 for name in found if name != "blind")
@@ -114,7 +115,7 @@ def test_sabotage_is_named(sabotage: Sabotage, link: str, condition: str) -> Non
 def test_a_task_that_the_model_never_learnt() -> None:
     model, tokenizer = hub.load(hub.SHIPPED)
     bench = prepare(model, tokenizer, nests(4), SHIPPED, 2)
-    result = verdict(dict(conditions(bench)), bench.latents)
+    result = diagnose(dict(conditions(bench)), bench.latents)
     assert not result.known and "does not know this task" in result.text
     assert accuracies(bench)["texts_from_mean"].value == 0
 
@@ -172,15 +173,15 @@ def cyclic() -> Cola:
 
 @pytest.mark.slow
 def test_a_prompt_that_ends_inside_a_block(cyclic: Cola) -> None:
-    sampling = Sampling(steps=8, guidance=1.0, max_new_tokens=16)
+    sampling = ColaSampling(steps=8, guidance=1.0, max_new_tokens=16)
     for mode in ("left_pad", "right_pad"):
         bench = prepare(cyclic, LETTERS, TASK, replace(sampling, first_block=mode), 5)  # type: ignore[arg-type]
         found = dict(conditions(bench))
-        result = verdict(found, bench.latents)
+        result = diagnose(found, bench.latents)
         assert result.link == "conditioning" and result.known, (mode, result.text)
     bench = prepare(cyclic, LETTERS, TASK, sampling, 5)
     found = dict(conditions(bench))
-    result = verdict(found, bench.latents)
+    result = diagnose(found, bench.latents)
     assert result.known and result.link != "conditioning", result.text
     assert found["choice"].rate.value < 0.15 and found["inside"].rate.value < 0.15
     assert found["guidance"] is found["steps"] and found["choice"] is found["steps"], "settings that are the same"

@@ -8,7 +8,7 @@ import pytest
 from opencola.evaluation.diagnosis import verdicts
 from opencola.evaluation.diagnosis.figure import draw
 from opencola.evaluation.diagnosis.tasks import Run
-from opencola.evaluation.diagnosis.verdicts import LINKS, Latents, Tally, loss, losses, tally, verdict, worst
+from opencola.evaluation.diagnosis.verdicts import LINKS, Latents, Tally, diagnose, loss, losses, tally, worst
 from opencola.evaluation.figures import standalone
 
 TEXTS = 40
@@ -83,24 +83,24 @@ def test_losses_of_the_links() -> None:
 
 @pytest.mark.parametrize("link", LINKS, ids=lambda link: link.name)
 def test_every_link_can_be_named(link: verdicts.Link) -> None:
-    result = verdict(ladder(**{link.after: 0.3}), RIGHT)
+    result = diagnose(ladder(**{link.after: 0.3}), RIGHT)
     assert result.link == link.name and result.known and link.label in result.text and "0.300" in result.text
 
 
 def test_what_is_sure_and_allowed() -> None:
-    assert verdict(ladder(), RIGHT).link == ""
-    assert verdict(ladder(guidance=0.01), RIGHT).link == "", "allowed"
+    assert diagnose(ladder(), RIGHT).link == ""
+    assert diagnose(ladder(guidance=0.01), RIGHT).link == "", "allowed"
     unsure = ladder()
     unsure["free"] = Tally(np.array([20] + [0] * (TEXTS - 1)), np.full(TEXTS, 20))  # all in one text
     assert losses(unsure)[-1].value == pytest.approx(0.025) and losses(unsure)[-1].low < 0
-    assert verdict(unsure, RIGHT).link == ""
+    assert diagnose(unsure, RIGHT).link == ""
 
 
 def test_unknown_tasks() -> None:
     for name in ("decoded", "prior"):
-        result = verdict(ladder(**{name: 0.9}), RIGHT)
+        result = diagnose(ladder(**{name: 0.9}), RIGHT)
         assert not result.known and "does not know this task" in result.text
-    assert verdict(ladder(guidance=0.95), RIGHT).known
+    assert diagnose(ladder(guidance=0.95), RIGHT).known
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_unknown_tasks() -> None:
     ],
 )
 def test_what_the_latents_say(latents: Latents, shares: dict[str, float], link: str) -> None:
-    result = verdict(ladder(**shares), latents)
+    result = diagnose(ladder(**shares), latents)
     assert result.link == link
     assert (latents.fault[1] in result.text) and (bool(latents.fault[0]) == (latents is not RIGHT))
 

@@ -1,6 +1,5 @@
 """Noise on latents whose decoder is known: the nearest of some numbers."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -10,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from opencola.evaluation.latents import report
+from opencola.evaluation.latents import measures
 from opencola.evaluation.latents.figure import overview
 from opencola.evaluation.latents.reconstruction import Documents, pack_documents
 from opencola.evaluation.latents.robustness import AMOUNTS, VAE, Amount, Robustness, join, measure, most_frequent
+from opencola.text.lines import read_objects, write_objects
 
 VARIANCE = 1e-4
 DOCUMENTS = pack_documents([[i % 4, (i * 7) % 4, 3] + [1, 2] * (i % 3) + [0] for i in range(60)], 2)
@@ -89,7 +89,7 @@ def test_only_scored_latents_count() -> None:
 
 def test_entries_are_the_closed_forms() -> None:
     found = result()
-    named = {(entry.name, entry.at): entry for entry in report.entries(found, DOCUMENTS, NUMBERS, draw)}
+    named = {(entry.name, entry.at): entry for entry in measures.entries(found, DOCUMENTS, NUMBERS, draw)}
     total = int(found.tokens.sum())
     tokens = encode(DOCUMENTS.tokens)[0][DOCUMENTS.scored.unflatten(1, (-1, 2)).any(-1)].double() / 10 - 0.7
     rates = 0.5 * (VARIANCE + tokens.square() - 1 - math.log(VARIANCE))
@@ -111,24 +111,17 @@ def test_entries_are_the_closed_forms() -> None:
     assert ("accuracy_rescaled", 1.0) not in named and named["accuracy_path", 1.0].value < 0.5
 
 
-def test_standard_errors() -> None:
-    sums, counts = torch.tensor([2.0, 4.0, 9.0]).double(), torch.ones(3).double()
-    value, error = report.ratio(sums, counts)
-    assert value == 5 and error == pytest.approx(float(sums.std() / math.sqrt(3)))
-    assert report.ratio(sums[:1], counts[:1]) == (2, None)
-
-
 def test_one_sequence_has_no_intervals_of_means() -> None:
     one = Documents(DOCUMENTS.tokens[:1], DOCUMENTS.scored[:1])
-    found = report.entries(result(documents=one), one, NUMBERS, draw)
+    found = measures.entries(result(documents=one), one, NUMBERS, draw)
     assert next(entry for entry in found if entry.name == "rate").low is None
 
 
 def test_file_and_drawing_agree_with_the_entries(tmp_path: Path) -> None:
-    found = report.entries(result(), DOCUMENTS, NUMBERS, draw)
-    report.write(tmp_path / "x.jsonl", found, {"seed": 3, "model": "Zahlen-ä"})
-    rows = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert rows == [{**asdict(entry), "seed": 3, "model": "Zahlen-ä"} for entry in found]
+    found = measures.entries(result(), DOCUMENTS, NUMBERS, draw)
+    rows = [{**asdict(entry), "seed": 3, "model": "Zahlen-ä"} for entry in found]
+    write_objects(tmp_path / "x.jsonl", rows)
+    assert [row for _, row in read_objects(tmp_path / "x.jsonl")] == rows
     svg = overview(found)
     assert svg == overview(found) and svg.startswith("<svg ") and "nan" not in svg.lower().replace("nanos", "")
     for words in ("noise time t", "most frequent token", "rate of each channel", "spectrum"):

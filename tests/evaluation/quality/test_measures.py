@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 
-from opencola.evaluation.latents.report import Entry
 from opencola.evaluation.quality.figure import frontier
 from opencola.evaluation.quality.mauve import mauve
 from opencola.evaluation.quality.measures import (
-    Judged,
+    Judgement,
     Written,
     by_temperature,
     entries,
@@ -24,7 +23,7 @@ from opencola.evaluation.quality.measures import (
     to_record,
     variety,
 )
-from opencola.evaluation.statistics import Z
+from opencola.evaluation.statistics import Entry, Z
 from opencola.worlds.stories import story
 
 
@@ -33,7 +32,7 @@ def named(found: list[Entry]) -> dict[str, Entry]:
     return {entry.name: entry for entry in found}
 
 
-def written(index: int = 0, text: str = "", judge: Judged | None = None, **fields: Any) -> Written:
+def written(index: int = 0, text: str = "", judge: Judgement | None = None, **fields: Any) -> Written:
     ids = tuple(text.encode())
     return Written(
         **{"temperature": 1.0, "index": index, "prompt": "", "text": text, "ids": ids, "judge": judge} | fields
@@ -81,7 +80,7 @@ def test_longest_repeat_by_brute_force() -> None:
 
 
 def test_perplexity_is_a_mean_over_tokens_and_bits_over_bytes() -> None:
-    verdicts = [Judged("j", 10.0, 4, 20), Judged("j", 1.0, 10, 31), Judged("j", 0.0, 0, 0)]
+    verdicts = [Judgement("j", 10.0, 4, 20), Judgement("j", 1.0, 10, 31), Judgement("j", 0.0, 0, 0)]
     found = named(judged([written(i, judge=verdict) for i, verdict in enumerate(verdicts)]))
     assert found["judge_nats"].value == pytest.approx(11 / 14)
     assert found["judge_perplexity"].value == pytest.approx(math.exp(11 / 14))
@@ -101,7 +100,7 @@ def test_interval_of_perplexity_by_the_bootstrap() -> None:
     verdicts = []
     for _ in range(400):
         tokens, level = rng.randrange(5, 100), rng.uniform(1, 4)
-        verdicts.append(Judged("j", tokens * level + rng.gauss(0, math.sqrt(tokens)), tokens, tokens))
+        verdicts.append(Judgement("j", tokens * level + rng.gauss(0, math.sqrt(tokens)), tokens, tokens))
     entry = named(judged([written(i, judge=verdict) for i, verdict in enumerate(verdicts)]))["judge_nats"]
     again = []
     for _ in range(400):
@@ -112,13 +111,13 @@ def test_interval_of_perplexity_by_the_bootstrap() -> None:
 
 
 def test_judges_do_not_mix() -> None:
-    verdict = Judged("a", 1.0, 1, 1)
+    verdict = Judgement("a", 1.0, 1, 1)
     with pytest.raises(ValueError, match="1 of 2 samples are judged, by a"):
         judged([written(0, judge=verdict), written(1)])
     with pytest.raises(ValueError, match="2 of 2 samples are judged, by a, b"):
         judged([written(0, judge=verdict), written(1, judge=replace(verdict, name="b"))])
     assert judged([written(0), written(1)]) == []
-    huge = named(judged([written(0, judge=Judged("a", 1e5, 1, 1))]))
+    huge = named(judged([written(0, judge=Judgement("a", 1e5, 1, 1))]))
     assert math.isfinite(huge["judge_perplexity"].value)
 
 
@@ -161,7 +160,7 @@ def test_prompts_belong_to_the_texts_that_are_compared() -> None:
 
 def test_records_come_back() -> None:
     samples = [
-        written(3, "ö", Judged("j", 1.25, 2, 2), temperature=0.7, prompt="A"),
+        written(3, "ö", Judgement("j", 1.25, 2, 2), temperature=0.7, prompt="A"),
         written(0, "b", temperature=None, ids=(5, 6)),
     ]
     records = [to_record(sample) for sample in samples]

@@ -8,7 +8,7 @@ import pytest
 from opencola.evaluation.figures import latent_maps, loss_curves
 from opencola.evaluation.latents.reconstruction import LatentMap
 from opencola.evaluation.latents.traces import Trace
-from opencola.evaluation.reporting.demo_page import Measure, Report, render
+from opencola.evaluation.reporting.demo_page import DemoPage, Measure, render
 from opencola.evaluation.writing import held_out, judge
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
@@ -23,7 +23,7 @@ SAMPLES = [
     judge(PROMPT, " The <b>bold</b> & the brave.", ""),
 ]
 MAP = LatentMap("animal", np.array([[0.0, 1.0], [1.0, 0.0], [0.5, 0.5]]), ["dog", "cat", "dog"], 0.5)
-REPORT = Report(
+REPORT = DemoPage(
     title="A title <1>",
     subtitle="What it is",
     measures=[

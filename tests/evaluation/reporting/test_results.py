@@ -109,7 +109,7 @@ def test_files_that_hold_something_else(tmp_path: Path) -> None:
         read_results(file)
     for text, message in (
         ("", "results.jsonl: no results"),
-        ("[1]\n", "line 1: not an object"),
+        ("[1]\n", "line 1: expected an object, found list"),
         (json.dumps(head({"mmlu": 1})), "results.jsonl: no results"),  # cut off
         (json.dumps(head({"mmlu": 1})) + '\n{"record": "ans\n', "line 2: not JSON"),
     ):
@@ -117,7 +117,7 @@ def test_files_that_hold_something_else(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             read_results(file)
     file.write_bytes(b"\xff\xfe\n")
-    with pytest.raises(ValueError, match="line 1: not JSON"):
+    with pytest.raises(ValueError, match="line 1: not UTF-8 at byte 0"):
         read_results(file)
     file.write_text("[" * 100_000 + "\n")
     with pytest.raises(ValueError, match="line 1: not JSON"):

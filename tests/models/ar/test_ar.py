@@ -12,8 +12,8 @@ from opencola.data.batch import Batch
 from opencola.layers.llama import LlamaConfig
 from opencola.models.ar.model import AR
 from opencola.models.ar.network import ARConfig
+from opencola.models.ar.sampling import ARSampling
 from opencola.models.ar.score import ARScoring
-from opencola.models.sampling import Sampling
 
 VOCABULARY, BOS = 30, 3
 PROMPTS = [[5, 9, 2, 2, 7], [], [11], [4] * 50, [8, 1, 20]]
@@ -36,7 +36,7 @@ def log_probs(model: AR, text: list[int]) -> Tensor:
 def write(model: AR, prompts: list[list[int]], ids: list[int] | None = None, **fields: Any) -> list[list[int]]:
     rest = {name: fields.pop(name) for name in ("eos_ids", "stop", "pad_id") if name in fields}
     texts: list[list[int]] = [[] for _ in prompts]
-    for blocks in model.generate(prompts, Sampling(**{"max_new_tokens": 12} | fields), ids=ids, **rest):
+    for blocks in model.generate(prompts, ARSampling(**{"max_new_tokens": 12} | fields), ids=ids, **rest):
         for block in blocks:
             texts[block.sample] += block.tokens
     return texts
@@ -142,7 +142,7 @@ def test_ends_and_penalties() -> None:
     assert write(model, [[5, 9]], stop=lambda sample, tokens: 2 if len(tokens) == 5 else None) == [plain[:4]]
     new = write(model, [[5, 9]], repetition_penalty=1e9)[0]
     assert len({5, 9, *new}) == 14  # no token comes twice, nor one of the prompt's
-    assert list(model.generate([], Sampling())) == []
+    assert list(model.generate([], ARSampling())) == []
 
 
 def test_draws_have_the_softmax_as_their_distribution() -> None:
@@ -186,7 +186,7 @@ def test_the_probabilities_of_all_texts_of_a_length_sum_to_one() -> None:
 def test_mistakes_are_named() -> None:
     model = tiny_ar()
     with pytest.raises(ValueError, match="prompt 1 has a token id outside 0..29"):
-        next(model.generate([[1], [30]], Sampling()))
+        next(model.generate([[1], [30]], ARSampling()))
     with pytest.raises(ValueError, match="text 0 has a token id outside 0..29"):
         model.score([[1]], [[-1]], ARScoring())
     with pytest.raises(ValueError, match="continuation 1 is empty"):

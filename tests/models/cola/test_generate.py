@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from opencola.layers import randomness
 from opencola.layers.few_rows import FewRowsBlock, PackedLinear
 from opencola.models.cola.model import Cola
-from opencola.models.sampling import Sampling
+from opencola.models.cola.sampling import ColaSampling
 
 S, D = 4, 4
 LENGTHS = (0, 2, 4, 7, 15)  # nothing; inside the first block; whole; inside the second; long
@@ -132,7 +132,7 @@ def test_a_stop_rule_ends_its_sample_alone(generate: Generate) -> None:
 def test_blocks_are_given_out_as_they_are_ready() -> None:
     model, calls = tiny_cola(), []
     model.dit.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
-    stream = model.generate([prompt(7), prompt(4)], Sampling(steps=3, max_new_tokens=9))
+    stream = model.generate([prompt(7), prompt(4)], ColaSampling(steps=3, max_new_tokens=9))
     assert calls == []  # nothing before it is asked for
     sizes = []
     for blocks in stream:
@@ -233,7 +233,7 @@ def test_generation_in_float32_has_packed_weights(monkeypatch: pytest.MonkeyPatc
         init(self, *arguments)
 
     monkeypatch.setattr(kind, "__init__", count)
-    texts, settings = [prompt(7), prompt(4)], Sampling(max_new_tokens=12, steps=2)
+    texts, settings = [prompt(7), prompt(4)], ColaSampling(max_new_tokens=12, steps=2)
     fast = [[out.tokens for out in blocks] for blocks in model.generate(texts, settings)]
     number = (1 if with_kernels else 4) * len(model.dit.blocks)  # qkv, attention_out, mlp_in, mlp_out
     assert len(made) == number
@@ -313,8 +313,8 @@ def test_bad_prompts_are_refused_and_no_prompts_give_nothing() -> None:
     model = tiny_cola()
     for bad in (-1, VOCABULARY):
         with pytest.raises(ValueError, match=f"prompt 1 has a token id outside 0..{VOCABULARY - 1}"):
-            next(model.generate([[1], [2, bad]], Sampling()))
-    assert list(model.generate([], Sampling())) == []
+            next(model.generate([[1], [2, bad]], ColaSampling()))
+    assert list(model.generate([], ColaSampling())) == []
 
 
 def test_a_model_in_bfloat16_writes_nearly_the_same_latents(generate: Generate) -> None:

@@ -1,6 +1,8 @@
 """Inspection against generation from the true text before each block, and against plain decoding."""
 
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,11 +12,14 @@ from opencola.flow.likelihood import Likelihood
 from opencola.models.cola.inspect import decode_blocks, decode_instead, density_instead, inspect, prior_samples
 from opencola.models.cola.model import Cola
 from opencola.models.cola.parts import ColaConfig
+from opencola.models.cola.sampling import ColaSampling
 from opencola.models.cola.score import Scoring, log_prior, score
-from opencola.models.sampling import Sampling
 from opencola.vae.text_vae import TextVAEConfig
 
 COUNT, VOCABULARY = 3, 40
+DEFAULTS: dict[str, Any] = {
+    "guidance_every": 1, "guidance_from": 1.0, "guidance_until": 0.0, "bf16_times": False,
+}  # fmt: skip
 DENSITY = Likelihood(solver="euler", steps=3, shift=1.0, divergence="exact")
 
 
@@ -40,7 +45,7 @@ def test_prior_samples_are_what_generation_writes(patch_size: int, guidance: flo
     cola, size = model(patch_size), 2
     chunk = size * patch_size
     tokens = torch.randint(VOCABULARY, (1, 4 * chunk))
-    sampling = Sampling(steps=4, solver=solver, guidance=guidance, max_new_tokens=chunk)  # type: ignore[arg-type]
+    sampling = ColaSampling(steps=4, solver=solver, guidance=guidance, max_new_tokens=chunk)  # type: ignore[arg-type]
     with torch.inference_mode():
         mean = cola.vae.normalise(cola.vae.encode(tokens).mean)
         z_1 = torch.randn(COUNT, *mean.shape[1:], dtype=torch.float64)
@@ -53,11 +58,41 @@ def test_prior_samples_are_what_generation_writes(patch_size: int, guidance: flo
     assert len(z_0.unique()) == z_0.numel()
 
 
+@pytest.mark.parametrize("solver", ["euler", "heun", "midpoint"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"guidance_every": 2},
+        {"guidance_from": 0.8, "guidance_until": 0.3},
+        {"bf16_times": True, "steps": 7},  # the times of 5 steps need no rounding
+        {"guidance_every": 2, "bf16_times": True, "shift": 2.0},
+    ],
+)
+def test_prior_samples_are_generations_latents(
+    generate: Callable[..., Any], changes: dict[str, Any], solver: str
+) -> None:
+    cola, size = model(1), 2
+    tokens = torch.randint(VOCABULARY, (1, 3 * size))
+    fields: dict[str, Any] = {"steps": 5, "solver": solver, "guidance": 2.5, "max_new_tokens": size} | changes
+    with torch.inference_mode():
+        mean = cola.vae.normalise(cola.vae.encode(tokens).mean)
+        z_1 = torch.randn(COUNT, *mean.shape[1:], dtype=torch.float64)
+        z_0 = prior_samples(cola, mean, z_1, {}, ColaSampling(**fields))
+        plain = prior_samples(cola, mean, z_1, {}, replace(ColaSampling(**fields), **DEFAULTS))
+    for block in range(3):
+        rows = slice(block * size, (block + 1) * size)
+        prompt = tokens[0, : block * size].tolist()
+        run = generate(cola, [prompt] * COUNT, noise=lambda i, _, rows=rows: z_1[i, rows], **fields)
+        for sample in range(COUNT):
+            torch.testing.assert_close(z_0[sample, rows], run.latents[sample, 0], rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(z_0[:, size:], plain[:, size:], atol=1e-4), "the settings have no effect"
+
+
 @pytest.mark.parametrize(("patch_size", "attention"), [(1, "causal"), (2, "block_causal")])
 def test_decoding_in_blocks_is_decoding(patch_size: int, attention: str) -> None:
     cola = model(patch_size, attention)
     tokens = torch.randint(VOCABULARY, (1, 8 * patch_size))
-    sampling = Sampling(steps=2, guidance=2.0, solver="stochastic", seed=4)
+    sampling = ColaSampling(steps=2, guidance=2.0, solver="stochastic", seed=4)
     found = inspect(cola, tokens, COUNT, sampling, 0.0, DENSITY)
     with torch.inference_mode():
         encoded = cola.vae.encode(tokens)
@@ -85,7 +120,7 @@ def test_the_bound_is_that_of_scoring(patch_size: int) -> None:
     """With an exact divergence both estimate the same ELBO, by samples of their own."""
     cola, count = model(patch_size, fixed_logsnr=3.0), 400
     tokens = torch.randint(VOCABULARY, (1, 4 * patch_size))
-    found = inspect(cola, tokens, count, Sampling(steps=1, guidance=1.0), 0.5, DENSITY)
+    found = inspect(cola, tokens, count, ColaSampling(steps=1, guidance=1.0), 0.5, DENSITY)
     elbo = found.elbo(4 * patch_size)
     settings = Scoring(**asdict(DENSITY), samples=count, estimator="elbo", rows=count)
     other = score(cola, [[]], [tokens[0].tolist()], settings)
@@ -108,15 +143,15 @@ def test_densities_in_a_latents_place() -> None:
 
 def test_draws_depend_on_the_sample_alone() -> None:
     cola, tokens = model(1), torch.randint(VOCABULARY, (1, 8))
-    sampling = Sampling(steps=3, guidance=2.0, solver="stochastic", seed=4)
+    sampling = ColaSampling(steps=3, guidance=2.0, solver="stochastic", seed=4)
     few, many = (inspect(cola, tokens, count, sampling, 0.5, DENSITY) for count in (2, 5))
     assert torch.allclose(few.prior_samples, many.prior_samples[:2], atol=1e-10)
     assert torch.allclose(few.posterior_samples, many.posterior_samples[:2], atol=1e-10)
-    again = inspect(cola, tokens, 2, Sampling(steps=3, guidance=2.0, solver="stochastic", seed=5), 0.5, DENSITY)
+    again = inspect(cola, tokens, 2, ColaSampling(steps=3, guidance=2.0, solver="stochastic", seed=5), 0.5, DENSITY)
     assert not torch.allclose(few.prior_samples, again.prior_samples)
     assert float((few.prior_samples - few.posterior_samples).abs().min()) > 0
 
 
 def test_whole_blocks_alone() -> None:
     with pytest.raises(ValueError, match="7 tokens are not a multiple of 2"):
-        inspect(model(1), torch.zeros(1, 7, dtype=torch.long), 2, Sampling(), 0.5, DENSITY)
+        inspect(model(1), torch.zeros(1, 7, dtype=torch.long), 2, ColaSampling(), 0.5, DENSITY)

@@ -7,9 +7,9 @@ import torch
 from tiny import VOCABULARY, tiny_cola
 
 from opencola.models.cola import links as diagnosis
-from opencola.models.sampling import Sampling
+from opencola.models.cola.sampling import ColaSampling
 
-SETTINGS = Sampling(steps=3, guidance=2.0, max_new_tokens=8)
+SETTINGS = ColaSampling(steps=3, guidance=2.0, max_new_tokens=8)
 
 
 def tokens(count: int = 6, length: int = 8) -> torch.Tensor:
@@ -24,7 +24,7 @@ def test_each_setting_comes_in_alone() -> None:
     found = diagnosis.settings(own)
     assert [*found] == ["prior", "steps", "guidance", "choice"] and found["choice"] == own
 
-    def differing(one: Sampling, other: Sampling) -> set[str]:
+    def differing(one: ColaSampling, other: ColaSampling) -> set[str]:
         return {name for name in vars(own) if vars(one)[name] != vars(other)[name]}
 
     choice = {"temperature", "top_k", "top_p", "repetition_penalty", "candidates"}
@@ -33,7 +33,7 @@ def test_each_setting_comes_in_alone() -> None:
     assert differing(found["guidance"], found["steps"]) == guidance
     assert differing(found["steps"], found["prior"]) == {"steps", "solver", "shift", "bf16_times"}
     assert found["prior"].steps == 64 and diagnosis.settings(replace(own, steps=100))["prior"].steps == 400
-    plain = Sampling(steps=16, guidance=1.0)
+    plain = ColaSampling(steps=16, guidance=1.0)
     assert diagnosis.settings(plain)["choice"] == diagnosis.settings(plain)["steps"]
 
 

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from opencola.models.llada.generate import guided, proposer, unmask
 from opencola.models.llada.model import LLaDA
-from opencola.models.sampling import Sampling
+from opencola.models.llada.sampling import LLaDASampling
 
 PROMPTS = [[1, 2, 3], [], [7, 8, 9, 10, 11, 12], [4]]
 
 
 def written(predict: Exact | Arbitrary, samples: int, steps: int = LENGTH, **fields: Any) -> Tensor:
     """Number of each of TEXTS among so many samples, (27,)."""
-    sampling = Sampling(**{"temperature": 1.0, "remasking": "random"} | fields)
+    sampling = LLaDASampling(**{"temperature": 1.0, "remasking": "random"} | fields)
     tokens, block = torch.full((samples, LENGTH), MASK), torch.arange(LENGTH).expand(samples, -1)
     keys = [(i, 0) for i in range(samples)]
     unmask(predict, tokens, block, steps, proposer(sampling, keys, [LENGTH] * samples, MASK))
@@ -81,7 +81,7 @@ def test_the_surest_tokens_are_kept_first(steps: int, orders: list[list[int]]) -
         return fixed(tokens)
 
     tokens, block = torch.full((1, 5), MASK), torch.arange(5)[None]
-    unmask(predict, tokens, block, steps, proposer(Sampling(), [(0, 0)], [5], MASK))
+    unmask(predict, tokens, block, steps, proposer(LLaDASampling(), [(0, 0)], [5], MASK))
     states = [*seen, tokens]
     kept = [
         ((before == MASK) & (after != MASK)).nonzero()[:, 1].tolist() for before, after in itertools.pairwise(states)
@@ -101,7 +101,7 @@ def test_guidance_is_an_extrapolation_and_one_is_none() -> None:
 def run(model: LLaDA, prompts: Sequence[Sequence[int]], **fields: Any) -> list[tuple[list[int], str]]:
     """New tokens of every sample, and why it ended."""
     rest = {name: fields.pop(name) for name in ("ids", "eos_ids", "stop") if name in fields}
-    sampling = Sampling(**{"max_new_tokens": 10, "block_length": 4, "guidance": 1.0} | fields)
+    sampling = LLaDASampling(**{"max_new_tokens": 10, "block_length": 4, "guidance": 1.0} | fields)
     out = [([], "") for _ in prompts]
     for blocks in model.generate(prompts, sampling, **rest):
         for block in blocks:

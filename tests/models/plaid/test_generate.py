@@ -10,7 +10,7 @@ from opencola.layers.llama import LlamaConfig
 from opencola.models.plaid.generate import clamp, guided, write
 from opencola.models.plaid.model import Plaid
 from opencola.models.plaid.network import PlaidConfig
-from opencola.models.sampling import Sampling
+from opencola.models.plaid.sampling import PlaidSampling
 
 TRUNK = LlamaConfig(width=16, num_layers=1, num_heads=2, ffn_dim=24)
 
@@ -21,8 +21,8 @@ def model() -> Plaid:
     return Plaid(PlaidConfig(11, 4, TRUNK, 0.5)).double()
 
 
-def sampling(**fields: Any) -> Sampling:
-    return Sampling(**{"steps": 6, "max_new_tokens": 5, "guidance": 2.0, "temperature": 1.0, "seed": 4} | fields)
+def sampling(**fields: Any) -> PlaidSampling:
+    return PlaidSampling(**{"steps": 6, "max_new_tokens": 5, "guidance": 2.0, "temperature": 1.0, "seed": 4} | fields)
 
 
 def texts(model: Plaid, prompts: list[list[int]], ids: list[int], **fields: Any) -> list[list[int]]:

@@ -1,10 +1,4 @@
-"""The figures of `opencola latents`: every one with its name, unit, interval and number of cases, as JSON lines."""
-
-import json
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+"""The figures of `opencola latents`: every one with its name, unit, interval and number of cases."""
 
 import torch
 from torch import Tensor
@@ -12,7 +6,7 @@ from torch import Tensor
 from opencola.evaluation.latents import space
 from opencola.evaluation.latents.reconstruction import Documents
 from opencola.evaluation.latents.robustness import VAE, Draw, Robustness, most_frequent
-from opencola.evaluation.statistics import Z, share
+from opencola.evaluation.statistics import Entry, mean_entry, share, share_entry
 
 MAX_INFORMATION = 4096
 """Latents that the information is estimated from: its cost grows with their square."""
@@ -21,25 +15,6 @@ KINDS = {
     "rescaled": "tokens right from z_t / (1 - t)",
     "mean": "tokens right from posterior mean + s noise",
 }
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A figure: its `name`, what it says, its unit ("" for pure numbers), and how many cases (`counted`) it is of.
-
-    `low`, `high`: 95 % interval, where the figure has one: Wilson's for shares, which takes tokens for independent; of
-    means by their standard error over sequences. `at`: noise time or deviation, or number of the channel or axis.
-    """
-
-    name: str
-    label: str
-    unit: str
-    value: float
-    count: int
-    counted: str
-    low: float | None = None
-    high: float | None = None
-    at: float | None = None
 
 
 def entries(result: Robustness, documents: Documents, vae: VAE, draw: Draw) -> list[Entry]:
@@ -59,8 +34,7 @@ def accuracies(result: Robustness, documents: Documents) -> list[Entry]:
     total = int(result.tokens.sum())
 
     def entry(name: str, label: str, right: int, at: float | None) -> Entry:
-        of_all = share(right, total)
-        return Entry(name, label, "share", of_all.value, total, "tokens", of_all.low, of_all.high, at)
+        return share_entry(name, label, share(right, total), "tokens", at)
 
     blind = "tokens right without latents: always the most frequent"
     return [
@@ -78,7 +52,8 @@ def bounds(result: Robustness, seen: space.Posteriors) -> list[Entry]:
         "standard_normal_bound": ("rate + distortion: -ELBO of a prior N(0, I)", rate + result.distortion),
     }
     return [
-        _mean(name, label, "nats per token", sums, result.tokens, "tokens") for name, (label, sums) in named.items()
+        mean_entry(name, label, "nats per token", sums, result.tokens, "tokens")
+        for name, (label, sums) in named.items()
     ]
 
 
@@ -102,7 +77,9 @@ def mismatch(seen: space.Posteriors, draw: Draw) -> list[Entry]:
     return [
         Entry("mismatch_gaussian", label, "nats per latent", bound, count, "latents"),
         *(
-            _mean(name, said, "nats per latent", per_sequence(values, part.sequence, num_sequences), counts, "latents")
+            mean_entry(
+                name, said, "nats per latent", per_sequence(values, part.sequence, num_sequences), counts, "latents"
+            )
             for name, (said, values) in estimates.items()
         ),
     ]
@@ -144,25 +121,3 @@ def channels(seen: space.Posteriors) -> list[Entry]:
 def per_sequence(values: Tensor, sequence: Tensor, num_sequences: int) -> Tensor:
     """Sums (num_sequences,) of the values (M,) of each sequence."""
     return torch.zeros(num_sequences, dtype=torch.float64).index_add(0, sequence, values.double())
-
-
-def ratio(sums: Tensor, counts: Tensor) -> tuple[float, float | None]:
-    """Sum / count over all sequences (B,) and its standard error, sequences being independent; None for only one."""
-    value = float(sums.sum() / counts.sum())
-    if len(sums) < 2:
-        return value, None
-    square = (sums - value * counts).square().sum() * len(sums) / (len(sums) - 1)
-    return value, float(square.sqrt() / counts.sum())
-
-
-def _mean(name: str, label: str, unit: str, sums: Tensor, counts: Tensor, counted: str) -> Entry:
-    value, error = ratio(sums, counts)
-    low, high = (None, None) if error is None else (value - Z * error, value + Z * error)
-    return Entry(name, label, unit, value, int(counts.sum()), counted, low, high)
-
-
-def write(file: Path, found: Iterable[Entry], facts: Mapping[str, Any]) -> None:
-    """One JSON object per figure, the facts (model, data, seed) in each."""
-    with file.open("w", encoding="utf-8") as out:
-        for entry in found:
-            out.write(json.dumps({**asdict(entry), **facts}, ensure_ascii=False) + "\n")

@@ -5,12 +5,13 @@ renamed when it is whole: nothing in it tells how often, or where, the run was c
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from opencola.checkpoints.settings import without_others
 from opencola.errors import UserError
+from opencola.text.lines import append_objects, dump, parse_object, replace_lines
 
 RESULTS, DRAFT = "results.jsonl", "results.draft.jsonl"
 SHOWN = 4
@@ -20,8 +21,8 @@ Key = tuple[str, int]
 """Task, and place in it."""
 
 
-class Results:
-    """The results of a run in a folder, as far as they are there.
+class ResultsWriter:
+    """The results of a run in a folder, as far as they are there, and as they come.
 
     Attributes: `keys` of all records that there shall be, in order; `lines`, the records that there are, as written.
     """
@@ -32,7 +33,7 @@ class Results:
         Raises UserError where the folder holds the results of a run that is told of otherwise, naming what differs.
         """
         self.folder = folder
-        self.header = dump(header)
+        self.header = dump(header, finite=True)
         self.keys: list[Key] = [(task, index) for task, size in sizes.items() for index in range(size)]
         self.lines: dict[Key, str] = {}
         for file in (folder / RESULTS, folder / DRAFT):
@@ -47,10 +48,13 @@ class Results:
             return {}
         if header is None:
             raise UserError(f"{file}: line 1 is damaged, so that nobody knows of which run it is: --overwrite it")
-        if found := list(differences(header, json.loads(self.header))):
-            more = f", and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+        now = json.loads(self.header)
+        if isinstance(header.get("settings"), dict) and isinstance(now.get("settings"), dict):
+            header["settings"] = without_others(header["settings"], now["settings"])
+        if changes := list(differences(header, now)):
+            more = f", and {len(changes) - SHOWN} more" if len(changes) > SHOWN else ""
             raise UserError(
-                f"{file} is of another run: {'; '.join(found[:SHOWN])}{more}. Choose another --out, or --overwrite it"
+                f"{file} is of another run: {'; '.join(changes[:SHOWN])}{more}. Choose another --out, or --overwrite it"
             )
         wanted, lines = set(self.keys), {}
         for line in rest[:-1]:  # what stands behind the last line's end was cut off
@@ -62,19 +66,17 @@ class Results:
     def open(self) -> TextIO:
         """The draft, with the records that there are, open for more. Close it before `finish`."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        _write(self.folder / DRAFT, [self.header, *self.lines.values()])
+        replace_lines(self.folder / DRAFT, [self.header, *self.lines.values()])
         return (self.folder / DRAFT).open("a", encoding="utf-8", newline="\n")
 
     def append(self, draft: TextIO, records: Sequence[Mapping[str, Any]]) -> None:
-        """Add records, and have the system know of them at once."""
-        lines = {(record["task"], record["index"]): dump(record) for record in records}
-        draft.write("".join(f"{line}\n" for line in lines.values()))
-        draft.flush()
-        self.lines |= lines
+        """Add records. Raises ValueError for numbers that JSON does not have."""
+        append_objects(draft, records, finite=True)
+        self.lines |= {(record["task"], record["index"]): dump(record) for record in records}
 
     def finish(self) -> None:
         """Write the file of results, all records being there, and delete the draft."""
-        _write(self.folder / RESULTS, [self.header, *(self.lines[key] for key in self.keys)])
+        replace_lines(self.folder / RESULTS, [self.header, *(self.lines[key] for key in self.keys)])
         (self.folder / DRAFT).unlink(missing_ok=True)
 
     def records(self) -> Iterator[dict[str, Any]]:
@@ -97,29 +99,14 @@ def differences(there: Any, now: Any, name: str = "") -> Iterator[str]:
         yield f"{name} is {_short(there)} there, {_short(now)} now"
 
 
-def dump(value: Any) -> str:
-    """A value as one line of JSON."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
-
-
 def _short(value: Any) -> str:
     text = dump(value)
     return text if len(text) <= 40 else f"{text[:36]} ..."
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
+    """The object in a line; None in a damaged one."""
     try:
-        row = json.loads(line.decode())
-    except (ValueError, RecursionError):
+        return parse_object(line.decode(), "")
+    except ValueError:
         return None
-    return row if isinstance(row, dict) else None
-
-
-def _write(file: Path, lines: Sequence[str]) -> None:
-    """Write a file, which is whole at every moment."""
-    new = file.with_suffix(".new")
-    with new.open("w", encoding="utf-8", newline="\n") as out:
-        out.writelines(f"{line}\n" for line in lines)
-        out.flush()
-        os.fsync(out.fileno())
-    new.replace(file)

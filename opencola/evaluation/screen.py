@@ -1,0 +1,28 @@
+"""Tables and progress bars on a terminal, all alike."""
+
+from collections.abc import Collection
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+def table(*columns: str, words: Collection[int] = (0,), whole: Collection[int] = ()) -> Table:
+    """An empty table: numbers on the right of their column, words on the left.
+
+    words: places of the columns that hold words; whole: of those whose words are never broken to fit the terminal.
+    Heads, like cells, are rich's markup.
+    """
+    grid = Table(box=None, header_style="dim", padding=(0, 2, 0, 0), show_header=any(columns))
+    for place, column in enumerate(columns):
+        grid.add_column(column, justify="left" if place in words else "right", no_wrap=place in whole)
+    return grid
+
+
+def progress_bar(display: bool = True, transient: bool = False) -> Progress:
+    """A bar for each task on standard error: what is done, how much of it, and how long the rest will take.
+
+    display: show anything; transient: leave nothing behind.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=transient, disable=not display)

@@ -1,0 +1,109 @@
+"""Every operation of a block by its kernel, in float32, against its function in torch, in float64."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from opencola.kernels.choice import Operation
+from opencola.layers import operations
+from opencola.layers.attention import rotary, turns
+from opencola.layers.operations import Linear, gated, gated_norm, linear_gelu, modulated_norm, split_heads
+
+pytestmark = pytest.mark.usefixtures("need_kernels")
+EPS = 1e-5
+Case = tuple[Operation[Any, Any], Callable[..., tuple[Any, ...]], list[tuple[int, ...]]]
+
+
+def linear(weight: Tensor, bias: Tensor) -> Linear:
+    """A layer whose parameters are these very tensors."""
+    layer = Linear(weight.shape[1], weight.shape[0])
+    del layer.weight, layer.bias
+    layer.weight, layer.bias = weight, bias
+    return layer
+
+
+def cases(batch: int, rows: int, width: int, times: int) -> dict[str, Case]:
+    """Of each operation: how its arguments come from tensors with gradients, and the shapes of these."""
+    torch.manual_seed(4)
+    index = torch.randint(times, (batch, rows))
+    of_rows, of_times = (batch, rows, width), (times, width)
+    turn = turns(rotary(torch.arange(rows), width, 10000.0, torch.float64), 2 * width)
+    heads = [(batch, rows, 3 * 3 * 2 * width), *[(2 * width,)] * 4]
+
+    def split(qkv: Tensor, *norms: Tensor) -> tuple[Any, ...]:
+        return qkv, 3, norms, turn.to(torch.promote_types(qkv.dtype, torch.complex64)), EPS, rows // 2
+
+    return {
+        "modulated_norm": (modulated_norm, lambda h, s, c: (h, s, c, index, EPS), [of_rows, of_times, of_times]),
+        "modulated_norm with gain": (
+            modulated_norm,
+            lambda h, s, c, gain, bias: (h, s, c, index, EPS, gain, bias),
+            [of_rows, of_times, of_times, (width,), (width,)],
+        ),
+        "gated_norm": (
+            gated_norm,
+            lambda h, g, y, s, c: (h, g, y, s, c, index, EPS),
+            [of_rows, of_times, of_rows, of_times, of_times],
+        ),
+        "gated": (
+            gated,
+            lambda h, g, x, w, b: (h, g, linear(w, b), x, index),
+            [of_rows, of_times, (batch, rows, 2 * width), (width, 2 * width), (width,)],
+        ),
+        "linear_gelu": (linear_gelu, lambda x, w, b: (x, w, b), [of_rows, (2 * width, width), (2 * width,)]),
+        "split_heads": (split_heads, split, heads),
+    }
+
+
+def values_and_gradients(run: Callable[..., Any], tensors: list[Tensor]) -> list[Tensor]:
+    out = run(*tensors)
+    out = out if isinstance(out, tuple) else (out,)
+    torch.manual_seed(5)
+    total = sum(((x * torch.randn(x.shape).to(x)).sum() for x in out), torch.zeros(()))
+    return [*(x.detach() for x in out), *torch.autograd.grad(total, tensors)]
+
+
+@pytest.mark.parametrize("times", [1, 3])
+@pytest.mark.parametrize(("batch", "rows", "width"), [(2, 5, 6), (1, 33, 14), (3, 1, 2)])
+@pytest.mark.parametrize("name", cases(1, 1, 2, 1))
+def test_kernels_compute_what_torch_defines(name: str, batch: int, rows: int, width: int, times: int) -> None:
+    operation, arguments, shapes = cases(batch, rows, width, times)[name]
+    torch.manual_seed(6)
+    drawn = [torch.randn(shape) for shape in shapes]
+    drawn[0] = 2 * drawn[0] + 1
+
+    def calls(run: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *tensors: run(*arguments(*tensors))
+
+    reached: list[bool] = []
+    kernel = operation.kernel
+
+    def watched(*given: Any) -> Any:
+        reached.append(True)
+        return kernel(*given)
+
+    operation.kernel = watched
+    try:
+        found = values_and_gradients(calls(operation), [x.clone().requires_grad_() for x in drawn])
+        plain = values_and_gradients(calls(operation.reference), [x.clone().requires_grad_() for x in drawn])
+        assert reached == [True]
+        exact = values_and_gradients(calls(operation), [x.double().requires_grad_() for x in drawn])
+        assert reached == [True]
+        with torch.no_grad():
+            silent = calls(operation)(*drawn)
+    finally:
+        operation.kernel = kernel
+    for right, *others in zip(exact, found, plain, strict=True):
+        for other in others:
+            assert other.dtype == torch.float32
+            torch.testing.assert_close(other.double(), right, rtol=0, atol=1e-5 * float(1 + right.abs().max()))
+    for value, right in zip(silent if isinstance(silent, tuple) else (silent,), exact, strict=False):
+        torch.testing.assert_close(value.double(), right, rtol=0, atol=1e-5 * float(1 + right.abs().max()))
+
+
+def test_every_operation_has_a_case() -> None:
+    known = {case[0].__name__ for case in cases(1, 1, 2, 1).values()}
+    assert known == {name for name, value in vars(operations).items() if isinstance(value, Operation)}
