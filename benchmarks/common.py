@@ -141,7 +141,7 @@ def generation_flops(cola: Cola, batch: int, prompt: int, new: int, steps: int) 
     pairs = sum(size * (start + size) + size * size for start in starts)  # with and without history
     flops = dit_flops(dit, 2 * steps * new, steps * pairs)
     flops += dit_flops(dit, total, sum(range(size, total + 1, size)) * size)  # what is committed
-    mlp = (3 if vae.activation == "swiglu" else 4) * vae.ffn_dim // 2
+    mlp = (3 if vae.release.activation == "swiglu" else 4) * vae.ffn_dim // 2
     for layers, rows in ((vae.encoder_layers, prompt), (vae.decoder_layers, prompt + new)):
         flops += transformer_flops(rows, rows * (rows + vae.visible_block) // 2, layers, vae.width, vae.width, mlp)
     flops += new * 2 * vae.width * vae.vocab_size

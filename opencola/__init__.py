@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from opencola.checkpoints.hub import Pretrained, from_pretrained, push_to_hub
     from opencola.errors import UserError
     from opencola.models.cola.model import Cola
-    from opencola.models.sampling import Sampling
+    from opencola.models.cola.sampling import ColaSampling
     from opencola.run.notebook import generate, load, score, stream, train_recipe
     from opencola.text.conversations import Message
     from opencola.text.tokenizer import Tokenizer
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Cola",
+    "ColaSampling",
     "Message",
     "Pretrained",
-    "Sampling",
     "Tokenizer",
     "UserError",
     "__version__",
@@ -36,9 +36,9 @@ __all__ = [
 
 _MODULES = {
     "Cola": "models.cola.model",
+    "ColaSampling": "models.cola.sampling",
     "Message": "text.conversations",
     "Pretrained": "checkpoints.hub",
-    "Sampling": "models.sampling",
     "Tokenizer": "text.tokenizer",
     "UserError": "errors",
     "__version__": "version",

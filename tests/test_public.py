@@ -51,11 +51,6 @@ def test_what_needs_no_torch_loads_without(name: str) -> None:
     in_fresh_process(f"import sys, opencola; opencola.{name}; assert 'torch' not in sys.modules")
 
 
-def test_importing_takes_no_time() -> None:
-    code = "import time; t = time.perf_counter(); import opencola; print(time.perf_counter() - t)"
-    assert min(float(in_fresh_process(code)) for _ in range(3)) < 0.1
-
-
 def test_names_are_listed_alike_for_readers_tools_and_python() -> None:
     tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
     typed = {
@@ -128,7 +123,7 @@ def test_a_recipe_is_trained_and_loads(tmp_path: Path, monkeypatch: pytest.Monke
     Path("tiny.yaml").write_text(TINY)
     folder = opencola.train_recipe("tiny.yaml", out=Path("runs/mine"), train={"steps": 2, "betas": [0.8, 0.9]})
     assert folder == Path("runs/mine")
-    ((_, ran),) = recipes.read(folder / "recipe.yaml", [], build.config_class)
+    ((_, ran),) = recipes.read(folder / "recipe.yaml", [], build.config_class, build.sampling_class)
     assert ran.train.steps == 2 and ran.train.betas == (0.8, 0.9)
     model, tokenizer, sampling = opencola.load(folder)
     assert not model.training and tokenizer.vocab_size <= model.vocab_size

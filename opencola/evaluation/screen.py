@@ -25,4 +25,7 @@ def progress_bar(display: bool = True, transient: bool = False) -> Progress:
     display: show anything; transient: leave nothing behind.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=transient, disable=not display)
+    console = Console(stderr=True)
+    # where nothing can be taken back, a bar would leave an empty line in front of what comes next
+    display = display and (console.is_interactive or not transient)
+    return Progress(*columns, console=console, transient=transient, disable=not display)

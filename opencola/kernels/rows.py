@@ -48,8 +48,8 @@ def product(
     return out
 
 
-def prefix_attention(q: Tensor, k: Tensor, v: Tensor, limits: Tensor) -> Tensor:
-    """softmax(q kᵀ / sqrt(Dh)) v (B, R, H, Dh), contiguous, where a row sees the first `limits` keys.
+def prefix_attention(q: Tensor, k: Tensor, v: Tensor, limits: Tensor, out: Tensor) -> None:
+    """softmax(q kᵀ / sqrt(Dh)) v into out (B, R, H, Dh), contiguous, where a row sees the first `limits` keys.
 
     q (B, R, H, Dh), Dh a multiple of TILE; k, v (B, T, H or fewer that divide H, Dh); limits (B, R) int64, each from
     1 to T.
@@ -58,9 +58,8 @@ def prefix_attention(q: Tensor, k: Tensor, v: Tensor, limits: Tensor) -> Tensor:
         k, v = k.contiguous(), v.contiguous()
     q = q if q.stride(-1) == 1 else q.contiguous()
     batch, rows, heads, width = q.shape
-    strides, out = ctypes.c_int64 * 3, torch.empty_like(q, memory_format=torch.contiguous_format)
+    strides = ctypes.c_int64 * 3
     steps = strides(*q.stride()[:3]), strides(*k.stride()[:3])
     function("prefix_attention", "ttttt lllll pp l")(
         q, k, v, out, limits, batch, rows, heads, k.shape[2], width, *steps, torch.get_num_threads()
     )
-    return out

@@ -17,21 +17,39 @@ FEW = 8  # rows below which the kernel, which takes TILE side by side, is slower
 ROUND = 48  # key counts are rounded up to whole steps of matrix kernels, so that padding never changes a sum's order
 
 
+Alone = tuple[Tensor, Tensor, Tensor]
+"""Keys and values (A, R, H, Dh) of samples that see only these rows, and limits (A, R) that say so."""
+
+
+def _by_kernel(q: Tensor, k: Tensor, v: Tensor, limits: Tensor, bias: Any, alone: Alone | None = None) -> Tensor:
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    kernels.prefix_attention(q[: len(limits)], k, v, limits, out[: len(limits)])
+    if alone is not None:
+        kernels.prefix_attention(q[len(limits) :], *alone, out[len(limits) :])
+    return out
+
+
 @implemented_by(
-    lambda q, k, v, limits, bias: kernels.prefix_attention(q, k, v, limits),
+    _by_kernel,
     worthwhile=lambda q, *_: q.shape[1] >= FEW and q.shape[-1] % TILE == 0 and not torch.is_grad_enabled(),
 )
 def prefix_attention(
-    q: Tensor, k: Tensor, v: Tensor, limits: Tensor, bias: Callable[[torch.dtype], Tensor] | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    limits: Tensor,
+    bias: Callable[[torch.dtype], Tensor],
+    alone: Alone | None = None,
 ) -> Tensor:
-    """softmax(q kᵀ / sqrt(Dh)) v where a row of q (B, R, H, Dh) sees the first `limits` (B, R) of T keys.
+    """softmax(q kᵀ / sqrt(Dh)) v where a row of q (B + A, R, H, Dh) sees the first `limits` (B, R) of T keys.
 
-    k, v (B, T, H, Dh); bias: of a type, what hides the others in the scores (B, 1, R, T or fewer); None where all see
-    all.
+    k, v (B, T, H, Dh); bias: of a type, what hides the others in the scores (B, 1, R, T or fewer); alone: of the last A
+    samples of q, where there are such.
     """
-    hidden = None if bias is None else bias(q.dtype)
-    length = None if hidden is None else hidden.shape[-1]
-    return attention(q, k[:, :length].to(q.dtype), v[:, :length].to(q.dtype), hidden)
+    hidden = bias(q.dtype)
+    k, v = (x[:, : hidden.shape[-1]].to(q.dtype) for x in (k, v))
+    out = attention(q[: len(limits)], k, v, hidden)
+    return out if alone is None else torch.cat((out, attention(q[len(limits) :], *alone[:2])))
 
 
 @dataclass(frozen=True)
@@ -83,6 +101,7 @@ class KVCache:
         if first + num_rows == length:  # all alike: a slice is four times as fast
             place = (slice(None), slice(first, length))
         limits = torch.minimum((slots // block_size + 1) * block_size, self.lengths[:, None] + num_rows)
+        own = limits.new_full((alone, num_rows), num_rows)
         length = -(-length // ROUND) * ROUND
 
         @functools.cache  # once for all layers, and not where the kernel needs none
@@ -95,10 +114,6 @@ class KVCache:
             keys, values = self.keys[layer], self.values[layer]
             batch = len(q) - alone
             keys[place], values[place] = k[:batch].to(keys.dtype), v[:batch].to(values.dtype)
-            out = prefix_attention(q[:batch], keys, values, limits, bias)
-            if not alone:
-                return out
-            own = limits.new_full((alone, num_rows), num_rows)
-            return torch.cat((out, prefix_attention(q[batch:], k[batch:], v[batch:], own, None)))
+            return prefix_attention(q, keys, values, limits, bias, (k[batch:], v[batch:], own) if alone else None)
 
         return attend

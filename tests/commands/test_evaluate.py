@@ -199,7 +199,7 @@ def test_another_run_is_refused_unless_it_is_to_be_overwritten(main: Main, place
     assert (place / "x" / RESULTS).read_bytes() == before
     code, _, error = main(*flags, "--steps", "3", "--seed", "5")
     assert code == 2 and re.fullmatch(
-        r"error: x/results.jsonl is of another run: settings.steps is 2 there, 3 now; settings.seed is 0 there, 5 now; "
+        r"error: x/results.jsonl is of another run: settings.seed is 0 there, 5 now; settings.steps is 2 there, 3 now; "
         r"seed is 0 there, 5 now. Choose another --out, or --overwrite it\n", error,
     )  # fmt: skip
     assert (place / "x" / RESULTS).read_bytes() == before

@@ -59,7 +59,8 @@ def test_attention_to_prefixes(rows: int, keys: int, width: int, kv_heads: int) 
     q = q.transpose(1, 2).contiguous().transpose(1, 2)
     limits = torch.randint(1, keys + 1, (3, rows))
     k[0, int(limits[0].max()) :] = torch.nan  # nobody reads these
-    out = prefix_attention(q, k, v, limits)
+    out = torch.empty(3, rows, 4, width)
+    prefix_attention(q, k, v, limits, out)
     mask = torch.arange(keys) < limits[:, None, :, None]
     q, k, v = (x.double().transpose(1, 2).nan_to_num() for x in (q, k, v))
     k, v = (x.repeat_interleave(4 // kv_heads, dim=1) for x in (k, v))
@@ -69,10 +70,11 @@ def test_attention_to_prefixes(rows: int, keys: int, width: int, kv_heads: int) 
 
 def test_attention_is_the_same_with_two_threads() -> None:
     q, k, v, limits = torch.randn(2, 20, 3, 16), *torch.randn(2, 2, 20, 3, 16), torch.full((2, 20), 20)
-    one = prefix_attention(q, k, v, limits)
+    one, two = torch.empty_like(q), torch.empty_like(q)
+    prefix_attention(q, k, v, limits, one)
     torch.set_num_threads(2)
     try:
-        two = prefix_attention(q, k, v, limits)
+        prefix_attention(q, k, v, limits, two)
     finally:
         torch.set_num_threads(1)
     assert torch.equal(one, two)
@@ -80,7 +82,8 @@ def test_attention_is_the_same_with_two_threads() -> None:
 
 def test_scores_may_be_large() -> None:
     q, k, v = torch.full((1, 8, 1, 16), 60.0), torch.randn(1, 6, 1, 16) * 60, torch.randn(1, 6, 1, 16)
-    out = prefix_attention(q, k, v, torch.full((1, 8), 6))
+    out = torch.empty(1, 8, 1, 16)
+    prefix_attention(q, k, v, torch.full((1, 8), 6), out)
     best = k[0, :, 0].sum(-1).argmax()
     torch.testing.assert_close(out[0, :, 0], v[0, best, 0].expand(8, 16))
 
@@ -88,7 +91,8 @@ def test_scores_may_be_large() -> None:
 def test_what_is_not_a_number_stays_none() -> None:
     q, k, v = torch.randn(3, 1, 3, 1, 16)
     q[0, 1, 0, 5] = torch.nan
-    out = prefix_attention(q, k, v, torch.full((1, 3), 3))
+    out = torch.empty(1, 3, 1, 16)
+    prefix_attention(q, k, v, torch.full((1, 3), 3), out)
     assert out[0, 1].isnan().all() and out[0, [0, 2]].isfinite().all()
     x = torch.tensor([torch.nan, torch.inf, -1e9, 1e30]).view(4, 1)
     found = product(x, pack(torch.ones(1, 1)), None, 1, torch.zeros(4, dtype=torch.long), gelu=True)[:, 0]

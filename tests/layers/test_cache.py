@@ -112,8 +112,9 @@ def test_samples_alone_see_only_their_own_rows() -> None:
     ("num_rows", "width", "by_kernel"), [(8, 16, True), (13, 32, True), (7, 16, False), (8, 6, False)]
 )
 def test_attention_to_prefixes_by_its_kernel_is_torchs(num_rows: int, width: int, by_kernel: bool) -> None:
-    q, (k, v) = torch.randn(2, num_rows, 2, width), torch.randn(2, 2, 48, 2, width)
-    limits = torch.randint(1, 49, (2, num_rows))
+    q, (k, v) = torch.randn(5, num_rows, 2, width), torch.randn(2, 2, 48, 2, width)
+    limits, own = torch.randint(1, 49, (2, num_rows)), torch.full((3, num_rows), num_rows)
+    alone = (*torch.randn(2, 3, num_rows, 2, width), own)
     unseen = (torch.arange(48) >= limits[..., None])[:, None]
     asked: list[torch.dtype] = []
 
@@ -121,13 +122,13 @@ def test_attention_to_prefixes_by_its_kernel_is_torchs(num_rows: int, width: int
         asked.append(dtype)
         return torch.zeros(unseen.shape, dtype=dtype).masked_fill_(unseen, -torch.inf)
 
-    out = prefix_attention(q, k, v, limits, bias)
-    assert asked == ([] if by_kernel else [torch.float32])  # which the kernel does not need
+    out, plain = prefix_attention(q, k, v, limits, bias, alone), prefix_attention(q[:2], k, v, limits, bias)
+    assert asked == ([] if by_kernel else [torch.float32] * 2)  # which the kernel does not need
+    assert torch.equal(plain, out[:2])
     for dtype in (torch.float32, torch.float64):
-        expected = prefix_attention.reference(*(x.to(dtype) for x in (q, k, v)), limits, bias)
+        wide = [x.to(dtype) for x in (q, k, v, *alone[:2])]
+        expected = prefix_attention.reference(*wide[:3], limits, bias, (*wide[3:], own))
         torch.testing.assert_close(out.to(dtype), expected, rtol=0, atol=3e-6)
-    every, expected = torch.full_like(limits, 48), prefix_attention.reference(q, k, v, limits, None)
-    torch.testing.assert_close(prefix_attention(q, k, v, every, None), expected, rtol=0, atol=3e-6)
 
 
 def test_a_full_cache_says_so() -> None:

@@ -10,6 +10,7 @@ from opencola.commands import main
 from opencola.data.corpus import CorpusConfig
 from opencola.flow.dit import DiTConfig
 from opencola.models.cola.parts import ColaConfig
+from opencola.models.cola.sampling import ColaSampling
 from opencola.models.cola.stage_one import StageOneConfig
 from opencola.run.checks import check, num_shards
 from opencola.run.recipe import Recipe, TokenizerConfig
@@ -25,7 +26,15 @@ def recipe(
     corpus = CorpusConfig(**{"length": 24, "batch_size": 12} | (data or {}))
     tokenizer = TokenizerConfig(vocab_size=vocab_size)
     config = TrainConfig(**train)
-    return Recipe(family="cola", out=Path("out"), data=corpus, model=model, tokenizer=tokenizer, train=config)
+    return Recipe(
+        family="cola",
+        out=Path("out"),
+        data=corpus,
+        model=model,
+        tokenizer=tokenizer,
+        train=config,
+        sampling=ColaSampling(),
+    )
 
 
 @pytest.mark.parametrize(

@@ -276,7 +276,7 @@ def test_help_shows_each_familys_fields_with_the_recipes_values(write: Any, caps
     words = " ".join(first.replace("│", " ").split())
     assert "my.yaml, first" in words
     assert "--model.width INT Width of the layers. (default: 8)" in words
-    assert "--train.steps INT Optimizer steps of the run. (default: 30)" in words
+    assert "--train.steps INT Number of optimizer steps of the run. (default: 30)" in words
     assert "--model.rate" not in words and "--model.rate" in second
     assert "(default: 60)" in second
 
@@ -294,8 +294,10 @@ model: {vae: {width: 8, num_heads: 2, clip_qkv: 3.5, post_norm: false}}
 
 
 def test_files_of_version_0_1_have_the_releases_conventions_among_the_vaes(write: Any) -> None:
-    ((_, old),) = read(write(OLD), [], build.config_class)
-    ((_, new),) = read(write(OLD.replace("clip_qkv: 3.5", "release: {clip_qkv: 3.5}")), [], build.config_class)
+    ((_, old),) = read(write(OLD), [], build.config_class, build.sampling_class)
+    ((_, new),) = read(
+        write(OLD.replace("clip_qkv: 3.5", "release: {clip_qkv: 3.5}")), [], build.config_class, build.sampling_class
+    )
     assert old == new and old.model.vae.release == ReleaseConventions(clip_qkv=3.5, post_norm=False)
     flat = values(old)
     flat["model"]["vae"] |= flat["model"]["vae"].pop("release")
@@ -311,7 +313,7 @@ def test_other_files_stay_as_they_are(model: Any) -> None:
 
 def test_help_has_a_group_of_what_only_the_release_needs(write: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        read(write(OLD), ["--help"], build.config_class)
+        read(write(OLD), ["--help"], build.config_class, build.sampling_class)
     shown = capsys.readouterr().out
     group = shown[shown.index("model.vae.release options") :]
     assert "Only for files of the public release" in group

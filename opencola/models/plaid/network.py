@@ -1,4 +1,4 @@
-"""Plaid: diffusion on learned embeddings of tokens, trained on its variational bound (Gulrajani & Hashimoto 2023).
+"""The network of Plaid: embeddings of tokens, noise schedule and trunk (Gulrajani & Hashimoto 2023).
 
 gamma(t) = -log SNR(t) grows from gamma(0), nearly clean, to gamma(1), nearly noise. alpha² = sigmoid(-gamma), sigma² =
 sigmoid(gamma), q(z_t | x) = N(alpha x, sigma² I) for the embedding x of a token. B sequences of L tokens, E channels, V
