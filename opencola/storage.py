@@ -73,9 +73,9 @@ def replacing(folder: Path, *obsolete: str) -> Iterator[Path]:
     draft.mkdir(parents=True)
     try:
         yield draft
-        for file in draft.rglob("*"):
-            if file.is_file():
-                with file.open("r+b") as written:
+        for place in draft.rglob("*"):
+            if place.is_file():
+                with place.open("r+b") as written:
                     os.fsync(written.fileno())
         plan = {"new": [entry.name for entry in draft.iterdir()], "obsolete": obsolete}
         unfinished = draft / f"{PLAN}.draft"
