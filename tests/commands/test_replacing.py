@@ -109,6 +109,8 @@ def test_a_refused_resume_of_a_model_without_a_run_touches_nothing(main: Main, o
     assert main("export", "--model", "runs/ar", "--to", "mine")[0] == 0
     there = contents(place / "mine")
     code, _, error = main(*RUN, "--out", "mine", "--resume")
+    assert code == 2 and "mine holds a model" in error and contents(place / "mine") == there
+    code, _, error = main(*RUN, "--out", "mine", "--resume", "--train.steps", "8")
     assert code == 2 and "mine holds a trained model, but no checkpoint" in error and contents(place / "mine") == there
     code, _, error = main("train", "tiny.yaml", "--out", "mine", "--resume")
     assert code == 2 and "mine holds a model" in error and contents(place / "mine") == there
