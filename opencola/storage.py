@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import platform
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
@@ -24,12 +25,14 @@ OURS = (LOCK, OWNER, NEXT)
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Be the only process that writes into a folder, which is made if it is not there.
+    """Be the only process that writes into a folder, which is made if it is not there, and goes if it stays empty.
 
-    The lock dies with the process. Raises UserError, naming the other process, where there is one.
+    The lock dies with the process, which may lock a folder twice. Raises UserError, naming the other process, where
+    there is one.
     """
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK, is_singleton=True)  # the same process may lock it twice
+    lock = FileLock((folder / LOCK).resolve(), is_singleton=True)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -38,18 +41,24 @@ def locked(folder: Path) -> Iterator[None]:
             raise UserError(f"{folder} is in use by {owner}: wait until it ends, or choose another folder") from None
         raise UserError(f"{folder} is in use by another process: choose another folder") from None
     try:
-        (folder / OWNER).write_text(f"process {os.getpid()} on {platform.node()} ({_command()})", encoding="utf-8")
-        recover(folder)
+        if lock.lock_counter == 1:
+            (folder / OWNER).write_text(f"process {os.getpid()} on {platform.node()} ({_command()})", encoding="utf-8")
+            recover(folder)
         yield
     finally:
         if lock.lock_counter == 1:
             for name in (OWNER, LOCK):  # the lock's file last, while it is still ours
                 (folder / name).unlink(missing_ok=True)
         lock.release()
+        with contextlib.suppress(OSError):  # of a folder that holds something
+            for place in made:
+                place.rmdir()
 
 
 def _command() -> str:
-    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    program = Path(sys.argv[0])
+    name = program.parent.name if program.name == "__main__.py" else program.name
+    return shlex.join([name, *sys.argv[1:]])
 
 
 @contextlib.contextmanager
@@ -64,6 +73,10 @@ def replacing(folder: Path, *obsolete: str) -> Iterator[Path]:
     draft.mkdir(parents=True)
     try:
         yield draft
+        for place in draft.rglob("*"):
+            if place.is_file():
+                with place.open("r+b") as written:
+                    os.fsync(written.fileno())
         plan = {"new": [entry.name for entry in draft.iterdir()], "obsolete": obsolete}
         unfinished = draft / f"{PLAN}.draft"
         with unfinished.open("w", encoding="utf-8") as file:

@@ -52,7 +52,7 @@ def test_a_failure_changes_nothing(folder: Path, error: type[BaseException]) -> 
     assert contents(folder) == before
 
 
-@pytest.mark.parametrize("after", range(14))
+@pytest.mark.parametrize("after", range(18))
 def test_cut_off_at_any_moment(folder: Path, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed before the n-th change of the disk, the folder is as it was or, after recovery, as it should become."""
     before, left = contents(folder), [after]

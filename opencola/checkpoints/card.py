@@ -20,6 +20,7 @@ from opencola.checkpoints.files import read_json, write_json
 from opencola.checkpoints.settings import load_sampling
 from opencola.flow.dit import DiTConfig
 from opencola.models.sampling import Sampling
+from opencola.storage import write_text
 from opencola.vae.text_vae import TextVAEConfig
 
 FACTS, CARD, EVALUATION = "training.json", "README.md", "metrics.json"
@@ -45,16 +46,20 @@ def write_facts(root: Path, facts: Facts) -> None:
     write_json(root / FACTS, facts)
 
 
-def write(root: Path, license_id: str = LICENSE) -> None:
-    """Write the card of the model in a folder; a README.md that is no card of ours stays as it is."""
-    file = root / CARD
+def write(root: Path, license_id: str = LICENSE, home: Path | None = None) -> None:
+    """Write the card of the model in a folder; a README.md that is no card of ours stays as it is.
+
+    home: where the folder's entries are going to be, if not in it.
+    """
+    home = home or root
+    file = home / CARD
     if file.exists() and f"\nlibrary_name: {LIBRARY}\n" not in file.read_text(encoding="utf-8"):
         return
-    file.write_text(render(root, license_id), encoding="utf-8")
+    write_text(root / CARD, render(root, license_id, home.resolve().name))
 
 
-def render(root: Path, license_id: str = LICENSE) -> str:
-    """The card's text."""
+def render(root: Path, license_id: str = LICENSE, title: str = "") -> str:
+    """The card's text; title: without it the folder's name."""
     facts, writes = read_facts(root), layout.has_whole_model(root)
     data = ModelCardData(
         license=license_id,
@@ -64,7 +69,7 @@ def render(root: Path, license_id: str = LICENSE) -> str:
         datasets=sorted({name for stage in facts["stages"] for name in hub_datasets(stage["recipe"])}) or None,
     )
     sections = [
-        f"# {root.resolve().name}",
+        f"# {title or root.resolve().name}",
         introduction(root),
         "## Use",
         USE if writes else USE_VAE,

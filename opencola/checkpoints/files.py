@@ -148,7 +148,10 @@ def write_tensors(
             values = {name: tensors[name].detach().to("cpu", dtypes[name]).contiguous() for name in names}
             _draft(file).touch()
             mode = _draft(file).stat().st_mode
-            save_file(values, _draft(file), metadata={"format": "pt"})
+            try:
+                save_file(values, _draft(file), metadata={"format": "pt"})
+            except SafetensorError as error:  # its word for a full disk
+                raise OSError(f"could not write {file}: {_one_line(error)}") from error
             _draft(file).chmod(mode)  # safetensors makes files that only their owner may read
         old = {folder / WEIGHTS, folder / INDEX, *folder.glob("model-?????-of-?????.safetensors")}
         for file in files:

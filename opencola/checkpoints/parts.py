@@ -183,6 +183,13 @@ def load(root: Path, dtype: torch.dtype = torch.float32) -> WholeModel:
     return cast(WholeModel, PARTS[family].load(PARTS[family].find(root), dtype))
 
 
+def num_bytes(source: Path, dtype: torch.dtype) -> int:
+    """What the weights of the parts in a folder take on disk as this type. Errors as `load`."""
+    with torch.device("meta"):
+        modules = [part.build(part.read_config(place)) for part in PARTS.values() if (place := part.find(source))]
+    return dtype.itemsize * sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+
 def copy(source: Path, to: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write the parts in a folder to another one, with weights of this type. Errors as `load`."""
     for part in PARTS.values():

@@ -27,6 +27,7 @@ from opencola.evaluation.diagnosis.findings import Findings, examine
 from opencola.evaluation.diagnosis.verdicts import ALLOWED, losses
 from opencola.evaluation.figures import standalone
 from opencola.evaluation.screen import progress_bar, table
+from opencola.storage import locked, replacing
 from opencola.text.lines import write_objects
 
 FIGURES, DRAWING = "diagnose.jsonl", "diagnose.svg"
@@ -56,22 +57,21 @@ def command(argv: Sequence[str]) -> None:
     """Run `opencola diagnose`."""
     options: DiagnoseFlags = read_flags(DiagnoseFlags, argv, prog="opencola diagnose", description=__doc__)
     model, tokenizer = load_cola(options.model)
-    options.out.mkdir(parents=True, exist_ok=True)
     facts = {
         "model": title(options.model), "num_stories": options.num_stories, "places": options.places,
         "seed": options.sampling.seed, "settings": asdict(options.sampling),
     }  # fmt: skip
     findings: dict[str, Findings] = {}
-    for task in (tasks.stories(options.num_stories), tasks.nests(options.num_stories)):
-        with progress_bar(transient=True) as bar:
-            bench = prepare(model, tokenizer, task, options.sampling, options.places, options.batch_size)
-            findings[task.name] = examine(bench, bar)
-        # what is there of an earlier time stays until there is something to replace it
-        records = ({"task": task.name, **record, **facts} for record in findings[task.name].records())
-        write_objects(options.out / FIGURES, records, append=len(findings) > 1)
-        show(task.name, findings[task.name])
-    panels = {name: losses(of_task.conditions) for name, of_task in findings.items()}
-    (options.out / DRAWING).write_text(standalone(draw(panels)), encoding="utf-8")
+    with locked(options.out), replacing(options.out) as draft:
+        for task in (tasks.stories(options.num_stories), tasks.nests(options.num_stories)):
+            with progress_bar(transient=True) as bar:
+                bench = prepare(model, tokenizer, task, options.sampling, options.places, options.batch_size)
+                findings[task.name] = examine(bench, bar)
+            records = ({"task": task.name, **record, **facts} for record in findings[task.name].records())
+            write_objects(draft / FIGURES, records, append=len(findings) > 1)
+            show(task.name, findings[task.name])
+        panels = {name: losses(of_task.conditions) for name, of_task in findings.items()}
+        (draft / DRAWING).write_text(standalone(draw(panels)), encoding="utf-8")
     print(f"All figures are in {options.out / FIGURES}, the losses drawn in {options.out / DRAWING}.")
 
 

@@ -54,6 +54,7 @@ from opencola.models import build
 from opencola.models.language_model import LanguageModel
 from opencola.models.text_stream import whole_texts
 from opencola.run.export import made_with
+from opencola.storage import locked
 from opencola.text.lines import check_text, write_objects
 from opencola.text.tokenizer import Tokenizer
 
@@ -143,10 +144,11 @@ def command(argv: Sequence[str]) -> None:
         "seed": options.sampling.seed,
         "opencola": made_with(),
     }
-    if options.overwrite:
-        delete(options.out)
-    results = ResultsWriter(options.out, header, {job.name: len(job.prompts) for job in jobs.values()})
-    run(jobs, results, options)
+    with locked(options.out):
+        if options.overwrite:
+            delete(options.out)
+        results = ResultsWriter(options.out, header, {job.name: len(job.prompts) for job in jobs.values()})
+        run(jobs, results, options)
     show(list(results.records()))
     print(f"All records are in {options.out / RESULTS}.")
 

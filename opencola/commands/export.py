@@ -17,6 +17,7 @@ import torch
 from opencola.checkpoints import hub
 from opencola.run import flags
 from opencola.run.export import export
+from opencola.storage import OURS, locked
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,13 @@ class ExportFlags:
 def command(argv: Sequence[str]) -> None:
     """Run `opencola export`."""
     options: ExportFlags = flags.parse(ExportFlags, argv, prog="opencola export", description=__doc__)
-    if options.to.exists() and any(options.to.iterdir()):
-        raise FileExistsError(f"{options.to} is not empty: choose another folder")
     if options.push is not None:
         hub.check_repo_id(options.push)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
-    export(hub.locate(options.model), options.to, dtype, options.license)
+    with locked(options.to):
+        if any(place.name not in OURS for place in options.to.iterdir()):
+            raise FileExistsError(f"{options.to} is not empty: choose another folder")
+        export(hub.locate(options.model), options.to, dtype, options.license)
     print(f"The model is in {options.to}.")
     if options.push is not None:
         print(f"It is at {hub.push_to_hub(options.to, options.push, options.private)}, too.")

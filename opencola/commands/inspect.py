@@ -28,6 +28,7 @@ from opencola.evaluation.latents.tokens import Seen, inspect_tokens, slice_of
 from opencola.evaluation.screen import table
 from opencola.evaluation.statistics import standard_error
 from opencola.flow.likelihood import Likelihood
+from opencola.storage import locked, replacing
 from opencola.text.lines import check_text, write_objects
 
 FIGURES, DRAWING = "inspect.jsonl", "slice.svg"
@@ -74,8 +75,8 @@ def command(argv: Sequence[str]) -> None:
             raise UserError(f"--tokens {number}: the text has the tokens 0 to {len(ids) - 1}")
     if model.vae.config.latent_dim < 2:
         raise UserError(f"{options.model} has latents of one channel, which no plane cuts")
-    options.out.mkdir(parents=True, exist_ok=True)
-    with Console(stderr=True).status(f"sampling {options.samples} times {len(ids)} tokens"):
+    status = Console(stderr=True).status(f"sampling {options.samples} times {len(ids)} tokens")
+    with locked(options.out), status, replacing(options.out) as draft:
         inspection, seen = inspect_tokens(
             model, tokenizer, ids, options.samples, options.sampling, options.probe, options.density
         )
@@ -83,12 +84,12 @@ def command(argv: Sequence[str]) -> None:
         drawn = options.tokens or [token.number for token in least_hit]
         density = options.density if options.contours else None
         drawing = slices([slice_of(model, tokenizer, seen[number], inspection, density) for number in sorted(drawn)])
-    facts: dict[str, Any] = {
-        "samples": options.samples, "probe": options.probe, "seed": options.sampling.seed,
-        "model": title(options.model), "settings": asdict(options.sampling), "density": asdict(options.density),
-    }  # fmt: skip
-    write_objects(options.out / FIGURES, ({**asdict(token), **facts} for token in seen))
-    (options.out / DRAWING).write_text(standalone(drawing), encoding="utf-8")
+        facts: dict[str, Any] = {
+            "samples": options.samples, "probe": options.probe, "seed": options.sampling.seed,
+            "model": title(options.model), "settings": asdict(options.sampling), "density": asdict(options.density),
+        }  # fmt: skip
+        write_objects(draft / FIGURES, ({**asdict(token), **facts} for token in seen))
+        (draft / DRAWING).write_text(standalone(drawing), encoding="utf-8")
     show(seen)
     elbo = inspection.elbo(len(ids))
     print(

@@ -13,6 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -34,6 +35,7 @@ from opencola.evaluation.writing import held_out
 from opencola.layers import randomness
 from opencola.layers.device import device
 from opencola.run import flags
+from opencola.storage import locked, replacing
 from opencola.text.lines import write_objects
 from opencola.text.tokenizer import Tokenizer
 from opencola.vae.text_vae import TextVAE
@@ -78,7 +80,14 @@ def command(argv: Sequence[str]) -> None:
     vae, tokenizer = official.load_vae(folder).eval().to(device()), Tokenizer.load(folder)
     check_vocabulary(tokenizer, vae.config.vocab_size, options.model)
     documents = read_documents(options, tokenizer, vae)
-    options.out.mkdir(parents=True, exist_ok=True)
+    with locked(options.out):
+        figures, facts = keep(vae, documents, options)
+    show(figures, facts)
+    print(f"All figures are in {options.out / FIGURES}, drawn in {options.out / DRAWING}.")
+
+
+def keep(vae: TextVAE, documents: Documents, options: LatentsFlags) -> tuple[list[Entry], dict[str, Any]]:
+    """Measure and write all figures; returns them, and what is to be told of them."""
     figures = examine(vae, documents, options)
     facts = {
         "model": title(options.model),
@@ -87,10 +96,10 @@ def command(argv: Sequence[str]) -> None:
         "patch_size": vae.config.patch_size,
         "seed": options.seed,
     }
-    write_objects(options.out / FIGURES, ({**asdict(entry), **facts} for entry in figures))
-    (options.out / DRAWING).write_text(standalone(overview(figures)), encoding="utf-8")
-    show(figures, facts)
-    print(f"All figures are in {options.out / FIGURES}, drawn in {options.out / DRAWING}.")
+    with replacing(options.out) as draft:
+        write_objects(draft / FIGURES, ({**asdict(entry), **facts} for entry in figures))
+        (draft / DRAWING).write_text(standalone(overview(figures)), encoding="utf-8")
+    return figures, facts
 
 
 def read_documents(options: LatentsFlags, tokenizer: Tokenizer, vae: TextVAE) -> Documents:

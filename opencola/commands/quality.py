@@ -9,6 +9,7 @@ examples:
   opencola quality --model runs/demo --temperatures 0 0.5 1 --num-samples 100 --prompted --out runs/demo/quality
 """
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -32,6 +33,7 @@ from opencola.models.language_model import LanguageModel
 from opencola.models.samples import first_words
 from opencola.models.sampling import Sampling
 from opencola.models.text_stream import TextPiece, generate_text
+from opencola.storage import locked, replacing
 from opencola.text.lines import append_objects, write_objects
 from opencola.text.tokenizer import Tokenizer
 
@@ -85,12 +87,29 @@ def command(argv: Sequence[str]) -> None:
     texts = read_texts(options)
     model, tokenizer = load(options.model)
     judge = None if options.judge is None else judges.load(options.judge)
-    options.out.mkdir(parents=True, exist_ok=True)
-    for name in (FIGURES, DRAWING):  # would be of other samples, if this is interrupted
-        (options.out / name).unlink(missing_ok=True)
+    figures = None
+    with locked(options.out), replacing(options.out, FIGURES, DRAWING) as draft:
+        with contextlib.suppress(KeyboardInterrupt):  # what is done is kept, and figures of other samples are not
+            figures = measure(model, tokenizer, judge, texts, options, draft)
+        if figures is not None:
+            keep(figures, options, draft)
+    if figures is None:
+        raise KeyboardInterrupt(f"the samples that are done are in {options.out / SAMPLES}")
+    show(figures, options)
+
+
+def measure(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    judge: Judge | None,
+    texts: Sequence[ReferenceText],
+    options: QualityFlags,
+    draft: Path,
+) -> Frontier:
+    """Write samples into a folder, and measure them; returns the figures of the reference and of each temperature."""
     like, held_out_texts = texts[: options.num_samples], texts[options.num_samples :]
     samples: list[Written] = []
-    with (options.out / SAMPLES).open("w", encoding="utf-8", newline="\n") as file, progress_bar() as bar:
+    with (draft / SAMPLES).open("w", encoding="utf-8", newline="\n") as file, progress_bar() as bar:
         for temperature in (None, *options.temperatures):
             name = "held-out texts" if temperature is None else f"temperature {temperature:g}"
             for first in bar.track(range(0, options.num_samples, options.batch_size), description=name):
@@ -104,12 +123,10 @@ def command(argv: Sequence[str]) -> None:
                 samples += batch
                 append_objects(file, map(to_record, batch))
     wholes = [text.prompt + cut(tokenizer, text, i, options.sampling).text for i, text in enumerate(like)]
-    figures = {
+    return {
         temperature: entries(group, wholes, options.reference == STORIES)
         for temperature, group in by_temperature(samples).items()
     }
-    keep(figures, options)
-    show(figures, options)
 
 
 def read_texts(options: QualityFlags) -> list[ReferenceText]:
@@ -161,8 +178,8 @@ def judged(judge: Judge, samples: Sequence[Written]) -> list[Written]:
     return [replace(sample, judge=judgement) for sample, judgement in zip(samples, judgements, strict=True)]
 
 
-def keep(figures: Frontier, options: QualityFlags) -> None:
-    """Write all figures and, where there is a judge, the drawing."""
+def keep(figures: Frontier, options: QualityFlags, draft: Path) -> None:
+    """Write all figures into a folder and, where there is a judge, the drawing."""
     facts = {
         "record": "figure",
         "task": "samples",
@@ -173,7 +190,7 @@ def keep(figures: Frontier, options: QualityFlags) -> None:
         "settings": asdict(options.sampling),
     }
     write_objects(
-        options.out / FIGURES,
+        draft / FIGURES,
         (
             {**facts, "temperature": temperature, **asdict(entry)}
             for temperature, group in figures.items()
@@ -182,7 +199,7 @@ def keep(figures: Frontier, options: QualityFlags) -> None:
     )
     if options.judge is not None:
         drawing = standalone(frontier({title(options.model): figures}))
-        (options.out / DRAWING).write_text(drawing, encoding="utf-8")
+        (draft / DRAWING).write_text(drawing, encoding="utf-8")
 
 
 def show(figures: Frontier, options: QualityFlags) -> None:

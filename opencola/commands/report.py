@@ -28,6 +28,7 @@ from opencola.evaluation.reporting.results_page import render_html, render_markd
 from opencola.evaluation.reporting.summary import Summary, rows, summarise, warnings
 from opencola.evaluation.reporting.tables import Table, tables
 from opencola.run import flags
+from opencola.storage import locked, replacing
 from opencola.text.lines import write_objects
 
 PAGE, TEXT, DRAWING, FIGURES = "results.html", "results.md", "accuracies.svg", "summary.jsonl"
@@ -51,15 +52,15 @@ def command(argv: Sequence[str]) -> None:
     check_files(options)
     summaries = summarise([read_results(file) for file in options.results])
     drawing = accuracies(summaries)
-    options.out.mkdir(parents=True, exist_ok=True)
     texts = {
         PAGE: render_html(summaries),
         TEXT: render_markdown(summaries, DRAWING),
         DRAWING: standalone(drawing),
     }
-    for name, text in texts.items():
-        (options.out / name).write_text(text, encoding="utf-8")
-    write_objects(options.out / FIGURES, rows(summaries))
+    with locked(options.out), replacing(options.out) as draft:
+        for name, text in texts.items():
+            (draft / name).write_text(text, encoding="utf-8")
+        write_objects(draft / FIGURES, rows(summaries))
     show(summaries)
     print(f"The page is {options.out / PAGE}; beside it: {TEXT}, {DRAWING}, {FIGURES}.")
 

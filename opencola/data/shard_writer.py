@@ -21,6 +21,7 @@ from opencola.data.encoding import Encoded, encode, encode_all
 from opencola.data.shards import FORMAT, INDEX_TYPE, MANIFEST, Manifest, Shard, checksum, folder_of, load_tokenizer
 from opencola.data.sources import one_pass
 from opencola.errors import UserError
+from opencola.storage import locked
 from opencola.text.tokenizer import FILE_NAME, Tokenizer
 
 TRAIN_DOCUMENTS = 10_000  # that a new tokenizer is trained on
@@ -82,11 +83,16 @@ def tokenise(order: Order, folder: Path, workers: int = 1) -> Iterator[Progress]
     """Write shards into a folder, or what is missing and damaged of them; yields how far it is, as often as it knows.
 
     Raises UserError and FileNotFoundError, naming the place, for a source, tokenizer or folder that cannot be used,
-    UserError where the folder holds the shards of another order or the source has changed, and OSError, naming the
-    file, for a full disk.
+    UserError where the folder holds the shards of another order, the source has changed, or another process writes
+    there, and OSError, naming the file, for a full disk.
     """
     if workers < 1:
         raise UserError(f"workers must be at least 1, but is {workers}")
+    with locked(folder):
+        yield from _tokenise(order, folder, workers)
+
+
+def _tokenise(order: Order, folder: Path, workers: int) -> Iterator[Progress]:
     manifest = _begin(order, folder)
     done = _progress(manifest)
     yield done

@@ -32,6 +32,7 @@ from opencola.evaluation.writing import (
     write_records,
     write_stories,
 )
+from opencola.storage import locked, replacing
 from opencola.text.tokenizer import Tokenizer
 
 SAMPLES_SHOWN = 8
@@ -75,7 +76,6 @@ def finish(out: Path, num_stories: int = 200, display: bool = True, started: flo
     chosen = next((i for i, record in enumerate(continuations) if record.consistent), 0)
     trace = trace_blocks(model, tokenizer, sampling, continuations[chosen].prompt, chosen)
     maps = map_variables(model, tokenizer)
-    write_records(out / "evaluation.jsonl", continuations, last_words)
     training = sum(records[-1]["seconds"] for records in stages.values())
     settings = {
         "sampling": asdict(sampling),
@@ -98,7 +98,6 @@ def finish(out: Path, num_stories: int = 200, display: bool = True, started: flo
     )
     samples = continuations[:SAMPLES_SHOWN]
     page = DemoPage("OpenCola: story world", subtitle, measures, HEADLINES, stages, samples, maps, trace, settings)
-    (out / "report.html").write_text(render(page), encoding="utf-8")
     now = time.time()
     metrics: dict[str, Any] = {
         "seconds": training + now - begin if started is None else now - started,
@@ -110,8 +109,12 @@ def finish(out: Path, num_stories: int = 200, display: bool = True, started: flo
         "counts": {measure.name: measure.count for measure in measures},
         "settings": settings,
     }
-    (out / card.EVALUATION).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    card.write(out)
+    with locked(out):
+        with replacing(out) as draft:
+            write_records(draft / "evaluation.jsonl", continuations, last_words)
+            (draft / "report.html").write_text(render(page), encoding="utf-8")
+            (draft / card.EVALUATION).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        card.write(out)
     if display:
         _show(samples, measures, out, metrics["seconds"])
     return metrics

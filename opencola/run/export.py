@@ -1,45 +1,62 @@
 """What a run gives away: its model, and what is to be told of its training."""
 
-import json
 import platform
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 
 from opencola.checkpoints import card, parts, settings
+from opencola.models.sampling import Sampling
+from opencola.storage import check_space, locked, replacing
 from opencola.text.lines import last_object
 from opencola.text.tokenizer import Tokenizer
 from opencola.version import __version__
 
-RECIPE, METRICS, VALID = "recipe.yaml", "metrics.jsonl", "valid.json"
+RECIPE, METRICS, VALID, UNFINISHED = "recipe.yaml", "metrics.jsonl", "valid.json", "unfinished"
+OF_DEMO = (card.EVALUATION, "evaluation.jsonl", "report.html")
+OBSOLETE = (*parts.FOLDERS, VALID, *OF_DEMO, UNFINISHED)
+"""What tells of an earlier model in a folder, and goes when another one takes its place."""
 
 
 def export(source: Path, to: Path, dtype: torch.dtype = torch.float32, license_id: str = card.LICENSE) -> None:
     """Write the model in a folder, with its tokenizer, sampling settings, facts and card, to another one.
 
-    Raises FileNotFoundError when there is none.
+    Whole or not at all. Raises FileNotFoundError when there is none, UserError where another process writes there, and
+    OSError where the disk has no room.
     """
     if not parts.has_model(source):
         raise FileNotFoundError(f"{source} holds no model: give the folder of a finished run")
     tokenizer, sampling, facts = Tokenizer.load(source), settings.load_sampling(source), card.read_facts(source)
-    parts.copy(source, to, dtype)
-    tokenizer.save(to)
-    card.write_facts(to, facts)
-    settings.save_sampling(sampling, to)
-    card.write(to, license_id)
+    with locked(to):
+        check_space(to, parts.num_bytes(source, dtype))
+        with replacing(to, *OBSOLETE) as draft:
+            parts.copy(source, draft, dtype)
+            write_beside(draft, to, tokenizer, sampling, facts, license_id)
 
 
-def facts_of(stage: Path, init: Path | None, command: str, num_parameters: int) -> card.Facts:
+def write_beside(
+    draft: Path, to: Path, tokenizer: Tokenizer, sampling: Sampling, facts: card.Facts, license_id: str = card.LICENSE
+) -> None:
+    """Write what goes with a model's weights to them in a draft of the folder `to`."""
+    tokenizer.save(draft)
+    card.write_facts(draft, facts)
+    settings.save_sampling(sampling, draft)
+    card.write(draft, license_id, to)
+
+
+def facts_of(
+    stage: Path, init: Path | None, command: str, num_parameters: int, validation: dict[str, Any] | None
+) -> card.Facts:
     """What is to be told of the training of the model in a stage's folder, and before, of that in `init`."""
-    valid = stage / VALID
     last = {
         "name": stage.name,
         "command": command,
         "recipe": yaml.safe_load((stage / RECIPE).read_text(encoding="utf-8")),
         "final": last_object(stage / METRICS),
-        "validation": json.loads(valid.read_text(encoding="utf-8")) if valid.exists() else None,
+        "validation": validation,
         "num_parameters": num_parameters,
         "made_with": made_with(),
     }

@@ -2,35 +2,28 @@
 
 A stage's folder holds recipe.yaml, metrics.jsonl, checkpoints/, samples.jsonl (with `train.sample_every`), valid.json
 (where the recipe has `valid`) and, once the stage is finished, its model in the public layout with a card. The last
-stage's model is copied to the folder of the whole run.
+stage's model is copied to the folder of the whole run. Whatever can be refused is refused before anything is written,
+and a model stays until another one is whole.
 """
 
+import contextlib
 import json
-import os
 import shlex
-import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from opencola.checkpoints import card, parts
 from opencola.checkpoints.parts import PARTS
-from opencola.checkpoints.settings import EXTRAS, without_others
 from opencola.errors import UserError
 from opencola.models import build
-from opencola.run import checks
-from opencola.run import recipe as recipes
-from opencola.run.export import METRICS, RECIPE, VALID, export
+from opencola.run import checks, resuming
+from opencola.run.export import METRICS, UNFINISHED, VALID, export
 from opencola.run.recipe import Recipe
-from opencola.run.stage import num_trained, prepare
+from opencola.run.stage import invalidate, num_trained, prepare
+from opencola.storage import locked
 from opencola.text.lines import last_object
-from opencola.text.tokenizer import FILE_NAME
 from opencola.train import distributed, sinks
-
-CHECKPOINTS = "checkpoints"
-WRITTEN = (RECIPE, METRICS, "samples.jsonl", VALID, CHECKPOINTS, "tensorboard", "wandb", FILE_NAME, EXTRAS)
 
 
 def run(
@@ -49,8 +42,24 @@ def run(
     """
     last = stages[-1][1].out
     root = last if len(stages) == 1 else last.parent
+    with ours(root, *(recipe.out for name, recipe in stages if only in (None, name))):
+        train(stages, root, command, only, resume, overwrite)
+    return root
+
+
+def train(
+    stages: Sequence[tuple[str, Recipe[Any, Any]]],
+    root: Path,
+    command: str,
+    only: str | None,
+    resume: bool,
+    overwrite: bool,
+) -> None:
+    """Train the stages as `run` says, in folders that are ours alone."""
+    last = stages[-1][1].out
     ahead = plan(stages, only, resume, overwrite)
-    if parts.has_model(root) and not resume and not overwrite:
+    begun = any(resuming.is_begun(recipe.out) or (recipe.out / UNFINISHED).exists() for _, recipe in stages)
+    if parts.has_model(root) and not (resume and begun) and not overwrite:
         raise FileExistsError(f"{root} holds a model: choose another --out, or replace it with --overwrite")
     for number, (name, recipe) in enumerate(stages, 1):
         title = f"[{number}/{len(stages)}] {name}"
@@ -65,20 +74,42 @@ def run(
         distributed.barrier()  # all have looked at what is there
         if distributed.is_main():
             if overwrite:  # only now, when all that the stage needs has been found
-                for other in ahead[ahead.index(recipe) :]:
-                    clear(other.out, *WRITTEN)
-            for folder in (root, recipe.out):
-                clear(folder, *parts.FOLDERS, EXTRAS, VALID, card.FACTS, card.EVALUATION)
+                for other in ahead[ahead.index(recipe) + 1 :]:  # which start from what is about to change
+                    if other.out.exists():
+                        invalidate(other.out)
+            stage.begin(overwrite)
         distributed.barrier()
         say(f"{title}: {recipe.train.steps} steps, {num_trained(stage.model) / 1e6:.2f} M parameters to train")
-        stage.train(resume, command)
+        stage.train(command)
         say(f"{title}: {summary(recipe.out)}; in {recipe.out}")
-    if root != last and parts.has_model(last) and distributed.is_main():
+    if (last / UNFINISHED).exists() or not parts.has_model(last):
+        return
+    if root != last and distributed.is_main() and not is_copy(root, last):
         export(last, root)
     distributed.barrier()
     if parts.has_whole_model(root):
         say(f"The model is in {root}. Let it write: opencola generate --model {shlex.quote(str(root))} --prompt TEXT")
-    return root
+
+
+@contextlib.contextmanager
+def ours(*folders: Path) -> Iterator[None]:
+    """Keep other commands out of folders. Raises UserError, on all processes of this one, naming one that is there."""
+    refusal: Exception | None = None
+    with contextlib.ExitStack() as stack:
+        try:
+            for folder in folders if distributed.is_main() else ():
+                stack.enter_context(locked(folder))
+        except (UserError, OSError) as error:
+            refusal = error
+        (refusal, *_) = distributed.gather(refusal)
+        if refusal is not None:
+            raise refusal
+        yield
+
+
+def is_copy(root: Path, last: Path) -> bool:
+    """Whether the model of the whole run is that of its last stage."""
+    return parts.has_model(root) and card.read_facts(root)["stages"] == card.read_facts(last)["stages"]
 
 
 def plan(
@@ -93,14 +124,16 @@ def plan(
     for number, (name, recipe) in enumerate(stages):
         check_start(name, recipe, [earlier for _, earlier in stages[:number]])
         chosen = only in (None, name)
-        begun = (recipe.out / RECIPE).exists()
+        begun = resuming.is_begun(recipe.out)
         if begun and any(recipe.init == changed.out for changed in ahead) and not (chosen and overwrite):
             raise UserError(f"{recipe.out} started from {recipe.init}, which would change: use --overwrite")
         if begun and chosen and not resume and not overwrite:
             raise FileExistsError(
                 f"{recipe.out} holds a run: go on with --resume, replace it with --overwrite, or choose another --out"
             )
-        if chosen and not (resume and is_finished(recipe)):
+        if chosen and not (resume and resuming.is_finished(recipe)):
+            if resume:
+                resuming.check_can_go_on(recipe.out)
             sinks.check(recipe.train.trackers)
             checks.check(name, recipe, distributed.num_processes())
             ahead.append(recipe)
@@ -125,22 +158,6 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def is_finished(recipe: Recipe[Any, Any]) -> bool:
-    """Whether a stage was trained to its end by this very recipe."""
-    if not (recipe.out / EXTRAS).exists():  # written last
-        return False
-    before = yaml.safe_load((recipe.out / RECIPE).read_text(encoding="utf-8"))
-    now, before = recipes.values(recipe), recipes.up_to_date(before)
-    before["sampling"] = without_others(before["sampling"], now["sampling"])
-    return movable(now) == movable(before)
-
-
-def movable(values: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's values without what changes when the run is moved to another folder."""
-    start = values["init"] and os.path.relpath(values["init"], values["out"])
-    return {name: value for name, value in values.items() if name != "out"} | {"init": start}
-
-
 def summary(out: Path) -> str:
     """How a stage ended, in one line."""
     record = last_object(out / METRICS)
@@ -151,12 +168,3 @@ def summary(out: Path) -> str:
     took = f"{record['seconds']:.0f} s" if record["seconds"] < 120 else f"{record['seconds'] / 60:.1f} min"
     named = ", ".join(f"{name} {value:.4g}" for name, value in figures if value is not None)
     return f"{record['step']} steps in {took}, {named}"
-
-
-def clear(folder: Path, *names: str) -> None:
-    """Delete what a run wrote into a folder under these names, and nothing else."""
-    for place in (folder / name for name in names):
-        if place.is_dir():
-            shutil.rmtree(place)
-        else:
-            place.unlink(missing_ok=True)

@@ -9,10 +9,8 @@ from typing import Any
 
 import torch
 
-from opencola.checkpoints import card
 from opencola.checkpoints import parts as layout
 from opencola.checkpoints.parts import PARTS
-from opencola.checkpoints.settings import save_sampling
 from opencola.data.corpus import Corpus
 from opencola.data.shards import folder_of
 from opencola.errors import UserError
@@ -20,15 +18,21 @@ from opencola.layers.device import device
 from opencola.models import build
 from opencola.models.language_model import Sample
 from opencola.run import recipe as recipes
-from opencola.run.export import RECIPE, VALID, facts_of
+from opencola.run import resuming
+from opencola.run.export import METRICS, OBSOLETE, RECIPE, UNFINISHED, VALID, facts_of, write_beside
 from opencola.run.recipe import Recipe
+from opencola.storage import check_space, replacing
 from opencola.text.tokenizer import FILE_NAME, Tokenizer
 from opencola.train import distributed
-from opencola.train.loop import train
+from opencola.train.checkpoint import CHECKPOINTS, TrainState, latest, num_bytes
+from opencola.train.loop import proceed, start
 from opencola.train.samples import Show
 from opencola.train.tracker import Means
 
 VALID_BATCHES = 50
+OF_RUN = (RECIPE, METRICS, "samples.jsonl", CHECKPOINTS, "tensorboard", "wandb")
+"""What training leaves in a folder, beside the model."""
+MEANING = "Training by recipe.yaml has not come to its end. A model that is here is that of an earlier training.\n"
 
 
 @dataclass
@@ -40,43 +44,72 @@ class Stage:
     model: build.Model
     corpus: Corpus
     valid: Corpus | None
+    show: Show | None
+    """What gives samples of the model, if any are wanted."""
+    state: TrainState
+    """Where training goes on from."""
 
-    def train(self, resume: bool, command: str) -> None:
-        """Train, measure on the validation corpus, and export; `command` is told in the model's card."""
+    def begin(self, overwrite: bool) -> None:
+        """Leave what this training is by in its folder; overwrite: in place of the run that is there.
+
+        The model of an earlier training stays, marked as such by the file `unfinished`.
+        """
         recipe, out = self.recipe, self.recipe.out
-        if distributed.is_main():
-            recipes.dump(recipe, out / RECIPE)
-            self.tokenizer.save(out)
-        show = self.show() if recipe.train.sample_every else None
-        values = recipes.values(recipe)
-        state = train(self.model, self.corpus, recipe.train, out, resume=resume, show=show, settings=values)
+        if overwrite:
+            invalidate(out, recipe, self.tokenizer)
+            return
+        self.tokenizer.save(out / CHECKPOINTS / FILE_NAME)
+        with replacing(out) as draft:
+            recipes.dump(recipe, draft / RECIPE)
+            (draft / UNFINISHED).write_text(MEANING)
+
+    def train(self, command: str) -> None:
+        """Train, measure on the validation corpus, and export; `command` is told in the model's card."""
+        recipe, out, state = self.recipe, self.recipe.out, self.state
+        proceed(state, recipe.train, out, show=self.show, settings=recipes.values(recipe))
         with state.ema.averaged() if state.ema else contextlib.nullcontext():
             valid = None if self.valid is None else validate(self.model, self.valid)
             if model := whole(self.model):
-                for part in (PARTS[name] for name in build.part_names(model.config)):
-                    part.save(part.module(model), out / part.folder)
-        if distributed.is_main():
-            if valid is not None:
-                (out / VALID).write_text(json.dumps(valid, indent=2) + "\n")
-            card.write_facts(out, facts_of(out, recipe.init, command, num_trained(self.model)))
-            save_sampling(recipe.sampling, out)
-            card.write(out)
+                self.export(model, command, valid)
         distributed.barrier()  # a later stage starts from these files
 
-    def show(self) -> Show:
-        """What gives samples of the model, of the first texts to validate on or else to train on."""
-        recipe = self.recipe
-        data, seed = replace(recipe.data, verify=False), recipe.seed
-        if recipe.valid:
-            data, seed = replace(data, source=recipe.valid), seed + 1
-        multiple = build.tokens_per_block(recipe.model)
-        tokens = next(Corpus(data, self.tokenizer, seed, multiple=multiple)).tokens  # the same in every process
+    def export(self, model: build.Model, command: str, valid: dict[str, Any] | None) -> None:
+        """Put the model in the place of the one that is in the folder, with all that tells of it, at once."""
+        recipe, out = self.recipe, self.recipe.out
+        facts = facts_of(out, recipe.init, command, num_trained(self.model), valid)
+        check_space(out, exported_bytes(model))
+        with replacing(out, *OBSOLETE) as draft:
+            for part in (PARTS[name] for name in build.part_names(model.config)):
+                part.save(part.module(model), draft / part.folder)
+            if valid is not None:
+                (draft / VALID).write_text(json.dumps(valid, indent=2) + "\n")
+            write_beside(draft, out, self.tokenizer, recipe.sampling, facts)
 
-        def show() -> list[Sample]:
-            model = whole(self.model)
-            return build.samples(model, self.tokenizer, tokens, recipe.sampling) if model else []
 
-        return show
+def invalidate(out: Path, recipe: Recipe[Any, Any] | None = None, tokenizer: Tokenizer | None = None) -> None:
+    """Take the run out of a folder, and put a new one in, as far as it is known; its model stays, marked as earlier."""
+    with replacing(out, *OF_RUN) as draft:
+        (draft / CHECKPOINTS).mkdir()
+        (draft / UNFINISHED).write_text(MEANING)
+        if recipe is not None:
+            recipes.dump(recipe, draft / RECIPE)
+        if tokenizer is not None:
+            tokenizer.save(draft / CHECKPOINTS / FILE_NAME)
+
+
+def show(recipe: Recipe[Any, Any], tokenizer: Tokenizer, trained: build.Model) -> Show:
+    """What gives samples of the model, of the first texts to validate on or else to train on."""
+    data, seed = replace(recipe.data, verify=False), recipe.seed
+    if recipe.valid:
+        data, seed = replace(data, source=recipe.valid), seed + 1
+    multiple = build.tokens_per_block(recipe.model)
+    tokens = next(Corpus(data, tokenizer, seed, multiple=multiple)).tokens  # the same in every process
+
+    def samples() -> list[Sample]:
+        model = whole(trained)
+        return build.samples(model, tokenizer, tokens, recipe.sampling) if model else []
+
+    return samples
 
 
 def whole(model: build.Model) -> build.Model | None:
@@ -97,19 +130,29 @@ def num_trained(model: build.Model) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
+def exported_bytes(model: build.Model) -> int:
+    """What a model takes on disk, but for its settings."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
 def prepare(recipe: Recipe[Any, Any], resume: bool) -> Stage:
-    """Tokenizer, corpora, and the model with its starting weights; writes nothing."""
+    """All that training needs: tokenizer, corpora, and the model with its starting weights or in its last checkpoint.
+
+    Writes nothing. Raises UserError and FileNotFoundError for what is damaged or does not fit, and OSError where the
+    disk has no room for a checkpoint and the model.
+    """
     data, out, seed = recipe.data, recipe.out, recipe.seed
     if recipe.init is not None and not layout.has_model(recipe.init):
         raise FileNotFoundError(f"{recipe.init} holds no model: train it to its end, or name another init")
+    last = latest(out / CHECKPOINTS) if resume else None
     source = recipe.tokenizer.path or recipe.init or folder_of(data.source)
-    if source is None and resume and (out / FILE_NAME).exists():
-        source = out
-    if source is not None:
-        tokenizer = Tokenizer.load(source)
+    if (file := source or (resuming.tokenizer_of_run(out) if last else None)) is not None:
+        tokenizer = Tokenizer.load(file)
     else:
         texts = itertools.islice(data.texts(seed), recipe.tokenizer.train_documents)
         tokenizer = Tokenizer.train(texts, recipe.tokenizer.vocab_size, recipe.tokenizer.special)
+    if last:
+        resuming.check_settings(recipe, tokenizer, source, last)
     place = (distributed.rank(), distributed.num_processes(), build.tokens_per_block(recipe.model))
     corpus = Corpus(data, tokenizer, seed, *place)
     # Another seed: of the story world it gives other stories.
@@ -119,7 +162,13 @@ def prepare(recipe: Recipe[Any, Any], resume: bool) -> Stage:
     if recipe.init is not None:
         load_parts(model, recipe.init, str(source))
     build.start(model)
-    return Stage(recipe, tokenizer, model.to(device()), corpus, valid)
+    model = model.to(device())
+    size = exported_bytes(model)
+    samples = show(recipe, tokenizer, model) if recipe.train.sample_every else None
+    state = start(model, corpus, recipe.train, last)
+    freed = 0 if resume else sum(file.stat().st_size for file in (out / CHECKPOINTS).rglob("*"))
+    check_space(out, num_bytes(state) + size - freed)
+    return Stage(recipe, tokenizer, model, corpus, valid, samples, state)
 
 
 def load_parts(model: build.Model, init: Path, tokenizer: str) -> None:

@@ -29,7 +29,7 @@ from opencola.errors import UserError
 from opencola.train import distributed
 from opencola.train.optimizer import EMA
 
-SUMS, RUN = "SHA256SUMS", "run.json"
+CHECKPOINTS, SUMS, RUN = "checkpoints", "SHA256SUMS", "run.json"
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # of one process, said at every checkpoint
 
 
@@ -137,7 +137,7 @@ class Saver:
 
     def _shortage(self, state: TrainState) -> str | None:
         there = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.exists())
-        free, needed = shutil.disk_usage(there).free, _num_bytes(_tensors(state, 0))
+        free, needed = shutil.disk_usage(there).free, num_bytes(state)
         return f"{free / 1e6:,.1f} MB are free, and it takes {needed / 1e6:,.1f} MB" if free < needed else None
 
     def _finish(self, written: "Future[Any]", run: dict[str, Any], draft: Path, path: Path) -> None:
@@ -216,6 +216,11 @@ def _tensors(state: TrainState, rank: int) -> dict[str, Any]:
         random["cuda"] = torch.cuda.get_rng_state()
     ema = state.ema.average if state.ema else {}
     return {"model": model, "optimizers": optimizers, "ema": ema, "random": {str(rank): random}}
+
+
+def num_bytes(state: TrainState) -> int:
+    """What a checkpoint takes on disk, but for its plain values."""
+    return _num_bytes(_tensors(state, 0))
 
 
 def _num_bytes(value: Any) -> int:

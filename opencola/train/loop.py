@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from opencola.errors import UserError
 from opencola.layers import randomness
 from opencola.models.language_model import Loss, Trainable
 from opencola.train import checkpoint, distributed
-from opencola.train.checkpoint import Batches, Saver, TrainState
+from opencola.train.checkpoint import CHECKPOINTS, Batches, Saver, TrainState
 from opencola.train.divergence import Divergence
 from opencola.train.optimizer import EMA, OptimizerConfig, build, learning_rate_factor, set_learning_rates
 from opencola.train.samples import Show, undisturbed
@@ -87,13 +87,22 @@ def train(
 ) -> TrainState:
     """Train a model on the device it is on; returns the state after the last step, with the moving average if any.
 
+    `start` and then `proceed`. Raises FileExistsError when the folder holds a run and `resume` is off, and errors as
+    these two.
+    """
+    last = checkpoint.latest(folder / CHECKPOINTS)
+    if last and not resume:
+        raise FileExistsError(f"{folder} holds a run ({last.name}): resume it (--resume) or choose another folder")
+    state = start(model, corpus, config, last)
+    proceed(state, config, folder, display, show, settings)
+    return state
+
+
+def start(model: Trainable, corpus: Batches, config: TrainConfig, last: Path | None) -> TrainState:
+    """The state that training begins with: of a model as it is, or of the checkpoint `last`; writes nothing.
+
     On several processes (`distributed.connected`) the model becomes sharded and `corpus` gives each its own rows.
-    Writes `folder/metrics.jsonl`, `folder/checkpoints/` and, every `sample_every` steps, what `show()` gives into
-    `folder/samples.jsonl`; `settings` is what trackers are told of the run (the config if None). With `resume` the run
-    goes on from its last checkpoint (from the start where there is none) and, unless paced by `seconds`, ends exactly
-    as if it had never stopped. Raises FileExistsError when the folder holds a run and `resume` is off, Interrupted
-    after Ctrl-C, NotFiniteError when the loss is not finite or diverges, OSError when the disk has no room for a
-    checkpoint.
+    Raises UserError, naming it, for a checkpoint that is damaged, or does not fit model, corpus and settings.
     """
     assert isinstance(model, nn.Module)
     device = next(model.parameters()).device
@@ -104,18 +113,37 @@ def train(
     distributed.shard(model, distributed.mesh(config.replicate, config.shard, device))
     optimizers = build(model, model.learning_rate_ratios(), config)
     state = TrainState(model, optimizers, EMA(model, config.ema) if config.ema else None, corpus)
-    if last := checkpoint.latest(folder / "checkpoints"):
-        if not resume:
-            raise FileExistsError(f"{folder} holds a run ({last.name}): resume it (--resume) or choose another folder")
+    if last:
         checkpoint.load(state, last)
-    start = time.perf_counter() - state.seconds
-    model.train()
+    return state
+
+
+def proceed(
+    state: TrainState,
+    config: TrainConfig,
+    folder: Path,
+    display: bool = True,
+    show: Show | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> None:
+    """Train from a state on to the end.
+
+    Writes `folder/metrics.jsonl`, `folder/checkpoints/` and, every `sample_every` steps, what `show()` gives into
+    `folder/samples.jsonl`; `settings` is what trackers are told of the run (the config if None). From a checkpoint the
+    run, unless paced by `seconds`, ends exactly as if it had never stopped. Raises Interrupted after Ctrl-C,
+    NotFiniteError when the loss is not finite or diverges, OSError when the disk has no room for a checkpoint.
+    """
+    module, corpus, optimizers = state.model, state.corpus, state.optimizers
+    model = cast(Trainable, module)
+    device = next(module.parameters()).device
+    begin = time.perf_counter() - state.seconds
+    module.train()
     main = distributed.is_main()
     trackers = open_trackers(config.trackers, folder, state.step, settings or asdict(config)) if main else []
     watch = Divergence(config.divergence)
     with (
         postponed_interrupt() as interrupt,
-        Saver(folder / "checkpoints", config.keep) as saver,
+        Saver(folder / CHECKPOINTS, config.keep) as saver,
         RunLog(folder, state, config.log_every, trackers, display, main) as report,
     ):
         saver.check_space(state)
@@ -125,7 +153,7 @@ def train(
             rates = set_learning_rates(optimizers, learning_rate_factor(config, state.step, progress))
             batch = next(corpus).to(device)
             loss = backward(model, batch, config)
-            norm = distributed.full(nn.utils.clip_grad_norm_(model.parameters(), config.clip))
+            norm = distributed.full(nn.utils.clip_grad_norm_(module.parameters(), config.clip))
             if fault := not_finite(loss, norm, state.step):
                 saver.wait()
                 watch.stop(fault, saver.folder)
@@ -137,7 +165,7 @@ def train(
             state.step += 1
             state.num_tokens += batch.tokens.numel() * distributed.num_processes()
             # the processes must agree on when to stop
-            state.seconds, asked = distributed.largest(time.perf_counter() - start, interrupt.is_set())
+            state.seconds, asked = distributed.largest(time.perf_counter() - begin, interrupt.is_set())
             progress = progress_of(state, config)
             if (made := report.step(state, progress, loss, norm, rates)) and (fault := watch.take(made)):
                 saver.wait()
@@ -152,7 +180,6 @@ def train(
                 saver.wait()
                 where = saver.path(state.step)
                 raise Interrupted(f"stopped after step {state.step}, saved in {where}: go on with --resume")
-    return state
 
 
 def backward(model: Trainable, batch: Batch, config: TrainConfig) -> Loss:

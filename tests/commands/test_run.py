@@ -13,7 +13,7 @@ import torch
 import yaml
 from command_line import TINY, WEIGHTS, Main, command, environment
 
-from opencola.checkpoints import official
+from opencola.checkpoints import card, official
 from opencola.checkpoints.parts import PARTS
 from opencola.checkpoints.settings import load_sampling
 from opencola.models import build
@@ -160,12 +160,16 @@ def test_resume_passes_over_finished_stages(main: Main, place: Path) -> None:
     assert (out / WEIGHTS).read_bytes() == after
 
 
-def test_resume_knows_stages_that_version_0_1_finished(main: Main, place: Path) -> None:
+@pytest.mark.parametrize("told", [True, False], ids=["training.json", "recipe.yaml"])
+def test_resume_knows_stages_that_version_0_1_finished(main: Main, place: Path, told: bool) -> None:
     for stage in ("vae", "prior"):  # whose files have the release's conventions among the VAE's settings
         file = place / "runs" / "tiny" / stage / "recipe.yaml"
         values = yaml.safe_load(file.read_text())
         values["model"]["vae"] |= values["model"]["vae"].pop("release")
         file.write_text(yaml.safe_dump(values, sort_keys=False))
+        facts = card.read_facts(file.parent)
+        facts["stages"][-1]["recipe"] = values
+        card.write_facts(file.parent, facts if told else {"stages": []})
     code, said, _ = main("train", "tiny.yaml", "--resume")
     assert code == 0 and said.count("finished before") == 2
 
