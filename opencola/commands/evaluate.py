@@ -273,7 +273,7 @@ def score_options(
     ids: Sequence[int],
 ) -> list[float]:
     """Log-probability of each continuation after its prompt, in nats; no end of text is scored behind it."""
-    prompts, continuations = ([tokenizer.encode(text) for text in texts] for texts in zip(*pairs, strict=True))
+    prompts, continuations = zip(*(tokenizer.encode_pair(*pair) for pair in pairs), strict=True)
     # as in `opencola score`: only ends of text fill up a block as if nothing followed
     score = model.score(prompts, continuations, settings, pad_id=tokenizer.eos_id, ids=ids)
     return [nats.item() for nats in score.total]

@@ -131,8 +131,10 @@ def read_texts(options: QualityFlags) -> list[ReferenceText]:
 
 def cut(tokenizer: Tokenizer, text: ReferenceText, number: int, sampling: Sampling) -> Written:
     """A reference text as if it had been written, cut to as many tokens as a model may write."""
-    ids = tokenizer.encode(text.rest)[: sampling.max_new_tokens]
-    return Written(None, number, text.prompt, tokenizer.decode(ids), tuple(ids))
+    first, rest = tokenizer.encode_pair(text.prompt, text.rest)
+    ids = rest[: sampling.max_new_tokens]
+    # a decoder may treat the beginning of a text differently, so the prompt is decoded along and cut off
+    return Written(None, number, text.prompt, tokenizer.decode(first + ids)[len(tokenizer.decode(first)) :], tuple(ids))
 
 
 def write_texts(
