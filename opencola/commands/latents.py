@@ -10,12 +10,12 @@ examples:
 
 import itertools
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.markup import escape
 from torch import Tensor
 
@@ -23,6 +23,7 @@ from opencola.checkpoints import official
 from opencola.checkpoints.hub import SHIPPED, check_vocabulary, locate, title
 from opencola.data.corpus import Corpus, CorpusConfig
 from opencola.errors import UserError
+from opencola.evaluation import screen
 from opencola.evaluation.figures import standalone
 from opencola.evaluation.latents.figure import overview
 from opencola.evaluation.latents.measures import entries
@@ -34,7 +35,7 @@ from opencola.evaluation.writing import held_out
 from opencola.layers import randomness
 from opencola.layers.device import device
 from opencola.run import flags
-from opencola.text.lines import write_objects
+from opencola.text.lines import append_objects, write_objects
 from opencola.text.tokenizer import Tokenizer
 from opencola.vae.text_vae import TextVAE
 
@@ -43,7 +44,7 @@ FIGURES, DRAWING = "latents.jsonl", "latents.svg"
 
 
 @dataclass(frozen=True)
-class LatentsFlags:
+class LatentsFlags(flags.OutputFlags):
     """Which latents, and of what."""
 
     model: Path = SHIPPED
@@ -87,10 +88,14 @@ def command(argv: Sequence[str]) -> None:
         "patch_size": vae.config.patch_size,
         "seed": options.seed,
     }
-    write_objects(options.out / FIGURES, ({**asdict(entry), **facts} for entry in figures))
+    records = [{**asdict(entry), **facts} for entry in figures]
+    write_objects(options.out / FIGURES, records)
     (options.out / DRAWING).write_text(standalone(overview(figures)), encoding="utf-8")
-    show(figures, facts)
-    print(f"All figures are in {options.out / FIGURES}, drawn in {options.out / DRAWING}.")
+    if options.json:
+        append_objects(sys.stdout, records)
+    else:
+        show(figures, facts)
+    options.say(f"All figures are in {options.out / FIGURES}, drawn in {options.out / DRAWING}.")
 
 
 def read_documents(options: LatentsFlags, tokenizer: Tokenizer, vae: TextVAE) -> Documents:
@@ -147,7 +152,7 @@ SUMMARY = (
 
 def show(figures: Sequence[Entry], facts: Mapping[str, object]) -> None:
     """The figures as tables; those of single channels are left to the file."""
-    console = Console(highlight=False)
+    console = screen.console()
     named = {(entry.name, entry.at): entry for entry in figures}
     heading = f"{facts['model']}: {facts['sequences']} sequences of {facts['data']}, seed {facts['seed']}"
     console.print(f"[bold]{escape(heading)}[/]\n")
@@ -163,7 +168,7 @@ def show(figures: Sequence[Entry], facts: Mapping[str, object]) -> None:
             texts = [(f"[bold]{cell.value:.4f}[/]", interval(cell)) if cell else ("", "") for cell in cells]
             shown.add_row(f"{at:.1f}", *itertools.chain(*texts))
     for grid in (summary, path, mean):
-        console.print(grid)
+        screen.put(grid)
         console.print()
 
 

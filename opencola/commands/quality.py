@@ -10,16 +10,17 @@ examples:
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from rich.console import Console
 from rich.markup import escape
 
 from opencola.checkpoints.hub import load, title
 from opencola.commands.terminal import ModelFlags, read_flags
 from opencola.errors import UserError
+from opencola.evaluation import screen
 from opencola.evaluation.figures import standalone
 from opencola.evaluation.likelihood import read_pairs
 from opencola.evaluation.quality import judge as judges
@@ -32,6 +33,7 @@ from opencola.models.language_model import LanguageModel
 from opencola.models.samples import first_words
 from opencola.models.sampling import Sampling
 from opencola.models.text_stream import TextPiece, generate_text
+from opencola.run.flags import OutputFlags
 from opencola.text.lines import append_objects, write_objects
 from opencola.text.tokenizer import Tokenizer
 
@@ -40,7 +42,7 @@ SAMPLES, FIGURES, DRAWING = "samples.jsonl", "quality.jsonl", "quality.svg"
 
 
 @dataclass(frozen=True)
-class QualityFlags(ModelFlags):
+class QualityFlags(OutputFlags, ModelFlags):
     """What to write, and what to compare it with. --temperatures are in place of the --temperature below."""
 
     temperatures: tuple[float, ...] = (0.5, 0.7, 1.0)
@@ -109,7 +111,9 @@ def command(argv: Sequence[str]) -> None:
         for temperature, group in by_temperature(samples).items()
     }
     keep(figures, options)
-    show(figures, options)
+    if not options.json:
+        show(figures, options)
+    options.say(f"\nSamples and all figures with their intervals are in {options.out}.")
 
 
 def read_texts(options: QualityFlags) -> list[ReferenceText]:
@@ -174,14 +178,14 @@ def keep(figures: Frontier, options: QualityFlags) -> None:
         "prompted": options.prompted,
         "settings": asdict(options.sampling),
     }
-    write_objects(
-        options.out / FIGURES,
-        (
-            {**facts, "temperature": temperature, **asdict(entry)}
-            for temperature, group in figures.items()
-            for entry in group
-        ),
-    )
+    records = [
+        {**facts, "temperature": temperature, **asdict(entry)}
+        for temperature, group in figures.items()
+        for entry in group
+    ]
+    write_objects(options.out / FIGURES, records)
+    if options.json:
+        append_objects(sys.stdout, records)
     if options.judge is not None:
         drawing = standalone(frontier({title(options.model): figures}))
         (options.out / DRAWING).write_text(drawing, encoding="utf-8")
@@ -196,7 +200,6 @@ def show(figures: Frontier, options: QualityFlags) -> None:
     for name, unit in {entry.name: entry.unit for group in figures.values() for entry in group}.items():
         cells = [f"{column[name].value:.4g}" if name in column else "" for column in columns]
         grid.add_row(name.replace("_", " "), *cells, unit)
-    console = Console(highlight=False)
+    console = screen.console()
     console.print(f"[bold]{escape(title(options.model))}[/]: {options.num_samples} samples at each temperature\n")
-    console.print(grid)
-    print(f"\nSamples and all figures with their intervals are in {options.out}.")
+    screen.put(grid)

@@ -9,13 +9,13 @@ examples:
   opencola report cola.jsonl ar.jsonl llada.jsonl --out runs/comparison
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as Grid
 
@@ -28,13 +28,13 @@ from opencola.evaluation.reporting.results_page import render_html, render_markd
 from opencola.evaluation.reporting.summary import Summary, rows, summarise, warnings
 from opencola.evaluation.reporting.tables import Table, tables
 from opencola.run import flags
-from opencola.text.lines import write_objects
+from opencola.text.lines import append_objects, write_objects
 
 PAGE, TEXT, DRAWING, FIGURES = "results.html", "results.md", "accuracies.svg", "summary.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportFlags:
+class ReportFlags(flags.OutputFlags):
     """Which results, and where to."""
 
     results: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RESULTS")]
@@ -59,9 +59,13 @@ def command(argv: Sequence[str]) -> None:
     }
     for name, text in texts.items():
         (options.out / name).write_text(text, encoding="utf-8")
-    write_objects(options.out / FIGURES, rows(summaries))
-    show(summaries)
-    print(f"The page is {options.out / PAGE}; beside it: {TEXT}, {DRAWING}, {FIGURES}.")
+    records = list(rows(summaries))
+    write_objects(options.out / FIGURES, records)
+    if options.json:
+        append_objects(sys.stdout, records)
+    else:
+        show(summaries)
+    options.say(f"The page is {options.out / PAGE}; beside it: {TEXT}, {DRAWING}, {FIGURES}.")
 
 
 def check_files(options: ReportFlags) -> None:
@@ -78,12 +82,12 @@ def check_files(options: ReportFlags) -> None:
 
 def show(summaries: Sequence[Summary]) -> None:
     """Print what is not finished, and the tables."""
-    console = Console(highlight=False)
+    console = screen.console()
     for warning in warnings(summaries):
         console.print(f"[bold red]{escape(warning)}[/]")
     for table in tables(summaries):
         console.print(f"\n[bold]{escape(table.title)}[/]")
-        console.print(grid(table))
+        screen.put(grid(table))
     console.print()
 
 

@@ -27,7 +27,6 @@ from opencola.layers.device import device as own_device
 from opencola.models import build
 from opencola.models.sampling import Sampling
 from opencola.models.text_stream import generate_text, whole_texts
-from opencola.text.tokenizer import Tokenizer
 from opencola.version import __version__
 
 Pair = tuple[list[int], list[int]]
