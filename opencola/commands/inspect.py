@@ -101,9 +101,8 @@ def command(argv: Sequence[str]) -> None:
         f"ELBO {float(elbo.mean()):.1f} nats (standard error {standard_error(elbo):.1f}), "
         f"perplexity {float(torch.exp(-elbo.mean() / len(ids))):.4g}: {len(elbo)} samples, {options.density.label()}."
     )
-    options.say(
-        f"All figures are in {options.out / FIGURES}, the latents of {len(drawn)} tokens in {options.out / DRAWING}."
-    )
+    drawn_in = f"the latents of {len(drawn)} tokens in {options.out / DRAWING}"
+    options.say(f"All figures are in {options.out / FIGURES}, {drawn_in}.")
 
 
 def show(seen: Sequence[Seen]) -> None:

@@ -26,7 +26,7 @@ from opencola.evaluation.likelihood import read_pairs, score_pairs, together, to
 from opencola.evaluation.screen import progress_bar, put, table
 from opencola.models import build
 from opencola.run import flags
-from opencola.text.lines import append_objects
+from opencola.text.lines import append_objects, is_pipe
 
 Settings = TypeVar("Settings")
 
@@ -37,7 +37,7 @@ class ScoreFlags(flags.OutputFlags, Generic[Settings]):
 
     file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
     """A .txt file with a text in each line, or a .jsonl file of objects with a field `text`, or with `prompt` and
-    `continuation`."""
+    `continuation`; `-` reads lines of either kind from standard input."""
     model: Path = hub.SHIPPED
     """Folder of a run or of an exported model, or a repository of the Hugging Face Hub (OWNER/NAME); without it the
     model that comes with the package. Its family decides which flags there are."""
@@ -57,7 +57,8 @@ def command(argv: Sequence[str]) -> None:
     pairs = list(read_pairs(options.file))
     if not pairs:
         raise UserError(f"{options.file} holds no texts")
-    if options.jsonl is not None and options.jsonl.exists() and options.jsonl.samefile(options.file):
+    named = not is_pipe(options.file)
+    if named and options.jsonl is not None and options.jsonl.exists() and options.jsonl.samefile(options.file):
         raise UserError(f"{options.jsonl} holds the texts: choose another file for --jsonl")
     model, tokenizer = hub.load(options.model)
     model.requires_grad_(False)  # a graph of the latents only

@@ -201,30 +201,14 @@ def parts(model: build.Model) -> dict[str, tuple[int, bool]]:
 
 def record(estimate: Estimate, gpus: dict[str, GPU], utilisation: float) -> dict[str, Any]:
     """All figures of an estimate, in bytes, operations and seconds."""
-    seconds = {name: estimate.seconds_per_step(gpu, utilisation) for name, gpu in gpus.items()}
     return {
-        "stage": estimate.name,
-        "plan": settings(estimate),
-        "devices": estimate.devices,
-        "shards": estimate.shards,
-        "parameters": {part: count for part, (count, _) in estimate.parts.items()},
-        "trained_parameters": sum(count for count, is_trained in estimate.parts.values() if is_trained),
-        "core_parameters": estimate.core,
-        "steps": estimate.recipe.train.steps,
-        "tokens": estimate.tokens,
-        "flops_per_token": estimate.flops_per_token,
-        "memory": estimate.memory,
+        "stage": estimate.name, "plan": settings(estimate), "devices": estimate.devices, "shards": estimate.shards,
+        "parameters": {part: count for part, (count, _) in estimate.parts.items()}, "core": estimate.core,
+        "tokens": estimate.tokens, "flops_per_token": estimate.flops_per_token, "memory": estimate.memory,
         "activations": {"recomputed" if on else "kept": size for on, size in estimate.activations.items()},
-        "utilisation": utilisation,
-        "gpus": {
-            name: {
-                "fits": estimate.fits(gpu),
-                "seconds_per_step": seconds[name],
-                "seconds": seconds[name] * estimate.recipe.train.steps,
-            }
-            for name, gpu in gpus.items()
-        },
-    }
+        "fits": {name: estimate.fits(gpu) for name, gpu in gpus.items()}, "utilisation": utilisation,
+        "seconds_per_step": {name: estimate.seconds_per_step(gpu, utilisation) for name, gpu in gpus.items()},
+    }  # fmt: skip
 
 
 def show(estimate: Estimate, gpus: dict[str, GPU], utilisation: float) -> None:

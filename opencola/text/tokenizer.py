@@ -95,7 +95,7 @@ class Tokenizer:
         if not file.is_file():
             raise FileNotFoundError(f"no tokenizer at {file}: give a {FILE_NAME} or the folder that holds one")
         try:
-            backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+            backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8-sig"))
         except Exception as error:  # the library raises plain Exception
             raise UserError(f"{file} is not a Hugging Face tokenizer file: {_one_line(error)}") from error
         return cls(backend, eos=eos, pad=pad)
