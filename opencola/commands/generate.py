@@ -34,8 +34,8 @@ class GenerateFlags(ModelFlags):
     prompt: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
     """A text to continue (to answer, with --chat); may be given several times."""
     prompts_file: Path | None = None
-    """File of further prompts: a .txt file with one in each line, or a .jsonl file of objects with a field `prompt`; `-`
-    reads lines of either kind from standard input."""
+    """File of further prompts: a .txt file with one in each line, or a .jsonl file of objects with a field `prompt`;
+    `-` reads lines of either kind from standard input."""
     jsonl: Path | None = None
     """Write prompts, continuations and settings into this file, one JSON object in a line."""
     batch_size: int = 16
@@ -48,13 +48,8 @@ def command(argv: Sequence[str]) -> None:
     prompts = list(itertools.chain.from_iterable(options.prompt))
     if options.prompts_file is not None:
         prompts += read_prompts(options.prompts_file)
-        named = not is_pipe(options.prompts_file)
-        if (
-            named
-            and options.jsonl is not None
-            and options.jsonl.exists()
-            and options.jsonl.samefile(options.prompts_file)
-        ):
+        out = None if is_pipe(options.prompts_file) else options.jsonl
+        if out is not None and out.exists() and out.samefile(options.prompts_file):
             raise UserError(f"{options.jsonl} holds the prompts: choose another file for --jsonl")
     if not prompts:
         raise UserError("nothing to continue: give --prompt TEXT or --prompts-file FILE")

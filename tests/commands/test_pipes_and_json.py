@@ -66,7 +66,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
     mark = "\N{ZERO WIDTH NO-BREAK SPACE}"
     (tmp_path / "config.json").write_text(mark + '{"a": 1}', encoding="utf-8")
     assert read_json(tmp_path / "config.json") == {"a": 1}
-    text = mark + "out: runs/x\nfamily: ar\ndata: {source: stories}\n"
+    text = mark + "out: runs/x\nfamily: ar\ndata: {source: stories, length: 8, batch_size: 2}\n"
     (tmp_path / "ar.yaml").write_text(text, encoding="utf-8")
     ((_, stage),) = recipe.read(str(tmp_path / "ar.yaml"), [], build.config_class, build.sampling_class)
     assert stage.family == "ar"
