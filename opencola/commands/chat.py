@@ -33,6 +33,7 @@ HELP_CHAT = """Say something, and the model answers; it is given all that was sa
 """
 HELP_ALWAYS = """  /set KEY VALUE   change a setting, such as /set steps 32
   /set             show the settings
+  //TEXT           say /TEXT, which begins with a slash
   /help            show this
   /quit            leave (so do Ctrl-D and Ctrl-C)"""
 
@@ -61,11 +62,13 @@ def command(argv: Sequence[str]) -> None:
                         said = []
                     case ["/set", *change]:
                         sampling = change_setting(sampling, *change)
-                    case [command, *_] if command.startswith("/"):
+                    case [command, *_] if command.startswith("/") and not command.startswith("//"):
                         print(f"there is no command {command}; /help shows what there is")
                     case _:
                         check_text(line, "this text")
-                        said = write(model, tokenizer, said, line, sampling, turn)
+                        # a text of your own that begins with a slash has one more
+                        text = line.replace("//", "/", 1) if line.lstrip().startswith("//") else line
+                        said = write(model, tokenizer, said, text, sampling, turn)
             except UserError as error:
                 print(f"error: {error}")
     print()

@@ -10,16 +10,17 @@ examples:
   opencola diagnose --model runs/demo --guidance 7 --steps 4
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rich.console import Console
 from rich.markup import escape
 
 from opencola.checkpoints.hub import load_cola, title
 from opencola.commands.terminal import ModelFlags, read_flags
 from opencola.errors import UserError
+from opencola.evaluation import screen
 from opencola.evaluation.diagnosis import tasks
 from opencola.evaluation.diagnosis.conditions import prepare
 from opencola.evaluation.diagnosis.figure import draw
@@ -27,14 +28,15 @@ from opencola.evaluation.diagnosis.findings import Findings, examine
 from opencola.evaluation.diagnosis.verdicts import ALLOWED, losses
 from opencola.evaluation.figures import standalone
 from opencola.evaluation.screen import progress_bar, table
+from opencola.run.flags import OutputFlags
 from opencola.storage import locked, replacing
-from opencola.text.lines import write_objects
+from opencola.text.lines import append_objects, write_objects
 
 FIGURES, DRAWING = "diagnose.jsonl", "diagnose.svg"
 
 
 @dataclass(frozen=True)
-class DiagnoseFlags(ModelFlags):
+class DiagnoseFlags(OutputFlags, ModelFlags):
     """What to measure. The model's settings of generation are among what is diagnosed."""
 
     num_stories: int = 32
@@ -67,17 +69,20 @@ def command(argv: Sequence[str]) -> None:
             with progress_bar(transient=True) as bar:
                 bench = prepare(model, tokenizer, task, options.sampling, options.places, options.batch_size)
                 findings[task.name] = examine(bench, bar)
-            records = ({"task": task.name, **record, **facts} for record in findings[task.name].records())
+            records = [{"task": task.name, **record, **facts} for record in findings[task.name].records()]
             write_objects(draft / FIGURES, records, append=len(findings) > 1)
-            show(task.name, findings[task.name])
+            if options.json:
+                append_objects(sys.stdout, records)
+            else:
+                show(task.name, findings[task.name])
         panels = {name: losses(of_task.conditions) for name, of_task in findings.items()}
         (draft / DRAWING).write_text(standalone(draw(panels)), encoding="utf-8")
-    print(f"All figures are in {options.out / FIGURES}, the losses drawn in {options.out / DRAWING}.")
+    options.say(f"All figures are in {options.out / FIGURES}, the losses drawn in {options.out / DRAWING}.")
 
 
 def show(task: str, findings: Findings) -> None:
     """What each link costs, settings, statistics, and the diagnosis."""
-    console = Console(highlight=False)
+    console = screen.console()
     rates = {name: condition.rate.value for name, condition in findings.conditions.items()}
     console.print(f"[bold]{task}[/]: failures per token (a blind guess: {rates['blind']:.4f})\n")
     grid = table("link", "without", "with it", "costs", "95 % interval")
@@ -86,7 +91,7 @@ def show(task: str, findings: Findings) -> None:
         ends = f"{loss.low:.4f} to {loss.high:.4f}"
         cells = (loss.link.label, before, f"{rates[loss.link.after]:.4f}", f"[bold]{loss.value:.4f}[/]", ends)
         grid.add_row(*cells, style="red" if loss.at_fault else "")
-    console.print(grid)
+    screen.put(grid)
     changed = ", ".join(f"{setting} {tally.rate.value:.4f}" for setting, tally in findings.settings.items())
     console.print(f"\nWith one setting changed: {changed}.")
     back = ", ".join(f"{of.replace('_', ' ')} {rate.value:.4f}" for of, rate in findings.round_trip.items())

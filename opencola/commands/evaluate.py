@@ -13,6 +13,7 @@ examples:
 import functools
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +22,6 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
-from rich.console import Console
 
 from opencola.checkpoints import card, hub, parts, settings
 from opencola.commands import terminal
@@ -40,7 +40,7 @@ from opencola.evaluation.benchmarks.tasks import (
     read_questions,
 )
 from opencola.evaluation.pool import spread
-from opencola.evaluation.screen import progress_bar, table
+from opencola.evaluation.screen import progress_bar, put, table
 from opencola.evaluation.statistics import tasks_average
 from opencola.evaluation.writing import (
     HELD_OUT_SEED,
@@ -53,9 +53,10 @@ from opencola.evaluation.writing import (
 from opencola.models import build
 from opencola.models.language_model import LanguageModel
 from opencola.models.text_stream import whole_texts
+from opencola.run import flags
 from opencola.run.export import made_with
 from opencola.storage import locked
-from opencola.text.lines import check_text, write_objects
+from opencola.text.lines import append_objects, check_text, write_objects
 from opencola.text.tokenizer import Tokenizer
 
 BENCHMARKS = tuple(task.name for task in TASKS)
@@ -74,7 +75,7 @@ Settings = TypeVar("Settings")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateFlags(terminal.ModelFlags, Generic[Settings]):
+class EvaluateFlags(flags.OutputFlags, terminal.ModelFlags, Generic[Settings]):
     """What to evaluate, on what, and how."""
 
     tasks: tuple[str, ...] = ()
@@ -149,8 +150,8 @@ def command(argv: Sequence[str]) -> None:
             delete(options.out)
         results = ResultsWriter(options.out, header, {job.name: len(job.prompts) for job in jobs.values()})
         run(jobs, results, options)
-    show(list(results.records()))
-    print(f"All records are in {options.out / RESULTS}.")
+    (put_lines if options.json else show)(list(results.records()))
+    options.say(f"All records are in {options.out / RESULTS}.")
 
 
 def run(jobs: Mapping[str, Job], results: ResultsWriter, options: EvaluateFlags[Any]) -> None:
@@ -275,10 +276,16 @@ def score_options(
     ids: Sequence[int],
 ) -> list[float]:
     """Log-probability of each continuation after its prompt, in nats; no end of text is scored behind it."""
-    prompts, continuations = ([tokenizer.encode(text) for text in texts] for texts in zip(*pairs, strict=True))
+    prompts, continuations = zip(*(tokenizer.encode_pair(*pair) for pair in pairs), strict=True)
     # as in `opencola score`: only ends of text fill up a block as if nothing followed
     score = model.score(prompts, continuations, settings, pad_id=tokenizer.eos_id, ids=ids)
     return [nats.item() for nats in score.total]
+
+
+def put_lines(records: Sequence[dict[str, Any]]) -> None:
+    """The same shares as JSON lines."""
+    shares = answering.summary(records).items()
+    append_objects(sys.stdout, ({"task": task, "measure": title, **asdict(share)} for (task, title), share in shares))
 
 
 def show(records: Sequence[dict[str, Any]]) -> None:
@@ -288,7 +295,7 @@ def show(records: Sequence[dict[str, Any]]) -> None:
     for (task, title), share in shares.items():
         interval = f"{100 * share.low:.2f} to {100 * share.high:.2f}"
         grid.add_row(task, title, f"{100 * share.value:.2f}", interval, str(share.count))
-    Console(highlight=False).print(grid)
+    put(grid)
     right = [share for (task, title), share in shares.items() if task in BENCHMARKS and title == answering.RIGHT]
     if right:
         print(f"tasks average: {100 * tasks_average(right):.2f} ({len(right)} of the {len(BENCHMARKS)} benchmarks)")

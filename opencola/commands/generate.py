@@ -23,7 +23,7 @@ from opencola.commands.terminal import ModelFlags, read_flags, show
 from opencola.errors import UserError
 from opencola.models.language_model import LanguageModel
 from opencola.models.text_stream import TextPiece, generate_text
-from opencola.text.lines import append_objects, check_text, parse_json, read_lines
+from opencola.text.lines import append_objects, check_text, holds_object, is_pipe, parse_json, read_lines
 from opencola.text.tokenizer import Tokenizer
 
 
@@ -34,7 +34,8 @@ class GenerateFlags(ModelFlags):
     prompt: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
     """A text to continue (to answer, with --chat); may be given several times."""
     prompts_file: Path | None = None
-    """File of further prompts: a .txt file with one in each line, or a .jsonl file of objects with a field `prompt`."""
+    """File of further prompts: a .txt file with one in each line, or a .jsonl file of objects with a field `prompt`;
+    `-` reads lines of either kind from standard input."""
     jsonl: Path | None = None
     """Write prompts, continuations and settings into this file, one JSON object in a line."""
     batch_size: int = 16
@@ -47,7 +48,8 @@ def command(argv: Sequence[str]) -> None:
     prompts = list(itertools.chain.from_iterable(options.prompt))
     if options.prompts_file is not None:
         prompts += read_prompts(options.prompts_file)
-        if options.jsonl is not None and options.jsonl.exists() and options.jsonl.samefile(options.prompts_file):
+        out = None if is_pipe(options.prompts_file) else options.jsonl
+        if out is not None and out.exists() and out.samefile(options.prompts_file):
             raise UserError(f"{options.jsonl} holds the prompts: choose another file for --jsonl")
     if not prompts:
         raise UserError("nothing to continue: give --prompt TEXT or --prompts-file FILE")
@@ -113,7 +115,7 @@ def read_prompts(file: Path) -> list[str]:
     Raises FileNotFoundError, and UserError naming the line that is no prompt.
     """
     lines = read_lines(file, "prompts")
-    prompts = [line if file.suffix == ".txt" else prompt_of(line, place) for place, line in lines]
+    prompts = [prompt_of(line, place) if holds_object(file, line) else line for place, line in lines]
     if not prompts:
         raise UserError(f"{file} holds no prompts")
     return prompts

@@ -8,6 +8,7 @@ examples:
   opencola inspect "The fox ran to the hill." --model runs/demo --tokens 1 4 --guidance 1 --out runs/demo/fox
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,18 +26,19 @@ from opencola.errors import UserError
 from opencola.evaluation.figures import standalone
 from opencola.evaluation.latents.slices import slices
 from opencola.evaluation.latents.tokens import Seen, inspect_tokens, slice_of
-from opencola.evaluation.screen import table
+from opencola.evaluation.screen import put, table
 from opencola.evaluation.statistics import standard_error
 from opencola.flow.likelihood import Likelihood
+from opencola.run.flags import OutputFlags
 from opencola.storage import locked, replacing
-from opencola.text.lines import check_text, write_objects
+from opencola.text.lines import append_objects, check_text, write_objects
 
 FIGURES, DRAWING = "inspect.jsonl", "slice.svg"
 DRAWN = 3
 
 
 @dataclass(frozen=True)
-class InspectFlags(ModelFlags):
+class InspectFlags(OutputFlags, ModelFlags):
     """What to look at. Of the settings of generation, those of the solver and of guidance count, and the seed."""
 
     text: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TEXT")] = ""
@@ -88,15 +90,20 @@ def command(argv: Sequence[str]) -> None:
             "samples": options.samples, "probe": options.probe, "seed": options.sampling.seed,
             "model": title(options.model), "settings": asdict(options.sampling), "density": asdict(options.density),
         }  # fmt: skip
-        write_objects(draft / FIGURES, ({**asdict(token), **facts} for token in seen))
+        records = [{**asdict(token), **facts} for token in seen]
+        write_objects(draft / FIGURES, records)
         (draft / DRAWING).write_text(standalone(drawing), encoding="utf-8")
-    show(seen)
+    if options.json:
+        append_objects(sys.stdout, records)
+    else:
+        show(seen)
     elbo = inspection.elbo(len(ids))
-    print(
+    options.say(
         f"ELBO {float(elbo.mean()):.1f} nats (standard error {standard_error(elbo):.1f}), "
         f"perplexity {float(torch.exp(-elbo.mean() / len(ids))):.4g}: {len(elbo)} samples, {options.density.label()}."
     )
-    print(f"All figures are in {options.out / FIGURES}, the latents of {len(drawn)} tokens in {options.out / DRAWING}.")
+    drawn_in = f"the latents of {len(drawn)} tokens in {options.out / DRAWING}"
+    options.say(f"All figures are in {options.out / FIGURES}, {drawn_in}.")
 
 
 def show(seen: Sequence[Seen]) -> None:
@@ -114,4 +121,4 @@ def show(seen: Sequence[Seen]) -> None:
     hits = ("posterior_hit", "prior_hit", "probe_success")
     means = [np.mean([getattr(token, name).value for token in seen]) for name in hits]
     grid.add_row("", "mean", "", *(f"{x:.3g}" for x in logs), *(f"{x:.3f}" for x in means), style="bold")
-    Console(highlight=False).print(grid)
+    put(grid)

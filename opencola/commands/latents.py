@@ -10,13 +10,12 @@ examples:
 
 import itertools
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from rich.console import Console
 from rich.markup import escape
 from torch import Tensor
 
@@ -24,6 +23,7 @@ from opencola.checkpoints import official
 from opencola.checkpoints.hub import SHIPPED, check_vocabulary, locate, title
 from opencola.data.corpus import Corpus, CorpusConfig
 from opencola.errors import UserError
+from opencola.evaluation import screen
 from opencola.evaluation.figures import standalone
 from opencola.evaluation.latents.figure import overview
 from opencola.evaluation.latents.measures import entries
@@ -36,7 +36,7 @@ from opencola.layers import randomness
 from opencola.layers.device import device
 from opencola.run import flags
 from opencola.storage import locked, replacing
-from opencola.text.lines import write_objects
+from opencola.text.lines import append_objects, write_objects
 from opencola.text.tokenizer import Tokenizer
 from opencola.vae.text_vae import TextVAE
 
@@ -45,7 +45,7 @@ FIGURES, DRAWING = "latents.jsonl", "latents.svg"
 
 
 @dataclass(frozen=True)
-class LatentsFlags:
+class LatentsFlags(flags.OutputFlags):
     """Which latents, and of what."""
 
     model: Path = SHIPPED
@@ -81,13 +81,12 @@ def command(argv: Sequence[str]) -> None:
     check_vocabulary(tokenizer, vae.config.vocab_size, options.model)
     documents = read_documents(options, tokenizer, vae)
     with locked(options.out):
-        figures, facts = keep(vae, documents, options)
-    show(figures, facts)
-    print(f"All figures are in {options.out / FIGURES}, drawn in {options.out / DRAWING}.")
+        keep(vae, documents, options)
+    options.say(f"All figures are in {options.out / FIGURES}, drawn in {options.out / DRAWING}.")
 
 
-def keep(vae: TextVAE, documents: Documents, options: LatentsFlags) -> tuple[list[Entry], dict[str, Any]]:
-    """Measure and write all figures; returns them, and what is to be told of them."""
+def keep(vae: TextVAE, documents: Documents, options: LatentsFlags) -> None:
+    """Measure, write and show all figures."""
     figures = examine(vae, documents, options)
     facts = {
         "model": title(options.model),
@@ -96,10 +95,14 @@ def keep(vae: TextVAE, documents: Documents, options: LatentsFlags) -> tuple[lis
         "patch_size": vae.config.patch_size,
         "seed": options.seed,
     }
+    records = [{**asdict(entry), **facts} for entry in figures]
     with replacing(options.out) as draft:
-        write_objects(draft / FIGURES, ({**asdict(entry), **facts} for entry in figures))
+        write_objects(draft / FIGURES, records)
         (draft / DRAWING).write_text(standalone(overview(figures)), encoding="utf-8")
-    return figures, facts
+    if options.json:
+        append_objects(sys.stdout, records)
+    else:
+        show(figures, facts)
 
 
 def read_documents(options: LatentsFlags, tokenizer: Tokenizer, vae: TextVAE) -> Documents:
@@ -156,7 +159,7 @@ SUMMARY = (
 
 def show(figures: Sequence[Entry], facts: Mapping[str, object]) -> None:
     """The figures as tables; those of single channels are left to the file."""
-    console = Console(highlight=False)
+    console = screen.console()
     named = {(entry.name, entry.at): entry for entry in figures}
     heading = f"{facts['model']}: {facts['sequences']} sequences of {facts['data']}, seed {facts['seed']}"
     console.print(f"[bold]{escape(heading)}[/]\n")
@@ -172,7 +175,7 @@ def show(figures: Sequence[Entry], facts: Mapping[str, object]) -> None:
             texts = [(f"[bold]{cell.value:.4f}[/]", interval(cell)) if cell else ("", "") for cell in cells]
             shown.add_row(f"{at:.1f}", *itertools.chain(*texts))
     for grid in (summary, path, mean):
-        console.print(grid)
+        screen.put(grid)
         console.print()
 
 

@@ -11,16 +11,17 @@ examples:
 
 import contextlib
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from rich.console import Console
 from rich.markup import escape
 
 from opencola.checkpoints.hub import load, title
 from opencola.commands.terminal import ModelFlags, read_flags
 from opencola.errors import UserError
+from opencola.evaluation import screen
 from opencola.evaluation.figures import standalone
 from opencola.evaluation.likelihood import read_pairs
 from opencola.evaluation.quality import judge as judges
@@ -33,6 +34,7 @@ from opencola.models.language_model import LanguageModel
 from opencola.models.samples import first_words
 from opencola.models.sampling import Sampling
 from opencola.models.text_stream import TextPiece, generate_text
+from opencola.run.flags import OutputFlags
 from opencola.storage import locked, replacing
 from opencola.text.lines import append_objects, write_objects
 from opencola.text.tokenizer import Tokenizer
@@ -42,7 +44,7 @@ SAMPLES, FIGURES, DRAWING = "samples.jsonl", "quality.jsonl", "quality.svg"
 
 
 @dataclass(frozen=True)
-class QualityFlags(ModelFlags):
+class QualityFlags(OutputFlags, ModelFlags):
     """What to write, and what to compare it with. --temperatures are in place of the --temperature below."""
 
     temperatures: tuple[float, ...] = (0.5, 0.7, 1.0)
@@ -95,7 +97,9 @@ def command(argv: Sequence[str]) -> None:
             keep(figures, options, draft)
     if figures is None:
         raise KeyboardInterrupt(f"the samples that are done are in {options.out / SAMPLES}")
-    show(figures, options)
+    if not options.json:
+        show(figures, options)
+    options.say(f"\nSamples and all figures with their intervals are in {options.out}.")
 
 
 def measure(
@@ -148,8 +152,10 @@ def read_texts(options: QualityFlags) -> list[ReferenceText]:
 
 def cut(tokenizer: Tokenizer, text: ReferenceText, number: int, sampling: Sampling) -> Written:
     """A reference text as if it had been written, cut to as many tokens as a model may write."""
-    ids = tokenizer.encode(text.rest)[: sampling.max_new_tokens]
-    return Written(None, number, text.prompt, tokenizer.decode(ids), tuple(ids))
+    first, rest = tokenizer.encode_pair(text.prompt, text.rest)
+    ids = rest[: sampling.max_new_tokens]
+    # a decoder may treat the beginning of a text differently, so the prompt is decoded along and cut off
+    return Written(None, number, text.prompt, tokenizer.decode(first + ids)[len(tokenizer.decode(first)) :], tuple(ids))
 
 
 def write_texts(
@@ -189,14 +195,14 @@ def keep(figures: Frontier, options: QualityFlags, draft: Path) -> None:
         "prompted": options.prompted,
         "settings": asdict(options.sampling),
     }
-    write_objects(
-        draft / FIGURES,
-        (
-            {**facts, "temperature": temperature, **asdict(entry)}
-            for temperature, group in figures.items()
-            for entry in group
-        ),
-    )
+    records = [
+        {**facts, "temperature": temperature, **asdict(entry)}
+        for temperature, group in figures.items()
+        for entry in group
+    ]
+    write_objects(draft / FIGURES, records)
+    if options.json:
+        append_objects(sys.stdout, records)
     if options.judge is not None:
         drawing = standalone(frontier({title(options.model): figures}))
         (draft / DRAWING).write_text(drawing, encoding="utf-8")
@@ -211,7 +217,6 @@ def show(figures: Frontier, options: QualityFlags) -> None:
     for name, unit in {entry.name: entry.unit for group in figures.values() for entry in group}.items():
         cells = [f"{column[name].value:.4g}" if name in column else "" for column in columns]
         grid.add_row(name.replace("_", " "), *cells, unit)
-    console = Console(highlight=False)
+    console = screen.console()
     console.print(f"[bold]{escape(title(options.model))}[/]: {options.num_samples} samples at each temperature\n")
-    console.print(grid)
-    print(f"\nSamples and all figures with their intervals are in {options.out}.")
+    screen.put(grid)

@@ -9,13 +9,13 @@ examples:
   opencola report cola.jsonl ar.jsonl llada.jsonl --out runs/comparison
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as Grid
 
@@ -29,13 +29,13 @@ from opencola.evaluation.reporting.summary import Summary, rows, summarise, warn
 from opencola.evaluation.reporting.tables import Table, tables
 from opencola.run import flags
 from opencola.storage import locked, replacing
-from opencola.text.lines import write_objects
+from opencola.text.lines import append_objects, write_objects
 
 PAGE, TEXT, DRAWING, FIGURES = "results.html", "results.md", "accuracies.svg", "summary.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportFlags:
+class ReportFlags(flags.OutputFlags):
     """Which results, and where to."""
 
     results: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RESULTS")]
@@ -57,12 +57,16 @@ def command(argv: Sequence[str]) -> None:
         TEXT: render_markdown(summaries, DRAWING),
         DRAWING: standalone(drawing),
     }
+    records = list(rows(summaries))
     with locked(options.out), replacing(options.out) as draft:
         for name, text in texts.items():
             (draft / name).write_text(text, encoding="utf-8")
-        write_objects(draft / FIGURES, rows(summaries))
-    show(summaries)
-    print(f"The page is {options.out / PAGE}; beside it: {TEXT}, {DRAWING}, {FIGURES}.")
+        write_objects(draft / FIGURES, records)
+    if options.json:
+        append_objects(sys.stdout, records)
+    else:
+        show(summaries)
+    options.say(f"The page is {options.out / PAGE}; beside it: {TEXT}, {DRAWING}, {FIGURES}.")
 
 
 def check_files(options: ReportFlags) -> None:
@@ -79,12 +83,12 @@ def check_files(options: ReportFlags) -> None:
 
 def show(summaries: Sequence[Summary]) -> None:
     """Print what is not finished, and the tables."""
-    console = Console(highlight=False)
+    console = screen.console()
     for warning in warnings(summaries):
         console.print(f"[bold red]{escape(warning)}[/]")
     for table in tables(summaries):
         console.print(f"\n[bold]{escape(table.title)}[/]")
-        console.print(grid(table))
+        screen.put(grid(table))
     console.print()
 
 

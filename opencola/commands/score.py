@@ -10,34 +10,34 @@ examples:
 """
 
 import contextlib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
 
 import tyro
-from rich.console import Console
 
 from opencola.checkpoints import hub
 from opencola.checkpoints import parts as layout
 from opencola.commands import terminal
 from opencola.errors import UserError
 from opencola.evaluation.likelihood import read_pairs, score_pairs, together, total
-from opencola.evaluation.screen import progress_bar, table
+from opencola.evaluation.screen import progress_bar, put, table
 from opencola.models import build
 from opencola.run import flags
-from opencola.text.lines import append_objects
+from opencola.text.lines import append_objects, is_pipe
 
 Settings = TypeVar("Settings")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreFlags(Generic[Settings]):
+class ScoreFlags(flags.OutputFlags, Generic[Settings]):
     """What to score, and how."""
 
     file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
     """A .txt file with a text in each line, or a .jsonl file of objects with a field `text`, or with `prompt` and
-    `continuation`."""
+    `continuation`; `-` reads lines of either kind from standard input."""
     model: Path = hub.SHIPPED
     """Folder of a run or of an exported model, or a repository of the Hugging Face Hub (OWNER/NAME); without it the
     model that comes with the package. Its family decides which flags there are."""
@@ -57,13 +57,15 @@ def command(argv: Sequence[str]) -> None:
     pairs = list(read_pairs(options.file))
     if not pairs:
         raise UserError(f"{options.file} holds no texts")
-    if options.jsonl is not None and options.jsonl.exists() and options.jsonl.samefile(options.file):
+    named = not is_pipe(options.file)
+    if named and options.jsonl is not None and options.jsonl.exists() and options.jsonl.samefile(options.file):
         raise UserError(f"{options.jsonl} holds the texts: choose another file for --jsonl")
     model, tokenizer = hub.load(options.model)
     model.requires_grad_(False)  # a graph of the latents only
     records: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack:
-        stack.callback(show, records, len(pairs))  # what is done, after Ctrl-C too
+        if not options.json:
+            stack.callback(show, records, len(pairs))  # what is done, after Ctrl-C too
         file = None
         if options.jsonl is not None:
             options.jsonl.parent.mkdir(parents=True, exist_ok=True)
@@ -75,6 +77,8 @@ def command(argv: Sequence[str]) -> None:
             for record in score_pairs(model, tokenizer, batch, ids, options.scoring, options.end_of_text):
                 record["model"] = str(options.model)
                 records.append(record)
+                if options.json:
+                    append_objects(sys.stdout, [record])
                 if file is not None:
                     append_objects(file, [record])
             bar.advance(task, len(ids))
@@ -96,6 +100,6 @@ def show(records: Sequence[dict[str, Any]], asked: int) -> None:
         values += [*record["parts"].values(), record["perplexity"], record["bits_per_byte"]]
         shown = ["-" if value is None else f"{value:,.2f}" for value in values]
         grid.add_row(str(record["id"]), str(record["num_tokens"]), *shown)
-    Console(highlight=False).print(grid)
+    put(grid)
     if len(records) < asked:
         print(f"{len(records)} of {asked} texts")

@@ -20,12 +20,18 @@ CONTROL = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)), "�")
 
 
 @dataclass(frozen=True)
-class ModelFlags:
-    """Which model writes, and how."""
+class Named:
+    """Which model."""
 
     model: Path = SHIPPED
     """Folder of a run or of an exported model, or a repository of the Hugging Face Hub (OWNER/NAME); without it the
     model that comes with the package writes."""
+
+
+@dataclass(frozen=True)
+class ModelFlags(Named):
+    """Which model writes, and how."""
+
     sampling: tyro.conf.OmitArgPrefixes[Any] = field(default_factory=Sampling)
     """Settings of generation, those of the model's family; the defaults are the model's own."""
 
@@ -56,8 +62,8 @@ def flag(setting: str) -> str:
 
 
 def read_model(argv: Sequence[str]) -> Path:
-    """The model that a command's flags name, on which the others depend."""
-    options: ModelFlags = flags.parse(ModelFlags, argv, return_unknown_args=True, add_help=False)[0]
+    """The model that a command's flags name. The others are left alone: what they may be depends on its family."""
+    options: Named = flags.parse(Named, argv, return_unknown_args=True, add_help=False)[0]
     return options.model
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from opencola.data.shard_writer import Order, tokenise
@@ -40,7 +41,7 @@ def command(argv: Sequence[str]) -> None:
     """Run `opencola tokenize`."""
     options: TokenizeFlags = flags.parse(TokenizeFlags, argv, prog="opencola tokenize", description=__doc__)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[rate]}"), TimeElapsedColumn())
-    with Progress(*columns) as bar:
+    with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("tokenising", total=options.limit, rate="")
         first = None
         for done in tokenise(options, options.to, options.workers):

@@ -37,6 +37,8 @@ class TrainFlags(RunFlags):
     """Number of GPUs to plan for (--dry-run); at least 1."""
     gpu: str | None = None
     """Kind of GPU to plan for, such as H100; all that are known without it (--dry-run)."""
+    json: bool = False
+    """Print estimates as JSON, an object in a line for each stage, in place of tables (--dry-run)."""
     utilisation: float = 0.4
     """Share of the GPU's peak rate that training is taken to reach, above 0 and at most 1 (--dry-run)."""
 
@@ -55,5 +57,5 @@ def command(argv: Sequence[str]) -> None:
 
     if options.dry_run:
         stages = start.read(options.recipe, settings)
-        return dry_run.dry_run(stages, options.stage, options.devices, options.gpu, options.utilisation)
+        return dry_run.dry_run(stages, options.stage, options.devices, options.gpu, options.utilisation, options.json)
     start.train(options.recipe, settings, options, shlex.join(["opencola", "train", *argv]), options.stage)

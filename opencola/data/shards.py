@@ -117,7 +117,7 @@ class Manifest:
                 f"no {MANIFEST} in {folder}: write one with `opencola tokenize SOURCE --to {folder}`"
             )
         try:
-            values = json.loads(file.read_text(encoding="utf-8"))
+            values = json.loads(file.read_text(encoding="utf-8-sig"))
         except ValueError as error:
             raise UserError(f"{file}: not JSON: {error}") from error
         manifest = _filled(cls, values, file)

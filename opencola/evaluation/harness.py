@@ -27,7 +27,6 @@ from opencola.layers.device import device as own_device
 from opencola.models import build
 from opencola.models.sampling import Sampling
 from opencola.models.text_stream import generate_text, whole_texts
-from opencola.text.tokenizer import Tokenizer
 from opencola.version import __version__
 
 Pair = tuple[list[int], list[int]]
@@ -134,7 +133,7 @@ class OpenCola(LM):
         The second is False where nobody looked: see `greedy`.
         """
         texts = [move_space(*request.args) for request in requests]
-        pairs = [encode_pair(self.tokenizer, *text) for text in texts]
+        pairs = [self.tokenizer.encode_pair(*text) for text in texts]
         ids = draw_ids(requests)
         answers: list[tuple[float, bool]] = []
         for some in self._batches(range(len(requests)), "scoring", disable_tqdm):
@@ -264,17 +263,6 @@ def move_space(context: str, continuation: str) -> tuple[str, str]:
     """The same text with white space at the context's end moved behind it: there it belongs to a word's token."""
     kept = context.rstrip()
     return kept, context[len(kept) :] + continuation
-
-
-def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
-    """Token ids of both: the whole text's, cut behind the context.
-
-    Where a token of the whole spans the cut, both are encoded by themselves, so that what is scored is the
-    continuation, all of it and nothing else.
-    """
-    first, whole = tokenizer.encode(context), tokenizer.encode(context + continuation)
-    joined = whole[: len(first)] == first
-    return first, whole[len(first) :] if joined else tokenizer.encode(continuation)
 
 
 def roll(tokens: list[int], max_length: int) -> list[Pair]:

@@ -39,8 +39,8 @@ def score_pairs(
 ) -> Iterator[dict[str, Any]]:
     """A record of every pair. settings: of the family's own class; end_of_text: score that token, too."""
     end = [tokenizer.eos_id] if end_of_text else []
-    prompts = [tokenizer.encode(pair.prompt) for pair in pairs]
-    continuations = [[*tokenizer.encode(pair.continuation), *end] for pair in pairs]
+    encoded = [tokenizer.encode_pair(pair.prompt, pair.continuation) for pair in pairs]
+    prompts, continuations = [first for first, _ in encoded], [[*rest, *end] for _, rest in encoded]
     # only an end of text tells the model that nothing follows, so blocks are filled up with more of them
     scores = model.score(prompts, continuations, settings, pad_id=tokenizer.eos_id, ids=ids)
     for place, (i, pair) in enumerate(zip(ids, pairs, strict=True)):
@@ -78,7 +78,7 @@ def read_pairs(file: Path) -> Iterator[Pair]:
     Raises FileNotFoundError, and UserError naming the line that holds none.
     """
     for place, line in lines.read_lines(file, "texts"):
-        yield Pair("", line) if file.suffix == ".txt" else pair_of(line, place)
+        yield pair_of(line, place) if lines.holds_object(file, line) else Pair("", line)
 
 
 def pair_of(line: str, place: str) -> Pair:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.markup import escape
 
 from opencola.checkpoints import card, official
 from opencola.checkpoints.settings import load_sampling
 from opencola.errors import UserError
+from opencola.evaluation import screen
 from opencola.evaluation.latents.reconstruction import Reconstruction
 from opencola.evaluation.latents.traces import map_variables, reconstruct_stories, trace_blocks
 from opencola.evaluation.reporting.demo_page import DemoPage, Measure, read_stages, render
@@ -143,7 +143,7 @@ def _measures(
 
 def _show(samples: Sequence[Continuation], measures: Sequence[Measure], out: Path, seconds: float) -> None:
     """Samples and results on the terminal."""
-    console = Console(highlight=False)
+    console = screen.console()
     console.print()
     for sample in samples:
         mark = f"[red]✗ {escape(sample.fault)}[/]" if sample.fault else "[green]✓[/]"
@@ -152,5 +152,5 @@ def _show(samples: Sequence[Continuation], measures: Sequence[Measure], out: Pat
     for measure in measures:
         if measure.name in HEADLINES:
             grid.add_row(measure.label, f"[bold]{measure.text}[/]", measure.interval_text, measure.meaning)
-    console.print(grid)
+    screen.put(grid)
     console.print(f"\n{seconds / 60:.1f} minutes in all. Report: {out / 'report.html'}")

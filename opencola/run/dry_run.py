@@ -3,23 +3,25 @@
 The model is built, and a step of it taken, on tensors without memory (`train.cost.unreal`).
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from opencola.data.batch import Batch
 from opencola.errors import UserError
+from opencola.evaluation import screen
 from opencola.evaluation.screen import table
 from opencola.models import build
 from opencola.run import checks, cost, run
 from opencola.run.cost import PassCost
 from opencola.run.recipe import Recipe
+from opencola.text.lines import append_objects
 from opencola.text.tokenizer import FILE_NAME, Tokenizer
 
 USABLE = 0.9
@@ -103,9 +105,16 @@ class Estimate:
 
 
 def dry_run(
-    stages: Sequence[tuple[str, Recipe[Any, Any]]], only: str | None, devices: int, gpu: str | None, utilisation: float
+    stages: Sequence[tuple[str, Recipe[Any, Any]]],
+    only: str | None,
+    devices: int,
+    gpu: str | None,
+    utilisation: float,
+    json: bool = False,
 ) -> None:
     """Print the estimates of a recipe's stages, or of `only` one, for one kind of GPU or all known; writes nothing.
+
+    json: as an object in a line for each stage, in place of tables.
 
     Raises UserError for an unknown stage or GPU, and where a stage would not start.
     """
@@ -123,10 +132,12 @@ def dry_run(
         number = [*dict(stages)].index(name)
         run.check_start(name, recipe, [earlier for _, earlier in stages[:number]])
         checks.check(name, recipe, devices)
-    console = Console(highlight=False)
     for name, recipe in chosen:
         estimate = estimated(name, recipe, devices, vocabulary(recipe, dict(stages)))
-        show(estimate, gpus, utilisation, console)
+        if json:
+            append_objects(sys.stdout, [record(estimate, gpus, utilisation)])
+        else:
+            show(estimate, gpus, utilisation)
 
 
 def vocabulary(recipe: Recipe[Any, Any], stages: dict[str, Recipe[Any, Any]]) -> int:
@@ -188,12 +199,26 @@ def parts(model: build.Model) -> dict[str, tuple[int, bool]]:
     return counted
 
 
-def show(estimate: Estimate, gpus: dict[str, GPU], utilisation: float, console: Console) -> None:
+def record(estimate: Estimate, gpus: dict[str, GPU], utilisation: float) -> dict[str, Any]:
+    """All figures of an estimate, in bytes, operations and seconds."""
+    return {
+        "stage": estimate.name, "plan": settings(estimate), "devices": estimate.devices, "shards": estimate.shards,
+        "parameters": {part: count for part, (count, _) in estimate.parts.items()}, "core": estimate.core,
+        "tokens": estimate.tokens, "flops_per_token": estimate.flops_per_token, "memory": estimate.memory,
+        "activations": {"recomputed" if on else "kept": size for on, size in estimate.activations.items()},
+        "fits": {name: estimate.fits(gpu) for name, gpu in gpus.items()}, "utilisation": utilisation,
+        "seconds_per_step": {name: estimate.seconds_per_step(gpu, utilisation) for name, gpu in gpus.items()},
+    }  # fmt: skip
+
+
+def show(estimate: Estimate, gpus: dict[str, GPU], utilisation: float) -> None:
     """Print an estimate: the plan, parameters, operations, memory, time."""
+
+    console = screen.console()
 
     def put(title: str, grid: Table) -> None:
         console.print(f"[bold]{escape(estimate.name)}: {title}[/]\n")
-        console.print(grid)
+        screen.put(grid)
         console.print()
 
     plan = table("", "", words=(0, 1))

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,18 @@ class RunFlags:
     """Go on where the run stopped; stages that are finished stay as they are."""
     overwrite: bool = False
     """Delete the run that is there, and start anew."""
+
+
+@dataclass(frozen=True)
+class OutputFlags:
+    """How results are shown."""
+
+    json: bool = False
+    """Print results as JSON, one in a line, in place of tables; nothing else is then printed on standard output."""
+
+    def say(self, text: str) -> None:
+        """Print what is no result."""
+        print(text, file=sys.stderr if self.json else sys.stdout)
 
 
 def parse(target: Any, args: Sequence[str], **options: Any) -> Any:

@@ -188,7 +188,7 @@ def _stages(path: Path) -> tuple[bool, dict[str, dict[str, Any]]]:
 def _load(path: Path) -> dict[str, Any]:
     """The keys and values of a file."""
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        values = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{path}{line}: not valid YAML: {error.problem}") from None

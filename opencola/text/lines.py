@@ -4,8 +4,10 @@ Only "\\n" ends a line (a JSON string may hold other line separators), and "\\r"
 UTF-8; a byte order mark at the front is dropped.
 """
 
+import contextlib
 import json
 import os
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -16,14 +18,25 @@ from opencola.errors import UserError
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
+def is_pipe(file: Path) -> bool:
+    """Whether lines come from a program: `-`, which is standard input, /dev/stdin, or a named pipe."""
+    return file == Path("-") or file.is_fifo() or file.is_char_device() or file.parts[:2] == ("/", "dev")
+
+
+def holds_object(file: Path, line: str) -> bool:
+    """Whether a line is a JSON object, and no text: as the file's name says; in a pipe those that begin like one."""
+    return file.suffix == ".jsonl" or (is_pipe(file) and line.lstrip().startswith("{"))
+
+
 def decoded_lines(file: Path) -> Iterator[tuple[str, str]]:
     """The lines of a file with their ends, each after the words for its place; memory is that of one line.
 
     Raises FileNotFoundError, and UserError for a line, which it names, that is binary or not UTF-8.
     """
-    if not file.exists():
+    piped = file == Path("-")
+    if not piped and not file.exists():
         raise FileNotFoundError(f"no such file: {file}")
-    with file.open("rb") as lines:
+    with contextlib.nullcontext(sys.stdin.buffer) if piped else file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             place = f"{file}, line {number}"
             line = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
@@ -37,11 +50,11 @@ def decoded_lines(file: Path) -> Iterator[tuple[str, str]]:
 
 
 def read_lines(file: Path, what: str) -> Iterator[tuple[str, str]]:
-    """The lines of a .txt or .jsonl file of `what`, but blank ones, each after the words for its place.
+    """The lines of a .txt or .jsonl file of `what`, or of a pipe, but blank ones, each after the words for its place.
 
     Raises UserError for other files, and errors as `decoded_lines`.
     """
-    if file.exists() and file.suffix not in (".txt", ".jsonl"):
+    if file.exists() and not is_pipe(file) and file.suffix not in (".txt", ".jsonl"):
         raise UserError(f"{file}: {what} are in a .txt file, one in each line, or in a .jsonl file")
     for place, line in decoded_lines(file):
         if line.strip():

@@ -46,7 +46,11 @@ class Tokenizer:
         self._eos_id = None if eos is None else self.special_id(eos)
         self._pad_id = None if pad is None else self.special_id(pad)
         self._vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        self._byte_level = _is_byte_level(backend)
+        decoder = _decoder(backend)
+        self._byte_level = decoder == ["ByteLevel"]
+        names = (f"<0x{byte:02X}>" for byte in range(256)) if "ByteFallback" in decoder else ()
+        self._special_ids = {id_ for id_, token in added.items() if token.special}  # which leave no text
+        self._byte_ids = {id_ for name in names if (id_ := backend.token_to_id(name)) is not None}
         self._num_bytes: dict[int, int] = {}
 
     @classmethod
@@ -91,7 +95,7 @@ class Tokenizer:
         if not file.is_file():
             raise FileNotFoundError(f"no tokenizer at {file}: give a {FILE_NAME} or the folder that holds one")
         try:
-            backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+            backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8-sig"))
         except Exception as error:  # the library raises plain Exception
             raise UserError(f"{file} is not a Hugging Face tokenizer file: {_one_line(error)}") from error
         return cls(backend, eos=eos, pad=pad)
@@ -147,9 +151,33 @@ class Tokenizer:
         """`encode` of each text, on all processor cores."""
         return [e.ids for e in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
+    def encode_pair(self, prompt: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Token ids of a prompt and of what follows it: the whole text's, cut between the two, whenever that can be.
+
+        White space at the prompt's end that a token of the whole holds together with what follows goes to the
+        continuation, as tokenizers have it. Where a token holds more of the prompt than that, each is encoded by
+        itself, if that gives the same text; if not (tokenizers that mark where words begin would begin one), the
+        token belongs to the continuation.
+        """
+        first, whole = self.encode(prompt), self.encode(prompt + continuation)
+        count = num_shared(first, whole)
+        if count < len(first) and self.decode(whole[:count]).rstrip() != self.decode(first).rstrip():
+            alone = self.encode(continuation)
+            if self.decode(first + alone) == self.decode(whole):
+                return first, alone
+        return whole[:count], whole[count:]
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids; special tokens are not text and leave no trace. Broken UTF-8 becomes U+FFFD."""
         return self._backend.decode(ids, skip_special_tokens=True)
+
+    def settled(self, ids: Sequence[int]) -> str:
+        """The beginning of the text of token ids that no further ids can change."""
+        end = len(ids)
+        # The decoder reads neighbouring bytes as one: of a run with a broken end, none is a character.
+        while self._byte_ids and end and int(ids[end - 1]) in self._byte_ids | self._special_ids:
+            end -= 1
+        return self.decode(ids[:end]).rstrip(UNFINISHED)
 
     def num_bytes(self, ids: Sequence[int]) -> int:
         """UTF-8 bytes that the ids stand for, special tokens 0: the denominator of bits per byte.
@@ -201,8 +229,7 @@ class TextStream:
         """Take the next ids (possibly none) and return the text that they complete."""
         self._ids.extend(int(id_) for id_ in ids)
         # Always from the beginning: decoders may treat the first token differently. Only the end can be unfinished.
-        text = self._tokenizer.decode(self._ids).rstrip(UNFINISHED)
-        return self._advance(text)
+        return self._advance(self._tokenizer.settled(self._ids))
 
     def close(self) -> str:
         """The rest: what was held back as possibly unfinished (U+FFFD where it stayed unfinished)."""
@@ -214,10 +241,18 @@ class TextStream:
         return new
 
 
-def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:
-    """Whether each character of a token stands for one byte."""
-    parts = json.loads(backend.to_str())
-    return parts["decoder"] is not None and parts["decoder"]["type"] == "ByteLevel"
+def num_shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two lists begin with alike."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((place for place, (here, there) in pairs if here != there), min(len(first), len(second)))
+
+
+def _decoder(backend: tokenizers.Tokenizer) -> list[str]:
+    """The kinds of the decoder's steps. Of ByteLevel alone, each character of a token stands for one byte."""
+    decoder = json.loads(backend.to_str())["decoder"]
+    if decoder is None:
+        return []
+    return [step["type"] for step in decoder.get("decoders", [decoder])]
 
 
 def _one_line(error: Exception) -> str:

@@ -270,7 +270,7 @@ def test_is_greedy_is_what_the_model_writes(folder: Path, model: OpenCola) -> No
     prompt, text = next(
         (prompt, text)
         for (prompt, text), tokens in zip(texts, written, strict=True)
-        if harness.encode_pair(tokenizer, *harness.move_space(prompt, text)) == (tokenizer.encode(prompt), tokens[:2])
+        if tokenizer.encode_pair(*harness.move_space(prompt, text)) == (tokenizer.encode(prompt), tokens[:2])
     )
     asked = requests("loglikelihood", (prompt, text))
     assert asking.loglikelihood(asked)[0][1] is True and model.loglikelihood(asked)[0][1] is False
@@ -280,11 +280,11 @@ def test_context_and_continuation_share_their_tokens(model: OpenCola) -> None:
     tokenizer = model.tokenizer
     hill, space = tokenizer.encode("The hill"), tokenizer.encode(" The")
     assert harness.move_space("The \n", "fox") == ("The", " \nfox") and harness.move_space("", "fox") == ("", "fox")
-    assert harness.encode_pair(tokenizer, *harness.move_space("The ", "hill")) == (hill[:1], hill[1:])
-    assert harness.encode_pair(tokenizer, "", " The") == ([], space)
+    assert tokenizer.encode_pair(*harness.move_space("The ", "hill")) == (hill[:1], hill[1:])
+    assert tokenizer.encode_pair("", " The") == ([], space)
     # "hi" ends inside the token of " hill": what is scored is "ll" all the same
     assert tokenizer.encode("The hill") != tokenizer.encode("The hi") + tokenizer.encode("ll")
-    assert harness.encode_pair(tokenizer, "The hi", "ll") == (tokenizer.encode("The hi"), tokenizer.encode("ll"))
+    assert tokenizer.encode_pair("The hi", "ll") == (tokenizer.encode("The hi"), tokenizer.encode("ll"))
 
 
 def test_nothing_is_certain(model: OpenCola) -> None:
@@ -487,7 +487,7 @@ def test_every_family_answers(tmp_path: Path, folder: Path, tasks: Path, family:
     settings = build.scoring_class(family)(**({} if family == "ar" else {"samples": 3, "seed": 3}))
     for number, (question, choices, _) in enumerate(QUESTIONS):
         prompt = tokenizer.encode(question.rstrip())
-        pairs = [harness.encode_pair(tokenizer, question.rstrip(), own_space(question) + choice) for choice in choices]
+        pairs = [tokenizer.encode_pair(question.rstrip(), own_space(question) + choice) for choice in choices]
         rest = [continuation for _, continuation in pairs]
         expected = model.score([prompt] * len(rest), rest, settings, pad_id=tokenizer.eos_id, ids=[number] * len(rest))
         said = answers(found, "tiny_choose")[number]

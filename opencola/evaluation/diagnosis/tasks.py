@@ -86,8 +86,8 @@ def beginnings(task: Task, tokenizer: Tokenizer) -> list[Cut]:
     """Every text cut behind its prompt."""
     starts = []
     for number, (text, prompt) in enumerate(zip(task.texts, task.prompts, strict=True)):
-        place = len(tokenizer.encode(prompt))
-        starts.append(Cut(number, tuple(tokenizer.encode(prompt)), (*tokenizer.encode(text)[place:], tokenizer.eos_id)))
+        first, rest = tokenizer.encode_pair(prompt, text.removeprefix(prompt))
+        starts.append(Cut(number, tuple(first), (*rest, tokenizer.eos_id)))
     return starts
 
 

@@ -49,13 +49,12 @@ class Judge:
     def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> list[Judgement]:
         """The judgement of each text after its prompt, maybe "".
 
-        Prompt and text are tokenised together; the text's tokens are all behind those that the prompt has alone, too,
-        so that one which holds the prompt's end and the text's beginning counts. No end of text is judged. Where
-        both are longer than the context, the window moves on by half of it, so that a token is predicted from at least
-        so much. Sums are in float64.
+        Prompt and text are tokenised as one (`Tokenizer.encode_pair`). No end of text is judged. Where both are longer
+        than the context, the window moves on by half of it, so that a token is predicted from at least so much. Sums
+        are in float64.
         """
-        wholes = [self.tokenizer.encode(prompt + text) for prompt, text in zip(prompts, texts, strict=True)]
-        firsts = [shared(self.tokenizer.encode(prompt), whole) for prompt, whole in zip(prompts, wholes, strict=True)]
+        pairs = [self.tokenizer.encode_pair(*pair) for pair in zip(prompts, texts, strict=True)]
+        wholes, firsts = [first + rest for first, rest in pairs], [len(first) for first, _ in pairs]
         nats = torch.zeros(len(texts), dtype=torch.float64)
         parts = (self.windows(i, whole, first) for i, (whole, first) in enumerate(zip(wholes, firsts, strict=True)))
         for batch in batches([window for part in parts for window in part]):
@@ -147,12 +146,6 @@ def check_causal(folder: Path, logits: Logits, bos_id: int, vocab_size: int) -> 
     first, second = logits(rows)[:, 0]
     if not torch.allclose(first, second, rtol=1e-3, atol=1e-3):
         raise UserError(f"{folder} holds no causal language model: it sees the tokens behind the one that it predicts")
-
-
-def shared(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two lists begin with alike."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((place for place, (here, there) in pairs if here != there), min(len(first), len(second)))
 
 
 def batches(windows: Sequence[Window]) -> Iterator[list[Window]]:
