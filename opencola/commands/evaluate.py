@@ -276,6 +276,7 @@ def score_options(
     prompts, continuations = ([tokenizer.encode(text) for text in texts] for texts in zip(*pairs, strict=True))
     # as in `opencola score`: only ends of text fill up a block as if nothing followed
     score = model.score(prompts, continuations, settings, pad_id=tokenizer.eos_id, ids=ids)
+    score.check_finite([f"record {i}, option {option!r}" for i, (_, option) in zip(ids, pairs, strict=True)])
     return [nats.item() for nats in score.total]
 
 

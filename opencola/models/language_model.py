@@ -1,5 +1,6 @@
 """What every model family offers: a loss to train on and, for whole models, generation and scores."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from opencola.data.batch import Batch
+from opencola.errors import NotFiniteError
 from opencola.models.stopping import StopRule, TokenBlock
 
 
@@ -94,6 +96,17 @@ class Score:
     def perplexity(self) -> Tensor:
         """exp(-total / tokens), of every text: (B,)."""
         return torch.exp(-self.total / self.num_tokens)
+
+    def check_finite(self, names: Sequence[str]) -> None:
+        """Raise NotFiniteError for the first total that is not finite, with the text's name and its first bad part."""
+        for place, (name, total) in enumerate(zip(names, self.total.tolist(), strict=True)):
+            if not math.isfinite(total):
+                parts = {part: values[place].item() for part, values in self.parts.items()}
+                bad = next((f", as {part} is {value}" for part, value in parts.items() if not math.isfinite(value)), "")
+                raise NotFiniteError(
+                    f"{name}: its log-probability is {total}{bad}: the weights are damaged or diverged, or a setting "
+                    "is far beyond what they were made for"
+                )
 
 
 class LanguageModel(Trainable, Protocol):
