@@ -27,14 +27,22 @@ class Loss:
         return Loss(self.total.detach(), terms, metrics)
 
     @classmethod
-    def mean(cls, losses: Sequence["Loss"]) -> "Loss":
-        """Of the parts of a batch."""
+    def mean(cls, losses: Sequence["Loss"], weights: Sequence[Tensor] | None = None) -> "Loss":
+        """Of the parts of a batch, whose losses are divided by common counts already.
+
+        weights: of their metrics, as `Batch.weight`; equal ones if None.
+        """
+        shares = torch.ones(len(losses)) if weights is None else torch.stack(list(weights))
 
         def of(values: Iterable[Tensor]) -> Tensor:
             return torch.stack(list(values)).mean(0)
 
+        def weighted(values: Iterable[Tensor]) -> Tensor:
+            stacked = torch.stack(list(values))
+            return torch.tensordot(shares.to(stacked), stacked, 1) / shares.to(stacked).sum()
+
         terms = {name: of(loss.terms[name] for loss in losses) for name in losses[0].terms}
-        metrics = {name: of(loss.metrics[name] for loss in losses) for name in losses[0].metrics}
+        metrics = {name: weighted(loss.metrics[name] for loss in losses) for name in losses[0].metrics}
         return cls(of(loss.total for loss in losses), terms, metrics)
 
 

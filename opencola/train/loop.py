@@ -140,7 +140,7 @@ def train(
             # the processes must agree on when to stop
             state.seconds, asked = distributed.largest(time.perf_counter() - start, interrupt.is_set())
             progress = progress_of(state, config)
-            if (made := report.step(state, progress, loss, norm, rates)) and (fault := watch.take(made)):
+            if (made := report.step(state, progress, loss, norm, rates, batch)) and (fault := watch.take(made)):
                 saver.wait()
                 watch.stop(fault, saver.folder)
             if show and config.sample_every and (state.step % config.sample_every == 0 or progress >= 1):
@@ -168,7 +168,7 @@ def backward(model: Trainable, batch: Batch, config: TrainConfig) -> Loss:
             loss = model.loss(replace(part, counts=counts))
         (loss.total / len(parts)).backward()
         losses.append(loss.detach())
-    return losses[0] if len(losses) == 1 else Loss.mean(losses)
+    return losses[0] if len(losses) == 1 else Loss.mean(losses, [part.weight() for part in parts])
 
 
 def progress_of(state: TrainState, config: TrainConfig) -> float:
