@@ -23,7 +23,7 @@ from opencola.commands.terminal import ModelFlags, read_flags, show
 from opencola.errors import UserError
 from opencola.models.language_model import LanguageModel
 from opencola.models.text_stream import TextPiece, generate_text
-from opencola.text.lines import append_objects, check_text, parse_json, read_lines
+from opencola.text.lines import append_objects, check_text, parse_json, read_lines, unpacked_name
 from opencola.text.tokenizer import Tokenizer
 
 
@@ -113,7 +113,7 @@ def read_prompts(file: Path) -> list[str]:
     Raises FileNotFoundError, and UserError naming the line that is no prompt.
     """
     lines = read_lines(file, "prompts")
-    prompts = [line if file.suffix == ".txt" else prompt_of(line, place) for place, line in lines]
+    prompts = [line if unpacked_name(file).suffix == ".txt" else prompt_of(line, place) for place, line in lines]
     if not prompts:
         raise UserError(f"{file} holds no prompts")
     return prompts

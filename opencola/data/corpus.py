@@ -16,7 +16,7 @@ import torch
 from opencola.data import shards
 from opencola.data.batch import Batch
 from opencola.data.packing import Packer, Packing, Tokenised, TokenSource, plain
-from opencola.data.sources import documents, one_pass
+from opencola.data.sources import documents, one_pass, skipped
 from opencola.errors import UserError
 from opencola.text.conversations import ChatML, conversation_of
 from opencola.text.files import text_of
@@ -217,6 +217,10 @@ class Corpus:
     def _open(self, stream: int, epoch: int, index: int, offset: int) -> Packer:
         documents = self._documents.stream(epoch, index, stream, self._config.streams)
         return Packer(documents, self._config.packing, offset, self._multiple, self._pad_id)
+
+    def skipped(self) -> str:
+        """Which files of the source are not read, in a line; empty where all are."""
+        return "" if shards.folder_of(self._config.source) else skipped(self._config.source)
 
     def warning(self) -> str:
         """How many documents that should be packed whole are too long, in a line; empty where none is.

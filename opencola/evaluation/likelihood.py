@@ -95,7 +95,7 @@ def read_pairs(file: Path) -> Iterator[Pair]:
     Raises FileNotFoundError, and UserError naming the line that holds none.
     """
     for place, line in lines.read_lines(file, "texts"):
-        yield Pair("", line) if file.suffix == ".txt" else pair_of(line, place)
+        yield Pair("", line) if lines.unpacked_name(file).suffix == ".txt" else pair_of(line, place)
 
 
 def pair_of(line: str, place: str) -> Pair:

@@ -64,7 +64,7 @@ class Stage:
         distributed.barrier()  # a later stage starts from these files
 
     def warnings(self) -> list[str]:
-        """What data loses to its length, in a line for each corpus, the same in all processes.
+        """What is not read of the data, and what that loses to its length, a line each, the same in all processes.
 
         Raises UserError, in all of them, for a corpus in which nothing counts.
         """
@@ -72,7 +72,9 @@ class Stage:
         fault = None
         if distributed.is_main():
             try:
-                said = [line for corpus in (self.corpus, self.valid) if corpus and (line := corpus.warning())]
+                corpora = [corpus for corpus in (self.corpus, self.valid) if corpus]
+                lines = [line for corpus in corpora for line in (corpus.skipped(), corpus.warning())]
+                said = list(dict.fromkeys(filter(None, lines)))
             except UserError as error:
                 fault = str(error)
         said, fault = distributed.gather((said, fault))[0]

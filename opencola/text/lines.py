@@ -55,15 +55,19 @@ def opened(file: Path) -> Iterator[IO[bytes]]:
     is not installed.
     """
     packing = file.suffix.lower()
+    broken: tuple[type[Exception], ...] = (gzip.BadGzipFile, EOFError, zlib.error)
+    if packing == ".zst":
+        zstandard = _zstandard(file)
+        broken = (zstandard.ZstdError,)
     try:
         with contextlib.ExitStack() as stack:
             if packing == ".gz":
                 yield stack.enter_context(gzip.open(file))
             elif packing == ".zst":
-                yield stack.enter_context(_zstandard(file).open(file, "rb"))
+                yield stack.enter_context(zstandard.open(file, "rb"))
             else:
                 yield stack.enter_context(file.open("rb"))
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+    except broken as error:
         raise UserError(f"{file}: cannot be unpacked: {' '.join(str(error).split())}") from error
 
 

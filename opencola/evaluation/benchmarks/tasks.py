@@ -7,7 +7,7 @@ from typing import Any
 
 from opencola.checkpoints.files import read_json
 from opencola.errors import UserError
-from opencola.evaluation.benchmarks.grading import Grade, Rule, grade
+from opencola.evaluation.benchmarks.grading import Grade, Rule, grade, map_choice
 from opencola.text.lines import read_objects
 
 DEMONSTRATIONS = Path(__file__).parent / "demonstrations.json"
@@ -182,10 +182,13 @@ def parse_question(row: Any, task: Task, place: str) -> Question:
     index = row.get("answer_index")
     if index is not None and (type(index) is not int or not 0 <= index < len(choices)):
         raise UserError(f"{place}: field 'answer_index' is {index!r}, not the number of one of {len(choices)} options")
+    answer = text("answer", needed=True)
+    if choices and map_choice(answer, choices) is None:  # no generation could ever be right, or score as such
+        raise UserError(f"{place}: field 'answer' is {answer!r}, which is none of the options")
     return Question(
         name,
         text("question", needed=not ready),
-        text("answer", needed=True),
+        answer,
         tuple(choices),
         text("context", needed=task.has_context and not ready),
         index,
