@@ -121,6 +121,7 @@ def read_questions(folder: Path, task: Task) -> list[Question]:
     places: dict[str | int, str] = {}
     for place, row in read_objects(file):
         question = parse_question(row, task, place)
+        check_answer(question, place)
         if question.id in questions:
             first = places[question.id].removeprefix(f"{file}, ")
             raise UserError(f"{place}: field 'id': {question.id!r} is the id of {first}, too")
@@ -152,7 +153,16 @@ def read_demonstrations(file: Path = DEMONSTRATIONS) -> dict[str, tuple[Question
             parse_question({"id": i, **shot} if isinstance(shot, dict) else shot, task, place)
             for i, (place, shot) in enumerate(numbered)
         )
+        for (place, _), shot in zip(numbered, demonstrations[name], strict=True):
+            check_answer(shot, place)
     return demonstrations
+
+
+def check_answer(question: Question, place: str) -> None:
+    """Raise UserError where the right answer is none of the options, by the rules that map what a model writes to one:
+    no answer could then be right."""
+    if question.choices and map_choice(question.answer, question.choices) is None:
+        raise UserError(f"{place}: field 'answer' of {question.id!r} is {question.answer!r}, none of its options")
 
 
 def parse_question(row: Any, task: Task, place: str) -> Question:
@@ -182,13 +192,10 @@ def parse_question(row: Any, task: Task, place: str) -> Question:
     index = row.get("answer_index")
     if index is not None and (type(index) is not int or not 0 <= index < len(choices)):
         raise UserError(f"{place}: field 'answer_index' is {index!r}, not the number of one of {len(choices)} options")
-    answer = text("answer", needed=True)
-    if choices and map_choice(answer, choices) is None:  # no generation could ever be right, or score as such
-        raise UserError(f"{place}: field 'answer' is {answer!r}, which is none of the options")
     return Question(
         name,
         text("question", needed=not ready),
-        answer,
+        text("answer", needed=True),
         tuple(choices),
         text("context", needed=task.has_context and not ready),
         index,
