@@ -11,9 +11,9 @@ from torch import nn
 from opencola.checkpoints import llama, official, own
 from opencola.errors import UserError
 from opencola.flow.dit import BlockCausalDiT, DiTConfig
+from opencola.models import build
 from opencola.models.ar.model import AR
 from opencola.models.ar.network import ARConfig
-from opencola.models import build
 from opencola.models.build import ModelConfig, WholeModel
 from opencola.models.llada.model import LLaDA
 from opencola.models.plaid.model import Plaid

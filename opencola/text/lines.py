@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, TextIO
+from typing import IO, Any, TextIO, cast
 
 from opencola.errors import UserError
 
@@ -62,7 +62,7 @@ def opened(file: Path) -> Iterator[IO[bytes]]:
     try:
         with contextlib.ExitStack() as stack:
             if packing == ".gz":
-                yield stack.enter_context(gzip.open(file))
+                yield stack.enter_context(contextlib.closing(cast(IO[bytes], gzip.open(file))))
             elif packing == ".zst":
                 yield stack.enter_context(zstandard.open(file, "rb"))
             else:

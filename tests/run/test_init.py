@@ -36,7 +36,10 @@ def llada(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("config", [PLAID, StageOneConfig(), ColaConfig()], ids=build.family)
 def test_parts_of_another_family(llada: Path, config: build.ModelConfig) -> None:
-    with torch.device("meta"), pytest.raises(ValueError, match=rf"llada holds LLaDA, but the family '{build.family(config)}' "):
+    with (
+        torch.device("meta"),
+        pytest.raises(ValueError, match=rf"llada holds LLaDA, but the family '{build.family(config)}' "),
+    ):
         load_parts(build.build(config), llada, "")
 
 

@@ -131,7 +131,9 @@ def test_gradients_that_are_not_finite_name_their_parameter(
         return loss
 
     monkeypatch.setattr(loop, "backward", spoilt)
-    with pytest.raises(FloatingPointError, match=r"gradients are not finite at step 3: that of blocks\.1\.weight is not"):
+    with pytest.raises(
+        FloatingPointError, match=r"gradients are not finite at step 3: that of blocks\.1\.weight is not"
+    ):
         run(tmp_path)
 
 
