@@ -62,7 +62,7 @@ def opened(file: Path) -> Iterator[IO[bytes]]:
     try:
         with contextlib.ExitStack() as stack:
             if packing == ".gz":
-                yield stack.enter_context(contextlib.closing(cast(IO[bytes], gzip.open(file))))
+                yield cast(IO[bytes], stack.enter_context(gzip.open(file)))
             elif packing == ".zst":
                 yield stack.enter_context(zstandard.open(file, "rb"))
             else:
