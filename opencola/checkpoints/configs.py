@@ -61,6 +61,9 @@ VAE_FIXED: Values = {"layer_norm_type": "layer_norm", "rope_full_precision": Tru
 # Written for the release's sake: nothing in its inference depends on them.
 VAE_UNUSED: Values = {"causal": False, "use_emb": True, "init_fn": "normal", "init_std": 0.02, "init_cutoff_factor": 3}
 
+LOADABLE = ("cola_text_vae", "cola_dit", "llama", "opencola_llada", "opencola_plaid")
+"""The types of models there are files of that can be loaded."""
+
 # The dtype is the one to load with. It stays float32 for weights stored in half precision, because the release's loader
 # would otherwise round its rotary buffers, too.
 DIT_HEADER: Values = {"architectures": ["ColaDiTModel"], "model_type": "cola_dit", "dtype": "float32"}
@@ -122,7 +125,8 @@ def check_type(file: Path, values: Mapping[str, Any], wanted: str) -> None:
     """Raise UserError when model_type is there and another than the one wanted."""
     found = values.get("model_type", wanted)
     if found != wanted:
-        raise UserError(f"{file}: model_type is {found!r}, but a {wanted} is wanted here")
+        known = "" if found in LOADABLE else f"; what can be loaded is of type {', '.join(LOADABLE)}"
+        raise UserError(f"{file}: model_type is {found!r}, but a {wanted} is wanted here{known}")
 
 
 def check_fixed(file: Path, values: Mapping[str, Any], wanted: Values) -> None:

@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from opencola.errors import UserError
+from opencola.errors import NotFiniteError, UserError
+from opencola.layers.finite import is_finite
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -98,7 +99,8 @@ class StoredTensors:
                 )
 
     def read(self, name: str, shape: torch.Size) -> Tensor:
-        """A tensor of the given shape. Raises UserError when it is missing or of another shape or kind."""
+        """A tensor of the given shape. Raises UserError when it is missing or of another shape or kind, NotFiniteError
+        where it holds NaN or infinities."""
         if name not in self.files:
             raise UserError(f"{self._somewhere}: tensor {name} is missing; {CONFIG} asks for it")
         file = self.files[name]
@@ -113,6 +115,8 @@ class StoredTensors:
             )
         if not tensor.is_floating_point():
             raise UserError(f"{file}: tensor {name} has dtype {tensor.dtype}; quantised weights are not supported")
+        if not is_finite(tensor):
+            raise NotFiniteError(f"{file}: tensor {name} is not finite: its file is damaged, or the model diverged")
         return tensor
 
     def refuse_others(self, expected: set[str]) -> None:
@@ -130,6 +134,7 @@ def write_tensors(
     """Write tensors, each as its dtype, into one file of at most `max_bytes`, or into several with an index.
 
     Everything is written under temporary names first; files of an older model in the folder go when the new ones stand.
+    Raises NotFiniteError, naming the tensor, for NaN and infinities, and for numbers too large for the dtype.
     """
     shards: list[list[str]] = [[]]
     size = total = 0
@@ -146,6 +151,9 @@ def write_tensors(
     try:
         for file, names in zip(files, shards, strict=True):
             values = {name: tensors[name].detach().to("cpu", dtypes[name]).contiguous() for name in names}
+            if bad := [name for name, value in values.items() if not is_finite(value)]:
+                why = f"too large for {dtypes[bad[0]]}" if is_finite(tensors[bad[0]]) else "not finite"
+                raise NotFiniteError(f"{file}: tensor {bad[0]} is {why}; it is not written")
             _draft(file).touch()
             mode = _draft(file).stat().st_mode
             try:

@@ -15,7 +15,7 @@ from opencola.layers.device import device
 from opencola.models.build import WholeModel
 from opencola.models.cola.model import Cola
 from opencola.models.sampling import Sampling
-from opencola.text.tokenizer import FILE_NAME, Tokenizer
+from opencola.text.tokenizer import CONFIG_NAME, FILE_NAME, Tokenizer
 
 SHIPPED = Path(__file__).parent.parent / "shipped"
 """The model that comes with the package."""
@@ -26,6 +26,7 @@ FILES = [
     # a Hugging Face Llama, which has no folder of its own
     *(CONFIG, "model*.safetensors", "model.safetensors.index.json"),
     FILE_NAME,
+    CONFIG_NAME,
     settings.EXTRAS,
     card.FACTS,
     card.CARD,

@@ -1,6 +1,6 @@
 """What a model's folder is made of: the parts of each family, and the whole models that they make."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -11,9 +11,10 @@ from torch import nn
 from opencola.checkpoints import llama, official, own
 from opencola.errors import UserError
 from opencola.flow.dit import BlockCausalDiT, DiTConfig
+from opencola.models import build
 from opencola.models.ar.model import AR
 from opencola.models.ar.network import ARConfig
-from opencola.models.build import WholeModel
+from opencola.models.build import ModelConfig, WholeModel
 from opencola.models.llada.model import LLaDA
 from opencola.models.plaid.model import Plaid
 from opencola.vae.text_vae import TextVAE, TextVAEConfig
@@ -158,6 +159,31 @@ FOLDERS = tuple(dict.fromkeys(part.folder.parts[0] for part in PARTS.values()))
 def has_model(root: Path) -> bool:
     """Whether a folder has a part of a model, or is one."""
     return any(part.is_in(root) for part in PARTS.values())
+
+
+def starting(config: ModelConfig, root: Path) -> dict[str, Path | None]:
+    """The folder in `root` of each part that training can start from; None where it has no such part.
+
+    Raises UserError, naming what there is and what is wanted, where it has none of them, and FileNotFoundError where
+    one that training must start from is missing.
+    """
+    wanted = build.starting_parts(config)
+    places = {name: PARTS[name].find(root) for name in wanted}
+    if not any(places.values()):
+        raise UserError(other_family(config, root, [part.title for part in PARTS.values() if part.is_in(root)]))
+    for name, needed in wanted.items():
+        if needed and places[name] is None:
+            raise FileNotFoundError(f"{root} holds no {PARTS[name].title} ({PARTS[name].folder}): name another init")
+    return places
+
+
+def other_family(config: ModelConfig, root: Path, titles: Sequence[str]) -> str:
+    """What to say where `root`, to start from, has parts of these titles, of which training can start from none."""
+    wanted = " or ".join(PARTS[name].title for name in build.starting_parts(config))
+    return (
+        f"init {root} holds {' and '.join(titles)}, but the family {build.family(config)!r} starts from {wanted}: name "
+        "a folder with that, or leave init out to start from random weights (with tokenizer.path for a tokenizer alone)"
+    )
 
 
 def has_whole_model(root: Path) -> bool:

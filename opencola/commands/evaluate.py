@@ -279,6 +279,7 @@ def score_options(
     prompts, continuations = zip(*(tokenizer.encode_pair(*pair) for pair in pairs), strict=True)
     # as in `opencola score`: only ends of text fill up a block as if nothing followed
     score = model.score(prompts, continuations, settings, pad_id=tokenizer.eos_id, ids=ids)
+    score.check_finite([f"record {i}, option {option!r}" for i, (_, option) in zip(ids, pairs, strict=True)])
     return [nats.item() for nats in score.total]
 
 

@@ -45,6 +45,9 @@ class ScoreFlags(flags.OutputFlags, Generic[Settings]):
     """Write all figures into this file, one JSON object in a line."""
     end_of_text: bool = True
     """Score the end-of-text token behind every text, too: its log-probability and one token more count."""
+    allow_not_finite: bool = False
+    """Go on after a text whose log-probability is not finite, which is an error without it: its figures are null, sums
+    leave it out, and how many there are is said at the end."""
     scoring: tyro.conf.OmitArgPrefixes[Settings]
     """How log-probabilities are computed: settings of the model's family."""
 
@@ -74,7 +77,9 @@ def command(argv: Sequence[str]) -> None:
         task = bar.add_task("scoring", total=len(pairs))
         for ids in together(pairs, options.scoring.texts_at_a_time):
             batch = [pairs[i] for i in ids]
-            for record in score_pairs(model, tokenizer, batch, ids, options.scoring, options.end_of_text):
+            for record in score_pairs(
+                model, tokenizer, batch, ids, options.scoring, options.end_of_text, options.allow_not_finite
+            ):
                 record["model"] = str(options.model)
                 records.append(record)
                 if options.json:
@@ -95,11 +100,14 @@ def show(records: Sequence[dict[str, Any]], asked: int) -> None:
         what = f"; {' + '.join(terms)} = {sums.get('elbo', 'log p')}" if terms else ""
         print(f"log p in nats, {kind}: {label}{what}")
     grid = table("id", "tokens", "log p", "±", *sums.values(), *terms, "ppl", "bits/byte", words=())
-    for record in [*records, *([total(records)] if len(records) > 1 else [])]:
+    bad = sum(record["log_probability"] is None for record in records)
+    for record in [*records, *([total(records)] if len(records) > max(1, bad) else [])]:
         values = [record["log_probability"], record["standard_error"], *(record[name] for name in sums)]
         values += [*record["parts"].values(), record["perplexity"], record["bits_per_byte"]]
         shown = ["-" if value is None else f"{value:,.2f}" for value in values]
         grid.add_row(str(record["id"]), str(record["num_tokens"]), *shown)
     put(grid)
+    if bad:
+        print(f"{bad} of {len(records)} texts have no finite log-probability, and are in no sum")
     if len(records) < asked:
         print(f"{len(records)} of {asked} texts")

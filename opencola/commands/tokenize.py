@@ -12,6 +12,7 @@ examples:
 
 import os
 import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from opencola.data.shard_writer import Order, tokenise
+from opencola.data.sources import skipped
 from opencola.run import flags
 
 
@@ -40,6 +42,8 @@ class TokenizeFlags(Order):
 def command(argv: Sequence[str]) -> None:
     """Run `opencola tokenize`."""
     options: TokenizeFlags = flags.parse(TokenizeFlags, argv, prog="opencola tokenize", description=__doc__)
+    if said := skipped(options.source):
+        print(said, file=sys.stderr)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[rate]}"), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("tokenising", total=options.limit, rate="")

@@ -24,6 +24,8 @@ class Batch:
     document. None: attention does not know of documents."""
     scored: torch.Tensor | None = None
     """(B, L) bool: tokens that count in the loss; all when None."""
+    cut: int | None = None
+    """Documents that lost their ends in these sequences; None: none can."""
     counts: Mapping[str, torch.Tensor] | None = None
     """Denominators of the loss's means, by name, where the batch is part of a larger one: what the whole step has,
     divided by the number of its parts. None: the batch is whole, and they are its own."""
@@ -31,6 +33,12 @@ class Batch:
     def is_scored(self) -> torch.Tensor:
         """(B, L) bool: tokens that count in the loss."""
         return torch.ones_like(self.tokens, dtype=torch.bool) if self.scored is None else self.scored
+
+    def weight(self) -> torch.Tensor:
+        """The share of the tokens that counts in the loss: a scalar from 0 to 1, 1 where all do."""
+        if self.scored is None:
+            return torch.ones((), device=self.tokens.device)
+        return self.scored.float().mean()
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on `device`."""

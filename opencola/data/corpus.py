@@ -16,7 +16,7 @@ import torch
 from opencola.data import shards
 from opencola.data.batch import Batch
 from opencola.data.packing import Packer, Packing, Tokenised, TokenSource, plain
-from opencola.data.sources import documents, one_pass
+from opencola.data.sources import documents, one_pass, skipped
 from opencola.errors import UserError
 from opencola.text.conversations import ChatML, conversation_of
 from opencola.text.files import text_of
@@ -138,13 +138,14 @@ class Corpus:
         config, ranks = self._config, self._num_ranks
         shape = config.batch_size // ranks, config.length
         tokens, numbers, scored = np.empty(shape, np.int64), np.empty(shape, np.int64), np.empty(shape, np.bool_)
+        cut = 0
         dropped = np.empty((3, config.length), np.int64)  # a row of another rank, from a stream that is ours as well
         for row in range(config.batch_size):
             packer = self._packers.get((self._num_sequences + row) % config.streams)
             if packer is None:
                 continue
             if row % ranks == self._rank:
-                packer.fill(tokens[row // ranks], numbers[row // ranks], scored[row // ranks])
+                cut += packer.fill(tokens[row // ranks], numbers[row // ranks], scored[row // ranks])
             else:
                 packer.fill(*dropped)
         if tokens.max() >= self._tokenizer.vocab_size:
@@ -157,6 +158,8 @@ class Corpus:
         whole = config.packing == "whole"
         if whole or config.mask_documents:
             batch = replace(batch, documents=torch.from_numpy(numbers))
+        if config.packing != "contiguous":
+            batch = replace(batch, cut=cut)
         if whole:
             batch = replace(batch, scored=torch.from_numpy(scored))
         self._num_sequences += config.batch_size
@@ -215,17 +218,32 @@ class Corpus:
         documents = self._documents.stream(epoch, index, stream, self._config.streams)
         return Packer(documents, self._config.packing, offset, self._multiple, self._pad_id)
 
+    def skipped(self) -> str:
+        """Which files of the source are not read, in a line; empty where all are."""
+        return "" if shards.folder_of(self._config.source) else skipped(self._config.source)
+
     def warning(self) -> str:
         """How many documents that should be packed whole are too long, in a line; empty where none is.
 
-        Tokenises them all; of a source without an end none.
+        Tokenises them all; of a source without an end none. Raises UserError where nothing is left that counts.
         """
         number, length = self._documents.num_documents, self._config.length
         if self._config.packing != "whole" or number is None:
             return ""
         epoch = itertools.takewhile(lambda document: document.epoch == 0, self._documents.stream())
-        count = sum(len(document.ids) > length for document in epoch)
-        return f"{count} of {number} documents are longer than data.length {length}, and lose their ends" * (count > 0)
+        longest = cut = idle = 0
+        for document in epoch:
+            longest, cut = max(longest, len(document.ids)), cut + (len(document.ids) > length)
+            idle += document.scored is not None and not document.scored[:length].any()
+        if idle == number:
+            raise UserError(
+                f"{self._config.source}: in none of its {number} documents anything counts, as none has an answer in "
+                f"its first {length} tokens: raise data.length (the longest has {longest} tokens)"
+            )
+        said = f"{cut} of {number} documents are longer than data.length {length}, and lose their ends"
+        if idle:
+            said += f"; in {idle} of them nothing is left that counts"
+        return said * (cut > 0)
 
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:

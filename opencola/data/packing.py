@@ -97,12 +97,12 @@ class Packer:
             raise UserError(f"document {document.index} of epoch {document.epoch} is shorter than it was")
         return {"epoch": document.epoch, "index": document.index, "offset": self._offset}
 
-    def fill(self, tokens: np.ndarray, documents: np.ndarray, scored: np.ndarray) -> None:
+    def fill(self, tokens: np.ndarray, documents: np.ndarray, scored: np.ndarray) -> int:
         """Write the next sequence into `tokens` (L,), into `documents` (L,) the number of each token's document, and
         into `scored` (L,) whether it counts in the loss.
 
         Documents are numbered from 0 in each sequence; the end-of-text token and the padding behind a document belong
-        to it. Padding does not count.
+        to it. Padding does not count. Returns the number of documents that lost their ends: 0 or 1.
         """
         whole = self._packing == "whole"
         filled = number = 0
@@ -122,8 +122,10 @@ class Packer:
             if whole:  # what follows is overwritten where there is room for another document
                 tokens[filled:], scored[filled:] = self._pad_id, False
                 filled += -filled % self._multiple
-        if self._packing != "contiguous" and self._offset > 0:
+        cut = self._packing != "contiguous" and self._offset > 0
+        if cut:
             self._next_document()
+        return int(cut)
 
     def _current(self) -> Tokens:
         """The document that is being served."""

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from opencola.errors import UserError
+from opencola.text import files
 from opencola.text.files import Reader, iter_documents, read_documents, text_of
 
 HUB_WINDOW = 10_000
@@ -81,6 +82,11 @@ def one_pass(source: str, seed: int, text_field: str = "text", first: int = 0) -
     in_memory = source == "bible" or source.startswith("hf:")
     texts = documents(source, seed, text_field).one_pass() if in_memory else iter_documents(source, text_field)
     return itertools.islice(texts, first, None)
+
+
+def skipped(source: str) -> str:
+    """Which files of a source are not read, in a line; empty where all are, and for what is no folder of files."""
+    return "" if source in ("stories", "bible") or source.startswith("hf:") else files.skipped(source)
 
 
 def check_seed(seed: int) -> None:

@@ -176,6 +176,7 @@ class OpenCola(LM):
         keys = [ids[place] for place in places]
         # only an end of text tells the model that nothing follows, so blocks are filled up with more of them
         score = self.model.score(prompts, continuations, self.scoring, pad_id=self.tokenizer.eos_id, ids=keys)
+        score.check_finite([f"the continuation {self.tokenizer.decode(tokens)!r}" for tokens in continuations])
         for place, total in zip(places, score.total.tolist(), strict=True):
             totals[place] = total
         label = f"{score.kind}: {score.estimator}"

@@ -36,13 +36,20 @@ def score_pairs(
     ids: Sequence[int],
     settings: Any,
     end_of_text: bool,
+    allow_not_finite: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """A record of every pair. settings: of the family's own class; end_of_text: score that token, too."""
+    """A record of every pair. settings: of the family's own class; end_of_text: score that token, too.
+
+    Raises NotFiniteError, naming the text by its id, for a log-probability that is not finite; with `allow_not_finite`
+    its record has null in its place.
+    """
     end = [tokenizer.eos_id] if end_of_text else []
     encoded = [tokenizer.encode_pair(pair.prompt, pair.continuation) for pair in pairs]
     prompts, continuations = [first for first, _ in encoded], [[*rest, *end] for _, rest in encoded]
     # only an end of text tells the model that nothing follows, so blocks are filled up with more of them
     scores = model.score(prompts, continuations, settings, pad_id=tokenizer.eos_id, ids=ids)
+    if not allow_not_finite:
+        scores.check_finite([f"text {i}" for i in ids])
     for place, (i, pair) in enumerate(zip(ids, pairs, strict=True)):
         record = {"id": i, **asdict(pair), "num_prompt_tokens": len(prompts[place])}
         if not pair.prompt:
@@ -54,6 +61,7 @@ def score_pairs(
 def figures(score: Score, place: int, num_bytes: int) -> dict[str, Any]:
     """The labelled figures of one text, in nats but for the bits per byte; null where there are none."""
     total, tokens = score.total[place].item(), int(score.num_tokens[place])
+    nats = -total if math.isfinite(total) else math.nan
     parts = {name: value[place].item() for name, value in score.parts.items()}
     blocks = score.blocks[place] if score.blocks else {}
     named = {
@@ -63,13 +71,22 @@ def figures(score: Score, place: int, num_bytes: int) -> dict[str, Any]:
         "estimator": score.estimator,
         "num_tokens": tokens,
         "num_bytes": num_bytes,
-        **rates(-total, tokens, num_bytes),
+        **rates(nats, tokens, num_bytes),
         **{name: value[place].item() for name, value in score.others.items()},
         "parts": parts,
         "parts_per_token": {name: value / tokens for name, value in parts.items()},
         "parts_per_block": {name: value.tolist() for name, value in blocks.items()},
     }
-    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in named.items()}
+    return {name: _finite(value) for name, value in named.items()}
+
+
+def _finite(value: Any) -> Any:
+    """A figure, or figures by name or in a list, with None for those that JSON does not have."""
+    if isinstance(value, dict):
+        return {name: _finite(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_pairs(file: Path) -> Iterator[Pair]:
@@ -96,13 +113,21 @@ def pair_of(line: str, place: str) -> Pair:
 
 
 def total(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The sums of all records, and what follows from them."""
+    """The sums of all records that have a log-probability, of which there is one at least, and what follows from them.
+
+    not_finite: how many have none, where that is so.
+    """
     whole: dict[str, Any] = {"id": "all"}
+    if bad := sum(record["log_probability"] is None for record in records):
+        records = [record for record in records if record["log_probability"] is not None]
+        whole["not_finite"] = bad
     for name in ("num_tokens", "num_bytes", "log_probability", *(["elbo"] if "elbo" in records[0] else [])):
-        whole[name] = sum(record[name] for record in records)
+        values = [record[name] for record in records]
+        whole[name] = None if None in values else sum(values)
     errors = [record["standard_error"] for record in records]
     whole["standard_error"] = None if None in errors else math.hypot(*errors)
-    whole["parts"] = {name: sum(record["parts"][name] for record in records) for name in records[0]["parts"]}
+    parts = {name: [record["parts"][name] for record in records] for name in records[0]["parts"]}
+    whole["parts"] = {name: None if None in values else sum(values) for name, values in parts.items()}
     return whole | rates(-whole["log_probability"], whole["num_tokens"], whole["num_bytes"])
 
 

@@ -3,10 +3,13 @@
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from opencola.errors import NotFiniteError
 
 Velocity = Callable[[Tensor, float], Tensor]
 Solver = Literal["euler", "heun", "midpoint", "adaptive", "stochastic"]
@@ -102,17 +105,31 @@ def repaint(
         yield z
 
 
+@contextmanager
+def finding_steps(tolerance: float) -> Iterator[None]:
+    """Raise NotFiniteError where dopri5, inside, finds no step: torchdiffeq only asserts that there is one."""
+    try:
+        yield
+    except AssertionError as error:
+        if "underflow in dt" not in str(error):
+            raise
+        raise NotFiniteError(
+            f"dopri5 finds no step: the velocity is not finite, or the tolerance {tolerance:g} is too small"
+        ) from error
+
+
 def _adaptive(velocity: Velocity, z: Tensor, t: float, t_next: float, tolerance: float) -> Tensor:
     import torchdiffeq  # brings scipy, a second of start-up that the other solvers need not pay
 
     times = torch.tensor([t, t_next], dtype=z.dtype, device=z.device)
-    solved = torchdiffeq.odeint(
-        lambda time, state: velocity(state, float(time)),
-        z,
-        times,
-        method="dopri5",
-        rtol=tolerance,
-        atol=tolerance,
-        options={"step_t": times[1:]},  # end there: a longer step would ask for times below 0
-    )
+    with finding_steps(tolerance):
+        solved = torchdiffeq.odeint(
+            lambda time, state: velocity(state, float(time)),
+            z,
+            times,
+            method="dopri5",
+            rtol=tolerance,
+            atol=tolerance,
+            options={"step_t": times[1:]},  # end there: a longer step would ask for times below 0
+        )
     return solved[-1]

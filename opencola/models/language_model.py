@@ -1,5 +1,6 @@
 """What every model family offers: a loss to train on and, for whole models, generation and scores."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from opencola.data.batch import Batch
+from opencola.errors import NotFiniteError
 from opencola.models.stopping import StopRule, TokenBlock
 
 
@@ -25,14 +27,22 @@ class Loss:
         return Loss(self.total.detach(), terms, metrics)
 
     @classmethod
-    def mean(cls, losses: Sequence["Loss"]) -> "Loss":
-        """Of the parts of a batch."""
+    def mean(cls, losses: Sequence["Loss"], weights: Sequence[Tensor] | None = None) -> "Loss":
+        """Of the parts of a batch, whose losses are divided by common counts already.
+
+        weights: of their metrics, as `Batch.weight`; equal ones if None.
+        """
+        shares = torch.ones(len(losses)) if weights is None else torch.stack(list(weights))
 
         def of(values: Iterable[Tensor]) -> Tensor:
             return torch.stack(list(values)).mean(0)
 
+        def weighted(values: Iterable[Tensor]) -> Tensor:
+            stacked = torch.stack(list(values))
+            return torch.tensordot(shares.to(stacked), stacked, 1) / shares.to(stacked).sum()
+
         terms = {name: of(loss.terms[name] for loss in losses) for name in losses[0].terms}
-        metrics = {name: of(loss.metrics[name] for loss in losses) for name in losses[0].metrics}
+        metrics = {name: weighted(loss.metrics[name] for loss in losses) for name in losses[0].metrics}
         return cls(of(loss.total for loss in losses), terms, metrics)
 
 
@@ -94,6 +104,17 @@ class Score:
     def perplexity(self) -> Tensor:
         """exp(-total / tokens), of every text: (B,)."""
         return torch.exp(-self.total / self.num_tokens)
+
+    def check_finite(self, names: Sequence[str]) -> None:
+        """Raise NotFiniteError for the first total that is not finite, with the text's name and its first bad part."""
+        for place, (name, total) in enumerate(zip(names, self.total.tolist(), strict=True)):
+            if not math.isfinite(total):
+                parts = {part: values[place].item() for part, values in self.parts.items()}
+                bad = next((f", as {part} is {value}" for part, value in parts.items() if not math.isfinite(value)), "")
+                raise NotFiniteError(
+                    f"{name}: its log-probability is {total}{bad}: the weights are damaged or diverged, or a setting "
+                    "is far beyond what they were made for"
+                )
 
 
 class LanguageModel(Trainable, Protocol):

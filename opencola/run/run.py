@@ -69,7 +69,7 @@ def train(
             say(f"{title}: finished before, in {recipe.out}")
             continue
         stage = prepare(recipe, resume)
-        if distributed.is_main() and (warning := stage.corpus.warning()):
+        for warning in stage.warnings():
             say(f"{title}: {warning}")
         distributed.barrier()  # all have looked at what is there
         if distributed.is_main():
@@ -141,13 +141,21 @@ def plan(
 
 
 def check_start(name: str, recipe: Recipe[Any, Any], earlier: Sequence[Recipe[Any, Any]]) -> None:
-    """Raise UserError where a stage lacks the weights that it needs, or is sized unlike the stage it starts from."""
+    """Raise UserError where a stage lacks the weights that it needs, or those that it is to start from are another
+    family's or sized otherwise."""
+    stages = [other for other in earlier if recipe.init == other.out]
+    for other in stages:
+        if not build.starting_parts(recipe.model).keys() & build.part_names(other.model):
+            titles = [PARTS[part].title for part in build.part_names(other.model)]
+            raise UserError(f"stage {name}: {parts.other_family(recipe.model, other.out, titles)}")
+    if recipe.init is not None and not stages and parts.has_model(recipe.init):
+        parts.starting(recipe.model, recipe.init)
     for part, needed in build.starting_parts(recipe.model).items():
         if needed and recipe.init is None:
             title = PARTS[part].title
             raise UserError(f"stage {name} needs a trained {title}: set init to an earlier stage or a model's folder")
-        for other in earlier:
-            if recipe.init == other.out and part in build.starting_parts(other.model):
+        for other in stages:
+            if part in build.starting_parts(other.model):
                 config, found = (PARTS[part].config(model) for model in (recipe.model, other.model))
                 PARTS[part].check_same(config, found, f"stage {other.out.name}")
 

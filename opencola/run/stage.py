@@ -13,7 +13,7 @@ from opencola.checkpoints import parts as layout
 from opencola.checkpoints.parts import PARTS
 from opencola.data.corpus import Corpus
 from opencola.data.shards import folder_of
-from opencola.errors import UserError
+from opencola.errors import NotFiniteError, UserError
 from opencola.layers.device import device
 from opencola.models import build
 from opencola.models.language_model import Sample
@@ -84,6 +84,25 @@ class Stage:
             if valid is not None:
                 (draft / VALID).write_text(json.dumps(valid, indent=2) + "\n")
             write_beside(draft, out, self.tokenizer, recipe.sampling, facts)
+
+    def warnings(self) -> list[str]:
+        """What is not read of the data, and what that loses to its length, a line each, the same in all processes.
+
+        Raises UserError, in all of them, for a corpus in which nothing counts.
+        """
+        said: list[str] = []
+        fault = None
+        if distributed.is_main():
+            try:
+                corpora = [corpus for corpus in (self.corpus, self.valid) if corpus]
+                lines = [line for corpus in corpora for line in (corpus.skipped(), corpus.warning())]
+                said = list(dict.fromkeys(filter(None, lines)))
+            except UserError as error:
+                fault = str(error)
+        said, fault = distributed.gather((said, fault))[0]
+        if fault is not None:
+            raise UserError(fault)
+        return said
 
 
 def invalidate(out: Path, recipe: Recipe[Any, Any] | None = None, tokenizer: Tokenizer | None = None) -> None:
@@ -173,9 +192,9 @@ def prepare(recipe: Recipe[Any, Any], resume: bool) -> Stage:
 
 def load_parts(model: build.Model, init: Path, tokenizer: str) -> None:
     """Give a model, which is as large as its tokenizer asks, the parts that a folder holds, of those it starts from."""
-    for name, needed in build.starting_parts(model.config).items():
+    for name, place in layout.starting(model.config, init).items():
         part = PARTS[name]
-        if place := part.find(init):
+        if place:
             stored, config = part.load(place), part.config(model.config)
             if part.has_vocabulary and config.vocab_size != stored.config.vocab_size:
                 raise UserError(
@@ -184,16 +203,25 @@ def load_parts(model: build.Model, init: Path, tokenizer: str) -> None:
                 )
             part.check_same(config, stored.config, str(init))
             part.module(model).load_state_dict(stored.state_dict())
-        elif needed:
-            raise FileNotFoundError(f"{init} holds no {part.title} ({part.folder}): name another init")
 
 
 @torch.no_grad()
 def validate(model: build.Model, corpus: Corpus) -> dict[str, Any]:
-    """Loss, its terms and metrics, as in metrics.jsonl, over the first batches of a corpus."""
+    """Loss, its terms and metrics, as in metrics.jsonl, over the first batches of a corpus.
+
+    Raises NotFiniteError, with batch and term, for what is not finite, and UserError where nothing counts.
+    """
     means = Means()
-    for batch in itertools.islice(corpus, VALID_BATCHES):
+    for number, batch in enumerate(itertools.islice(corpus, VALID_BATCHES), 1):
         batch = batch.to(device())
         loss = model.loss(replace(batch, counts=distributed.counts_of_step([model.counts(batch)])))
-        means.add({"loss": loss.total, **{f"loss/{name}": term for name, term in loss.terms.items()}, **loss.metrics})
-    return {"batches": VALID_BATCHES, **means.take()}
+        terms = {f"loss/{name}": term for name, term in loss.terms.items()}
+        for name, value in (*terms.items(), ("loss", loss.total)):
+            if not value.isfinite():
+                raise NotFiniteError(f"{name} is {value.item()} in batch {number} of the validation corpus")
+        means.add({"loss": loss.total, **terms}, distributed.mean({"weight": batch.weight()})["weight"])
+        means.add(loss.metrics, batch.weight())
+    figures = means.take()
+    if figures["loss"] is None:
+        raise UserError(f"no token of {VALID_BATCHES} batches of the validation corpus counts: raise data.length")
+    return {"batches": VALID_BATCHES, **figures}

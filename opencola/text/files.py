@@ -3,7 +3,9 @@
 - `.txt`: one document, unless the file holds form feeds or lines that read `<|endoftext|>`: these separate documents.
 - `.jsonl`: one JSON object a line, its text in a field (`text`, unless told otherwise); blank lines are skipped.
 - `.parquet`: one document a row, its text in a column.
-- a folder: all of these below it, sorted by path; hidden files and other kinds are passed over.
+- a folder: all of these below it, sorted by path; hidden files and other kinds are passed over, and `skipped` says so.
+
+`.txt` and `.jsonl` may be packed as `.gz` or, where the package zstandard is installed, as `.zst`.
 
 Text is kept as it stands, line ends included (see `opencola.text.lines`).
 """
@@ -14,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from opencola.errors import UserError
-from opencola.text.lines import check_text, decoded_lines, kind, read_objects
+from opencola.text.lines import check_text, decoded_lines, kind, read_objects, unpacked_name
 
 Reader = Callable[[Mapping[str, Any], str, str], str]
 """What to take of a row: called with the row, the name of a field and the place, as `text_of` is."""
@@ -61,7 +63,8 @@ def iter_documents(path: str | Path, text_field: str = "text", read: Reader = te
     if place.is_dir():
         files = [file for file in sorted(place.rglob("*")) if _is_readable(file, place)]
         if not files:
-            raise UserError(f"no .txt, .jsonl or .parquet file in folder {place}")
+            said = f": {line}" if (line := skipped(place)) else ""
+            raise UserError(f"no .txt, .jsonl or .parquet file in folder {place}{said}")
     else:
         files = [place]
     texts = (text for file in files for text in _read_file(file, text_field, read) if text.strip())
@@ -72,13 +75,41 @@ def iter_documents(path: str | Path, text_field: str = "text", read: Reader = te
     yield from texts
 
 
+def skipped(path: str | Path) -> str:
+    """Which files of a folder are not read as documents, by their kinds, in a line; empty where all are, and for what
+    is no folder.
+
+    Hidden files and folders count as one kind.
+    """
+    place = Path(path)
+    kinds: dict[str, list[Path]] = {}
+    for file in sorted(place.rglob("*")) if place.is_dir() else ():
+        if file.is_file() and not _is_readable(file, place):
+            name = "hidden" if _is_hidden(file, place) else "".join(file.suffixes[-2:]).lower() or "no ending"
+            kinds.setdefault(name, []).append(file)
+    if not kinds:
+        return ""
+    named = ", ".join(f"{len(files)} {name} ({files[0].relative_to(place)})" for name, files in kinds.items())
+    count = sum(map(len, kinds.values()))
+    return f"{count} files in {place} are not read, as they are not .txt, .jsonl or .parquet: {named}"
+
+
 def _is_readable(file: Path, folder: Path) -> bool:
-    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-    return not hidden and file.suffix.lower() in (".txt", ".jsonl", ".parquet") and file.is_file()
+    return not _is_hidden(file, folder) and ending(file) in (".txt", ".jsonl", ".parquet") and file.is_file()
+
+
+def _is_hidden(file: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
+
+
+def ending(file: Path) -> str:
+    """What says what a file holds: its name's end in small letters, of a packed one that before .gz or .zst."""
+    held = unpacked_name(file).suffix.lower()
+    return "" if held == ".parquet" != file.suffix.lower() else held  # which is packed inside
 
 
 def _read_file(file: Path, text_field: str, read: Reader) -> Iterator[str]:
-    match file.suffix.lower():
+    match ending(file):
         case ".txt" if read is not text_of:
             raise UserError(f"{file}: conversations are in .jsonl and .parquet files")
         case ".txt":

@@ -1,21 +1,26 @@
 """Files of lines: texts in .txt, JSON objects in .jsonl; all that reads or writes them does it here.
 
 Only "\\n" ends a line (a JSON string may hold other line separators), and "\\r" before it belongs to the end. Text is
-UTF-8; a byte order mark at the front is dropped.
+UTF-8; a byte order mark at the front is dropped. Files that end in .gz or .zst are unpacked as they are read.
 """
 
 import contextlib
+import gzip
+import importlib
 import json
 import os
 import sys
+import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any, TextIO, cast
 
 from opencola.errors import UserError
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+PACKED = (".gz", ".zst")
 
 
 def is_pipe(file: Path) -> bool:
@@ -25,7 +30,7 @@ def is_pipe(file: Path) -> bool:
 
 def holds_object(file: Path, line: str) -> bool:
     """Whether a line is a JSON object, and no text: as the file's name says; in a pipe those that begin like one."""
-    return file.suffix == ".jsonl" or (is_pipe(file) and line.lstrip().startswith("{"))
+    return unpacked_name(file).suffix == ".jsonl" or (is_pipe(file) and line.lstrip().startswith("{"))
 
 
 def decoded_lines(file: Path) -> Iterator[tuple[str, str]]:
@@ -36,7 +41,7 @@ def decoded_lines(file: Path) -> Iterator[tuple[str, str]]:
     piped = file == Path("-")
     if not piped and not file.exists():
         raise FileNotFoundError(f"no such file: {file}")
-    with contextlib.nullcontext(sys.stdin.buffer) if piped else file.open("rb") as lines:
+    with contextlib.nullcontext(sys.stdin.buffer) if piped else opened(file) as lines:
         for number, line in enumerate(lines, 1):
             place = f"{file}, line {number}"
             line = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
@@ -49,12 +54,48 @@ def decoded_lines(file: Path) -> Iterator[tuple[str, str]]:
                 raise UserError(f"{place}: not UTF-8 at {byte}") from None
 
 
+def unpacked_name(file: Path) -> Path:
+    """A file's name without the .gz or .zst that says how it is packed: what it holds follows from that."""
+    return file.with_suffix("") if file.suffix.lower() in PACKED else file
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[IO[bytes]]:
+    """A file to read bytes from, unpacked where it is packed.
+
+    Raises UserError for one that cannot be unpacked, as it is damaged or cut off, and where .zst needs a package that
+    is not installed.
+    """
+    packing = file.suffix.lower()
+    broken: tuple[type[Exception], ...] = (gzip.BadGzipFile, EOFError, zlib.error)
+    if packing == ".zst":
+        zstandard = _zstandard(file)
+        broken = (zstandard.ZstdError,)
+    try:
+        with contextlib.ExitStack() as stack:
+            if packing == ".gz":
+                yield cast(IO[bytes], stack.enter_context(gzip.open(file)))
+            elif packing == ".zst":
+                yield stack.enter_context(zstandard.open(file, "rb"))
+            else:
+                yield stack.enter_context(file.open("rb"))
+    except broken as error:
+        raise UserError(f"{file}: cannot be unpacked: {' '.join(str(error).split())}") from error
+
+
+def _zstandard(file: Path) -> Any:
+    try:
+        return importlib.import_module("zstandard")
+    except ModuleNotFoundError as error:
+        raise UserError(f"{file}: .zst needs the package zstandard: pip install zstandard, or unpack it") from error
+
+
 def read_lines(file: Path, what: str) -> Iterator[tuple[str, str]]:
     """The lines of a .txt or .jsonl file of `what`, or of a pipe, but blank ones, each after the words for its place.
 
     Raises UserError for other files, and errors as `decoded_lines`.
     """
-    if file.exists() and not is_pipe(file) and file.suffix not in (".txt", ".jsonl"):
+    if file.exists() and not is_pipe(file) and unpacked_name(file).suffix not in (".txt", ".jsonl"):
         raise UserError(f"{file}: {what} are in a .txt file, one in each line, or in a .jsonl file")
     for place, line in decoded_lines(file):
         if line.strip():

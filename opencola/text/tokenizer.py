@@ -14,6 +14,7 @@ from opencola.errors import UserError
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
 FILE_NAME = "tokenizer.json"
+CONFIG_NAME = "tokenizer_config.json"
 SMALLEST_VOCABULARY = 258  # of a trained tokenizer: all bytes and the two tokens
 
 # Names that tokenizer files in circulation give to the two tokens we need, commonest first.
@@ -87,6 +88,8 @@ class Tokenizer:
     def load(cls, path: str | Path, eos: str | None = None, pad: str | None = None) -> "Tokenizer":
         """Load a `tokenizer.json`, given as the file or as the folder that holds it.
 
+        Where the two tokens have no usual names, `tokenizer_config.json` (eos_token, pad_token) or `config.json`
+        (eos_token_id, pad_token_id) beside it tell which they are.
         Raises FileNotFoundError when there is none, UserError when it is not a tokenizer file.
         """
         file = Path(path)
@@ -98,7 +101,28 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8-sig"))
         except Exception as error:  # the library raises plain Exception
             raise UserError(f"{file} is not a Hugging Face tokenizer file: {_one_line(error)}") from error
-        return cls(backend, eos=eos, pad=pad)
+        tokenizer = cls(backend)
+        named = {"eos": eos, "pad": pad}
+        for role, usual in (("eos", END_NAMES), ("pad", PAD_NAMES)):
+            if named[role] is None and not any(name in tokenizer._added for name in usual):
+                named[role] = tokenizer._named_beside(file.parent, role)
+        return cls(backend, **named)
+
+    def _named_beside(self, folder: Path, role: str) -> str | None:
+        """What the files that come with a tokenizer call the token of a role, eos or pad; None where none names one
+        of its own special tokens."""
+        names = {id_: name for name, id_ in self._added.items()}
+        for file, key in ((CONFIG_NAME, f"{role}_token"), ("config.json", f"{role}_token_id")):
+            try:
+                value = json.loads((folder / file).read_text(encoding="utf-8")).get(key)
+            except (OSError, ValueError, AttributeError):  # whoever needs such a file reads and checks it
+                continue
+            value = value.get("content") if isinstance(value, dict) else value
+            value = next(iter(value), None) if isinstance(value, list) else value
+            name = names.get(value) if isinstance(value, int) else value
+            if isinstance(name, str) and name in self._added:
+                return name
+        return None
 
     def save(self, path: str | Path) -> Path:
         """Write the tokenizer to a `.json` file, or as `tokenizer.json` into a folder; return the file's path.
@@ -112,7 +136,17 @@ class Tokenizer:
         draft = file.with_name(f".{file.name}.{os.getpid()}")
         draft.write_text(self._backend.to_str(pretty=True), encoding="utf-8")
         draft.replace(file)
+        self._save_names(file.with_name(CONFIG_NAME))
         return file
+
+    def _save_names(self, file: Path) -> None:
+        """Write which tokens end a text and fill up, where their names do not tell: `load` reads it."""
+        chosen = {"eos_token": self._eos_id, "pad_token": self._pad_id}
+        names = {id_: name for name, id_ in self._added.items()}
+        if values := {key: names[id_] for key, id_ in chosen.items() if id_ is not None}:
+            draft = file.with_name(f".{file.name}.{os.getpid()}")
+            draft.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+            draft.replace(file)
 
     @property
     def vocab_size(self) -> int:
@@ -128,12 +162,12 @@ class Tokenizer:
 
     @property
     def eos_id(self) -> int:
-        """The token that ends a document. Raises UserError when the file has none of the usual names."""
+        """The token that ends a document. Raises UserError where neither a usual name nor a file beside it tells."""
         return self._find(self._eos_id, END_NAMES, "eos")
 
     @property
     def pad_id(self) -> int:
-        """The token that fills up a row. Raises UserError when the file has none of the usual names."""
+        """The token that fills up a row. Raises UserError where neither a usual name nor a file beside it tells."""
         return self._find(self._pad_id, PAD_NAMES, "pad")
 
     def special_id(self, name: str) -> int:
@@ -211,7 +245,10 @@ class Tokenizer:
             if name in self._added:
                 return self._added[name]
         known = ", ".join(self._added) or "none"
-        raise UserError(f"the tokenizer names no usual {role} token; pass {role}=NAME, one of its own: {known}")
+        raise UserError(
+            f"the tokenizer names no usual {role} token, nor does {CONFIG_NAME} beside it: write "
+            f'{{"{role}_token": NAME}} into that file, with one of its special tokens: {known}'
+        )
 
 
 class TextStream:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from opencola.data.batch import Batch
 from opencola.errors import UserError
 from opencola.layers import randomness
+from opencola.layers.finite import is_finite
 from opencola.models.language_model import Loss, Trainable
 from opencola.train import checkpoint, distributed
 from opencola.train.checkpoint import CHECKPOINTS, Batches, Saver, TrainState
@@ -153,8 +154,8 @@ def proceed(
             rates = set_learning_rates(optimizers, learning_rate_factor(config, state.step, progress))
             batch = next(corpus).to(device)
             loss = backward(model, batch, config)
-            norm = distributed.full(nn.utils.clip_grad_norm_(module.parameters(), config.clip))
-            if fault := not_finite(loss, norm, state.step):
+            norm = clip(module, config.clip)
+            if fault := not_finite(loss, norm, state.step, module):
                 saver.wait()
                 watch.stop(fault, saver.folder)
             for optimizer in optimizers:
@@ -167,7 +168,7 @@ def proceed(
             # the processes must agree on when to stop
             state.seconds, asked = distributed.largest(time.perf_counter() - begin, interrupt.is_set())
             progress = progress_of(state, config)
-            if (made := report.step(state, progress, loss, norm, rates)) and (fault := watch.take(made)):
+            if (made := report.step(state, progress, loss, norm, rates, batch)) and (fault := watch.take(made)):
                 saver.wait()
                 watch.stop(fault, saver.folder)
             if show and config.sample_every and (state.step % config.sample_every == 0 or progress >= 1):
@@ -194,7 +195,7 @@ def backward(model: Trainable, batch: Batch, config: TrainConfig) -> Loss:
             loss = model.loss(replace(part, counts=counts))
         (loss.total / len(parts)).backward()
         losses.append(loss.detach())
-    return losses[0] if len(losses) == 1 else Loss.mean(losses)
+    return losses[0] if len(losses) == 1 else Loss.mean(losses, [part.weight() for part in parts])
 
 
 def progress_of(state: TrainState, config: TrainConfig) -> float:
@@ -203,13 +204,32 @@ def progress_of(state: TrainState, config: TrainConfig) -> float:
     return max(state.step / config.steps, in_time)
 
 
-def not_finite(loss: Loss, norm: Tensor, step: int) -> str | None:
-    """What is not finite, by term: to be asked before a step, which would spoil the weights. None if all is well."""
+def clip(model: nn.Module, most: float) -> Tensor:
+    """Scale a model's gradients down to a norm of `most`; returns the norm that they had.
+
+    Where that is not finite they stay as they are, so that it can be told which of them are not.
+    """
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    if distributed.full(norm).isfinite():
+        nn.utils.clip_grads_with_norm_(model.parameters(), most, norm)
+    return distributed.full(norm)
+
+
+def not_finite(loss: Loss, norm: Tensor, step: int, model: nn.Module) -> str | None:
+    """What is not finite, by term of the loss, else by parameter: to be asked before a step, which would spoil the
+    weights. None if all is well."""
     if loss.total.isfinite() and norm.isfinite():
         return None
     bad = [f"term {name} is {term.item()}" for name, term in loss.terms.items() if not term.isfinite()]
-    what = ", ".join(bad) or f"total is {loss.total.item()}, gradient norm is {norm.item()}"
-    return f"the loss is not finite at step {step}: {what}"
+    if bad or not loss.total.isfinite():
+        what = ", ".join(bad) or f"total is {loss.total.item()}"
+        return f"the loss is not finite at step {step}: {what}"
+    named = ((name, parameter.grad) for name, parameter in model.named_parameters() if parameter.grad is not None)
+    own = next((name for name, gradient in named if not is_finite(distributed.local(gradient))), None)
+    first = next((name for name in distributed.gather(own) if name is not None), None)
+    what = f"that of {first} is not" if first else f"their norm is {norm.item()}, though each is"
+    return f"the gradients are not finite at step {step}: {what}"
 
 
 @contextmanager

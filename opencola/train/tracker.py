@@ -11,10 +11,12 @@ import torch
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from opencola.data.batch import Batch
+from opencola.errors import UserError
 from opencola.models.language_model import Loss, Sample
 from opencola.text.lines import append_objects, dump, read_objects, replace_lines, write_objects
 from opencola.train.checkpoint import TrainState
-from opencola.train.distributed import mean
+from opencola.train.distributed import mean, num_processes
 from opencola.train.sinks import Tracker, Value
 
 Record = dict[str, Value]
@@ -24,7 +26,9 @@ class RunLog:
     """Records of a run, every `log_every` steps, on file, to trackers and on the screen; a context manager.
 
     A record holds step, tokens (seen so far), seconds, tokens_per_second, learning_rate/<optimizer>, and, averaged over
-    the steps since the last record, loss, loss/<term>, the loss's metrics by name, and gradient_norm.
+    the steps since the last record, loss, loss/<term>, the loss's metrics by name, and gradient_norm. A step's loss,
+    terms and metrics weigh what it has of tokens that count. Where documents can lose their ends, documents_cut is the
+    number of those that did since the last record, and scored the share of tokens that count.
     """
 
     def __init__(
@@ -53,6 +57,8 @@ class RunLog:
         self._trackers = trackers if main else ()
         self._log_every = log_every
         self._means = Means()
+        self._cut: int | None = None
+        self._has_counted = any(record.get("loss") is not None for record in self.records)
         self._last = (state.num_tokens, state.seconds)
         self._bar = Progress(
             TextColumn("step {task.fields[step]}"),
@@ -75,14 +81,21 @@ class RunLog:
             tracker.close()
 
     def step(
-        self, state: TrainState, progress: float, loss: Loss, norm: Tensor, rates: dict[str, float]
+        self, state: TrainState, progress: float, loss: Loss, norm: Tensor, rates: dict[str, float], batch: Batch
     ) -> Record | None:
         """Take in a step that has just been made, and write a record if one is due (always at the run's end).
 
-        Returns the record, or None.
+        Returns the record, or None. Raises UserError where none of the tokens of the run so far counts.
         """
         terms = {f"loss/{name}": term for name, term in loss.terms.items()}
-        self._means.add({"loss": loss.total, **terms, **loss.metrics, "gradient_norm": norm})
+        weight = mean({"weight": batch.weight()})["weight"] if batch.scored is not None else batch.weight()
+        self._means.add({"loss": loss.total, **terms}, weight)  # divided by what all processes count
+        self._means.add(loss.metrics, batch.weight())
+        self._means.add({"gradient_norm": norm})
+        if batch.scored is not None:
+            self._means.add({"scored": weight})
+        if batch.cut is not None:
+            self._cut = (self._cut or 0) + batch.cut
         self._bar.update(self._task, completed=min(1.0, progress), step=state.step)
         if state.step % self._log_every and progress < 1:
             return None
@@ -96,10 +109,20 @@ class RunLog:
             **{f"learning_rate/{name}": rate for name, rate in rates.items()},
             **self._means.take(),
         }
+        if self._cut is not None:
+            cut = mean({"cut": torch.tensor(float(self._cut))})["cut"] * num_processes()
+            record["documents_cut"], self._cut = round(cut.item()), 0
+        self._has_counted |= record["loss"] is not None
+        if not self._has_counted:
+            raise UserError(
+                f"no token of the first {state.step} steps counts in the loss: documents are longer than data.length, "
+                "and what would count is behind it"
+            )
         append_objects(self._file, [record], finite=True)
         for tracker in self._trackers:
             tracker.scalars(state.step, record)
-        self._bar.update(self._task, figures=f"loss {record['loss']:.4g}, {num_tokens / seconds:,.0f} tokens/s")
+        loss_now = "none" if record["loss"] is None else f"{record['loss']:.4g}"
+        self._bar.update(self._task, figures=f"loss {loss_now}, {num_tokens / seconds:,.0f} tokens/s")
         return record
 
     def samples(self, step: int, samples: Sequence[Sample]) -> None:
@@ -117,18 +140,21 @@ def kept_records(file: Path, step: int) -> list[dict[str, Any]]:
 
 
 class Means:
-    """Means of named tensors over the steps that had them; entries that are not a number are left out."""
+    """Weighted means of named tensors over the steps that had them; entries that are not a number are left out."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor] = {}
 
-    def add(self, values: dict[str, Tensor]) -> None:
-        """Take in a step's values: scalars or vectors, on any device (nothing is copied to the host here)."""
+    def add(self, values: dict[str, Tensor], weight: Tensor | float = 1.0) -> None:
+        """Take in a step's values: scalars or vectors, on any device (nothing is copied to the host here).
+
+        weight: how much of the step counts, as `Batch.weight`.
+        """
         for name, value in values.items():
             value = value.detach().float()
-            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value.nan_to_num()
-            self._counts[name] = self._counts.get(name, torch.zeros_like(value)) + ~value.isnan()
+            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + weight * value.nan_to_num()
+            self._counts[name] = self._counts.get(name, torch.zeros_like(value)) + weight * ~value.isnan()
 
     def take(self) -> dict[str, Value]:
         """The means over all processes, as plain numbers and lists, and start anew.

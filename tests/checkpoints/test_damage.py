@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from opencola.checkpoints import official
+from opencola.checkpoints import llama, official, parts
 from opencola.flow.dit import BlockCausalDiT, DiTConfig
 
 DIT = DiTConfig(latent_dim=4, width=8, num_layers=2, num_heads=2, head_dim=4, rope_dim=2)
@@ -202,3 +202,11 @@ def test_an_incomplete_download_is_named(tmp_path: Path) -> None:
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="model-00002-of-00003.safetensors is missing, but"):
         official.load_dit(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["mistral", "qwen2"])
+def test_a_model_of_another_type_is_told_what_can_be_loaded(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    for load in (parts.load, llama.load):
+        with pytest.raises(ValueError, match=rf"config.json: model_type is '{kind}', .* what can be loaded .*, llama,"):
+            load(tmp_path)

@@ -232,13 +232,32 @@ def test_the_rows_do_not_depend_on_batches_ranks_or_stops(source: str, streams: 
 
 def test_conversations_that_are_too_long_are_told(source: str) -> None:
     lengths = sorted(len(by_hand(chat)) for chat in CHATS)
+    texts = [conversation_of({"messages": chat}, "messages", "here") for chat in CHATS]
+    encoded = list(ChatML(TOKENIZER).encode_batch(texts))
     for length in (lengths[0], lengths[7], lengths[-1]):
         count = sum(one > length for one in lengths)
         said = f"{count} of 19 documents are longer than data.length {length}, and lose their ends" if count else ""
+        if idle := sum(not any(scored[:length]) for _, scored in encoded):
+            said += f"; in {idle} of them nothing is left that counts"
         running = corpus(source, length=length)
         assert running.warning() == said
         assert same(next(running), next(corpus(source, length=length)))  # counting takes nothing away
     assert corpus("stories", format="text").warning() == ""
+
+
+def test_conversations_of_which_nothing_counts(source: str) -> None:
+    with pytest.raises(ValueError, match=r"chats.jsonl: in none of its 19 documents anything counts.*: raise data"):
+        corpus(source, length=4).warning()
+
+
+def test_documents_that_are_cut_are_counted(source: str) -> None:
+    shortest = min(len(by_hand(chat)) for chat in CHATS)
+    running = corpus(source, length=shortest)  # one document a row, of which those as short as this lose nothing
+    short = sum(len(by_hand(chat)) == shortest for chat in CHATS)
+    epochs = list(itertools.islice(running, 19))  # of 19 rows each, however many are in a batch
+    rows = sum(len(batch.tokens) for batch in epochs)
+    assert sum(batch.cut for batch in epochs) == rows - short * rows // 19
+    assert next(corpus("stories", format="text", packing="contiguous")).cut is None
 
 
 def test_special_tokens_of_a_new_tokenizer() -> None:

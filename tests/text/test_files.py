@@ -1,12 +1,17 @@
 """Local files: what counts as a document, and one clear line for every file that cannot be read."""
 
+import gzip
+import io
+import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from opencola.text.files import read_documents
+from opencola.text.files import read_documents, skipped
 
 
 @pytest.mark.parametrize(
@@ -32,6 +37,39 @@ def test_jsonl_skips_blank_lines_and_blank_texts(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_bytes('\ufeff{"body": "one\u2028\\n"}\r\n\n  \n{"body": " \\n"}\n{"body": "zwei \\u00e9"}'.encode())
     assert read_documents(file, "body") == ["one\u2028\n", "zwei é"]
+
+
+def test_packed_files_are_read_and_others_are_told(tmp_path: Path) -> None:
+    (tmp_path / "README.txt").write_text("read me")
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"one\n<|endoftext|>\ntwo"))
+    (tmp_path / "b.jsonl.GZ").write_bytes(gzip.compress(b'{"text": "three"}\n'))
+    assert read_documents(tmp_path) == ["read me", "one\n", "two", "three"] and skipped(tmp_path) == ""
+    for name in ("c.csv", "d.csv", "e.parquet.gz", ".hidden.txt", "LICENSE"):
+        (tmp_path / name).write_text("x")
+    assert len(read_documents(tmp_path)) == 4
+    assert re.fullmatch(
+        r"5 files in .* are not read, as they are not .txt, .jsonl or .parquet: "
+        r"1 hidden \(.hidden.txt\), 1 no ending \(LICENSE\), 2 .csv \(c.csv\), 1 .parquet.gz \(e.parquet.gz\)",
+        skipped(tmp_path),
+    )
+    assert skipped(tmp_path / "c.csv") == skipped(tmp_path / "nowhere") == ""
+
+
+@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(b"some text" * 99)[:-9]], ids=["other", "cut off"])
+def test_files_that_cannot_be_unpacked(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.txt.gz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.txt\.gz: cannot be unpacked: "):
+        read_documents(tmp_path)
+
+
+def test_zst_needs_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt.zst").write_bytes(b"packed")
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(ValueError, match=r"a\.txt\.zst: \.zst needs the package zstandard: pip install"):
+        read_documents(tmp_path)
+    unpacking = SimpleNamespace(open=lambda file, mode: io.BytesIO(b"one"), ZstdError=OverflowError)
+    monkeypatch.setitem(sys.modules, "zstandard", unpacking)
+    assert read_documents(tmp_path) == ["one"]
 
 
 def test_parquet_reads_one_column(tmp_path: Path) -> None:

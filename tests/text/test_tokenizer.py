@@ -1,6 +1,8 @@
 """Tokenizer: lossless, special tokens only by id, foreign files, streaming."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -168,9 +170,12 @@ def test_end_and_padding_are_found_by_their_usual_names(special: list[str], eos:
 def test_unusual_names_can_be_given() -> None:
     backend = word_level("<stop>", "<fill>")
     tokenizer = Tokenizer(backend)
-    with pytest.raises(ValueError, match="no usual eos token; pass eos=NAME, one of its own: <stop>, <fill>"):
+    with pytest.raises(
+        ValueError,
+        match=r"no usual eos token, nor does tokenizer_config.json .*: write \{\"eos_token\": NAME\}.*: <stop>, <fill>",
+    ):
         _ = tokenizer.eos_id
-    with pytest.raises(ValueError, match="no usual pad token; pass pad=NAME"):
+    with pytest.raises(ValueError, match="no usual pad token, nor does tokenizer_config.json beside it"):
         _ = tokenizer.pad_id
     named = Tokenizer(backend, eos="<stop>", pad="<fill>")
     assert (named.eos_id, named.pad_id) == (3, 4)
@@ -238,3 +243,31 @@ def test_save_into_an_existing_folder_named_like_a_file(tmp_path) -> None:
     folder = tmp_path / "x.json"
     folder.mkdir()
     assert TOKENIZER.save(folder) == folder / "tokenizer.json"
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer_config.json", {"eos_token": "<stop>", "pad_token": {"content": "<fill>", "special": True}}),
+        ("config.json", {"eos_token_id": [3, 0], "pad_token_id": 4}),
+    ],
+)
+def test_files_beside_a_tokenizer_name_its_tokens(file: str, content: dict[str, Any], tmp_path: Path) -> None:
+    backend = word_level()
+    backend.add_special_tokens(["<stop>", "<fill>"])
+    Tokenizer(backend).save(tmp_path / "theirs")
+    (tmp_path / "theirs" / file).write_text(json.dumps(content))
+    read = Tokenizer.load(tmp_path / "theirs")
+    assert (read.eos_id, read.pad_id) == (backend.token_to_id("<stop>"), backend.token_to_id("<fill>")) == (3, 4)
+    read.save(tmp_path / "ours")  # a run's folder has the names, too
+    again = Tokenizer.load(tmp_path / "ours")
+    assert (again.eos_id, again.pad_id, again.fingerprint) == (3, 4, read.fingerprint)
+    for useless in ("{", "[]", '{"eos_token": "<halt>"}', '{"eos_token": ["<stop>", []]}', '{"eos_token": 3.5}'):
+        (tmp_path / "theirs" / "config.json").unlink(missing_ok=True)
+        (tmp_path / "theirs" / "tokenizer_config.json").write_text(useless)
+        assert Tokenizer.load(tmp_path / "theirs").vocab_size == 5
+    usual = word_level()
+    usual.add_special_tokens(["<stop>", "<fill>", "</s>"])
+    Tokenizer(usual).save(tmp_path / "theirs")
+    (tmp_path / "theirs" / "tokenizer_config.json").write_text('{"eos_token": "<stop>"}')
+    assert Tokenizer.load(tmp_path / "theirs").eos_id == usual.token_to_id("</s>")  # a usual name goes first

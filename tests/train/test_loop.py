@@ -5,12 +5,14 @@ import math
 import shutil
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from opencola.data.batch import Batch
 from opencola.models.language_model import Loss, Sample
 from opencola.train.checkpoint import TrainState, latest
 from opencola.train.loop import TrainConfig
@@ -18,6 +20,19 @@ from opencola.train.sinks import Value
 from opencola.train.tracker import RunLog
 
 Run = Callable[..., TrainState]
+
+
+class Nothing:
+    """A corpus that is never asked."""
+
+    def __next__(self) -> Batch:
+        raise AssertionError
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
 
 
 class Notes:
@@ -74,7 +89,7 @@ def test_other_processes_make_the_same_records_and_write_nothing(run: Run, tmp_p
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.jsonl")}
     lines = (tmp_path / "metrics.jsonl").read_text()
     (tmp_path / "metrics.jsonl").write_text(lines + '{"step": 5, "loss": 1}\n{"st')  # of an earlier session
-    made = []
+    made, batch = [], Batch(torch.zeros(2, 24, dtype=torch.long), torch.arange(2), 0, 0)
     for main, folder in ((False, tmp_path), (True, shutil.copytree(tmp_path, tmp_path / "copy"))):
         told = Notes()
         state.step, state.num_tokens, state.seconds = 4, 192, 1.0
@@ -83,7 +98,7 @@ def test_other_processes_make_the_same_records_and_write_nothing(run: Run, tmp_p
             for value in (1.0, 3.0):
                 state.step, state.num_tokens, state.seconds = state.step + 1, state.num_tokens + 48, state.seconds + 0.5
                 loss = Loss(torch.tensor(value), {"ce": torch.tensor(value)}, {})
-                made.append(report.step(state, 0.5, loss, torch.tensor(2.0), {"adamw": 0.1}))
+                made.append(report.step(state, 0.5, loss, torch.tensor(2.0), {"adamw": 0.1}, batch))
             report.samples(6, [Sample("continuation", "a", "b", {})])
         assert told.heard == (["loss", "text", "close"] if main else [])
     assert made[0] is made[2] is None and made[1] == made[3] and made[1]["loss"] == 2.0
@@ -100,6 +115,54 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_step(run: Run, tmp_p
     assert last and last.name == "step-000010"
     assert [record["step"] for record in records(tmp_path)] == [5, 10]
     assert run(tmp_path, resume=True).step == 20
+
+
+def test_gradients_that_are_not_finite_name_their_parameter(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from opencola.train import loop
+
+    backward = loop.backward
+
+    def spoilt(model: Any, batch: Batch, config: TrainConfig) -> Loss:
+        loss = backward(model, batch, config)
+        if batch.step == 3:
+            model.blocks[1].weight.grad[0, 0] = math.nan
+        return loss
+
+    monkeypatch.setattr(loop, "backward", spoilt)
+    with pytest.raises(
+        FloatingPointError, match=r"gradients are not finite at step 3: that of blocks\.1\.weight is not"
+    ):
+        run(tmp_path)
+
+
+def test_means_weigh_what_counts_and_the_rest_is_told(tmp_path: Path) -> None:
+    state = TrainState(torch.nn.Linear(1, 1), [], None, Nothing())
+    batch = Batch(torch.zeros(2, 8, dtype=torch.long), torch.arange(2), 0, 0)
+    with RunLog(tmp_path, state, 3, display=False) as report:
+        for counted, value in ((16, 1.0), (0, 0.0), (4, 6.0)):
+            state.step, state.seconds = state.step + 1, state.seconds + 1
+            scored = (torch.arange(16) < counted).view(2, 8)
+            loss = Loss(torch.tensor(value), {"ce": torch.tensor(value)}, {"accuracy": torch.tensor(value)})
+            shown = replace(batch, scored=scored, cut=2)
+            record = report.step(state, 0.5, loss, torch.tensor(value), {}, shown)
+    assert record is not None
+    assert record["loss"] == record["loss/ce"] == record["accuracy"] == 2.0  # (16 x 1 + 4 x 6) / 20
+    assert record["documents_cut"] == 6 and record["scored"] == pytest.approx(20 / 48)
+    assert record["gradient_norm"] == pytest.approx(7 / 3)
+
+
+def test_a_run_in_which_nothing_counts_stops(tmp_path: Path) -> None:
+    state = TrainState(torch.nn.Linear(1, 1), [], None, Nothing())
+    state.step, state.seconds = 1, 1.0
+    nothing = Batch(torch.zeros(2, 8, dtype=torch.long), torch.arange(2), 0, 0, scored=torch.zeros(2, 8).bool())
+    loss = Loss(torch.zeros(()), {"ce": torch.zeros(())}, {})
+    with (
+        RunLog(tmp_path, state, 1, display=False) as report,
+        pytest.raises(ValueError, match="no token of the first 1 steps counts in the loss"),
+    ):
+        report.step(state, 0.5, loss, torch.zeros(()), {}, nothing)
 
 
 def test_a_time_limit_ends_the_run_and_paces_the_schedule(run: Run, tmp_path: Path) -> None:

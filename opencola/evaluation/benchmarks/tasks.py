@@ -7,7 +7,7 @@ from typing import Any
 
 from opencola.checkpoints.files import read_json
 from opencola.errors import UserError
-from opencola.evaluation.benchmarks.grading import Grade, Rule, grade
+from opencola.evaluation.benchmarks.grading import Grade, Rule, grade, map_choice
 from opencola.text.lines import read_objects
 
 DEMONSTRATIONS = Path(__file__).parent / "demonstrations.json"
@@ -121,6 +121,7 @@ def read_questions(folder: Path, task: Task) -> list[Question]:
     places: dict[str | int, str] = {}
     for place, row in read_objects(file):
         question = parse_question(row, task, place)
+        check_answer(question, place)
         if question.id in questions:
             first = places[question.id].removeprefix(f"{file}, ")
             raise UserError(f"{place}: field 'id': {question.id!r} is the id of {first}, too")
@@ -152,7 +153,16 @@ def read_demonstrations(file: Path = DEMONSTRATIONS) -> dict[str, tuple[Question
             parse_question({"id": i, **shot} if isinstance(shot, dict) else shot, task, place)
             for i, (place, shot) in enumerate(numbered)
         )
+        for (place, _), shot in zip(numbered, demonstrations[name], strict=True):
+            check_answer(shot, place)
     return demonstrations
+
+
+def check_answer(question: Question, place: str) -> None:
+    """Raise UserError where the right answer is none of the options, by the rules that map what a model writes to one:
+    no answer could then be right."""
+    if question.choices and map_choice(question.answer, question.choices) is None:
+        raise UserError(f"{place}: field 'answer' of {question.id!r} is {question.answer!r}, none of its options")
 
 
 def parse_question(row: Any, task: Task, place: str) -> Question:

@@ -1,5 +1,6 @@
 """Models that judge texts: causal language models in Hugging Face's format, our own AR models among them."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import Tensor
 from opencola.checkpoints import hub, llama
 from opencola.checkpoints import parts as layout
 from opencola.checkpoints.files import CONFIG, checked, read_json
-from opencola.errors import UserError
+from opencola.errors import NotFiniteError, UserError
 from opencola.evaluation.quality.measures import Judgement
 from opencola.layers.device import device
 from opencola.text.tokenizer import Tokenizer
@@ -64,6 +65,8 @@ class Judge:
                 end, targets = len(window.inputs), torch.tensor(window.targets, device=logits.device)
                 log_p = logits[end - len(targets) : end].double().log_softmax(-1)
                 nats[window.text] -= log_p.gather(-1, targets[:, None]).sum().cpu()
+        if bad := [number for number, value in enumerate(nats.tolist()) if not math.isfinite(value)]:
+            raise NotFiniteError(f"the judge {self.name} gives text {bad[0]} {nats[bad[0]].item()} nats: it is damaged")
         return [
             Judgement(self.name, value, len(whole) - first, len(text.encode()))
             for value, whole, first, text in zip(nats.tolist(), wholes, firsts, texts, strict=True)

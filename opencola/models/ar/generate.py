@@ -8,6 +8,7 @@ from opencola.layers import randomness
 from opencola.layers.cache import KVCache
 from opencola.models.ar.network import ARNetwork, whole_steps
 from opencola.models.ar.sampling import ARSampling
+from opencola.models.finite import check_logits
 from opencola.models.inputs import checked_prompts, sample_ids
 from opencola.models.sampling import choose, penalise
 from opencola.models.stopping import OwnStop, StopRule, TokenBlock
@@ -42,6 +43,7 @@ def generate(
     while active:
         last = [[texts[i][-1] if texts[i] else model.config.bos_id] for i in active]
         logits = model.logits(torch.tensor(last, device=model.embedding.weight.device), cache=cache)
+        check_logits(logits, [ids[i] for i in active])
         logits = penalise(logits, [texts[i] for i in active], sampling.repetition_penalty)
         generators = [randomness.generator(sampling.seed, "token", ids[i], len(texts[i])) for i in active]
         new = choose(logits, sampling, generators).tolist()

@@ -16,6 +16,7 @@ from opencola.models.cola.prompts import Prompts, encode_prompts
 from opencola.models.cola.release import ReleaseStop
 from opencola.models.cola.release import noise as release_noise
 from opencola.models.cola.sampling import ColaSampling
+from opencola.models.finite import check_logits, check_states
 from opencola.models.inputs import sample_ids
 from opencola.models.sampling import choose, penalise
 from opencola.models.stopping import OwnStop, StopRule, TokenBlock
@@ -172,10 +173,14 @@ def write_block(
     def decode(latents: Tensor) -> Tensor:
         return vae.decode(latents if sampling.release else vae.denormalise(latents), caches.decoder)
 
+    states: list[Tensor] = []
     for t, z in denoise(dit, caches.dit, z, block, sampling, clock, draw):  # noqa: B020 the last state is the block
+        states.append(z)
         if watch is not None:
             watch(block.number, t, decode(z).argmax(-1))
+    check_states(states, block.ids, f", block {block.number + 1}")
     logits = decode(z)
+    check_logits(logits, block.ids, f", block {block.number + 1}")
     if not (sampling.release and block.number == 0):
         logits = penalise(logits, block.seen, sampling.repetition_penalty)
     generators = [randomness.generator(sampling.seed, "token", i, block.number, c) for i, c in keys]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from opencola.layers import randomness
+from opencola.models.finite import check_logits
 from opencola.models.inputs import checked_prompts, sample_ids
 from opencola.models.llada.network import LLaDANetwork
 from opencola.models.llada.sampling import LLaDASampling
@@ -135,6 +136,7 @@ def proposer(sampling: LLaDASampling, keys: Sequence[tuple[int, int]], lengths: 
     def propose(step: int, tokens: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         texts = (row[:length] for row, length in zip(tokens.tolist(), lengths, strict=True))
         seen = [[token for token in text if token != mask_id] for text in texts]
+        check_logits(logits, [i for i, _ in keys], f", block {keys[0][1] + 1}, step {step + 1}")
         logits = penalise(logits.double(), seen, sampling.repetition_penalty)
         chosen = logits.argmax(-1)
         if sampling.temperature >= 1e-5:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from opencola.layers import randomness
 from opencola.layers.attention import masked
+from opencola.models.finite import check_logits, check_states
 from opencola.models.inputs import checked_prompts, sample_ids
 from opencola.models.plaid.network import PlaidNetwork
 from opencola.models.plaid.sampling import PlaidSampling
@@ -56,6 +57,7 @@ def write(model: PlaidNetwork, known: Tensor, ids: Sequence[int], sampling: Plai
     shapes = model.schedule.shape(times)[0]
     noise = draw(0)
     z, first = clamp(noise, noise, x, model.schedule.gamma(shapes[0])), torch.zeros_like(noise)
+    states: list[Tensor] = []
     for step in range(sampling.steps):
         later, sooner = shapes[step], shapes[step + 1]
         first = guided(model, z, later, first, known, sampling.guidance - 1)
@@ -63,7 +65,11 @@ def write(model: PlaidNetwork, known: Tensor, ids: Sequence[int], sampling: Plai
         noise = draw(step + 1)
         z = ancestral(z, first, noise, model.schedule.gamma(later), model.schedule.gamma(sooner))
         z = clamp(z, noise, x, model.schedule.gamma(sooner))
-    logits = penalise(model.decoder(z)[:, length:], known.tolist(), sampling.repetition_penalty)
+        states.append(z)
+    check_states(states, ids)
+    logits = model.decoder(z)[:, length:]
+    check_logits(logits, ids)
+    logits = penalise(logits, known.tolist(), sampling.repetition_penalty)
     tokens = choose(logits, sampling, [randomness.generator(sampling.seed, "token", i) for i in ids])
     return torch.cat((known, tokens), dim=1)
 

@@ -161,6 +161,8 @@ def test_records_are_read(tmp_path: Path) -> None:
         ({"question": 3}, "field 'question' is 3, not a text"),
         ({"question": " "}, "field 'question' is ' ', not a text with something in it"),
         ({"answer": None}, "field 'answer' is None"),
+        ({"answer": "something else"}, "field 'answer' of 2 is 'something else', none of its options"),
+        ({"answer": "something else", "answer_index": 1}, "field 'answer' of 2 is 'something else', none of its"),
         ({"choices": None}, "field 'choices' has 0 options; mmlu has 4"),
         ({"choices": ["a", "b", "c"]}, "field 'choices' has 3 options; mmlu has 4"),
         ({"choices": ["a", "b", "c", 4]}, "field 'choices' is .*, not a list of texts"),
