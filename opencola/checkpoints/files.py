@@ -6,7 +6,7 @@ import os
 import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from opencola.errors import UserError
+from opencola.ranges import Range
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -45,12 +46,15 @@ def write_json(file: Path, values: Mapping[str, Any]) -> None:
 def checked(file: Path | str, key: str, value: Any, hint: Any) -> Any:
     """`value` as the type `hint` of a configuration field asks for it. Raises UserError naming file, key and value.
 
-    file: where the value stands, be it a file or not.
+    file: where the value stands, be it a file or not. A number must be in the hint's range, if it has one.
     """
     if get_origin(hint) in (Union, types.UnionType):
         if value is None:
             return None
         (hint,) = (kind for kind in get_args(hint) if kind is not type(None))
+    allowed = Range()
+    if get_origin(hint) is Annotated:
+        hint, allowed = get_args(hint)
     if get_origin(hint) is Literal:
         fits, wanted = value in get_args(hint), "one of " + ", ".join(repr(choice) for choice in get_args(hint))
     elif get_origin(hint) is tuple:
@@ -61,6 +65,8 @@ def checked(file: Path | str, key: str, value: Any, hint: Any) -> Any:
         fits, wanted = type(value) is hint, {int: "a whole number", bool: "true or false", str: "a string"}[hint]
     if not fits:
         raise UserError(f"{file}: {key} is {value!r}, but must be {wanted}")
+    if hint in (int, float) and value not in allowed:
+        raise UserError(f"{file}: {key} is {value!r}, but must be {allowed.to_be(value)}")
     return tuple(value) if isinstance(value, list) else value
 
 

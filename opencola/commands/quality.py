@@ -9,7 +9,6 @@ examples:
   opencola quality --model runs/demo --temperatures 0 0.5 1 --num-samples 100 --prompted --out runs/demo/quality
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -32,6 +31,7 @@ from opencola.models.language_model import LanguageModel
 from opencola.models.samples import first_words
 from opencola.models.sampling import Sampling
 from opencola.models.text_stream import TextPiece, generate_text
+from opencola.ranges import Count, NotNegative, check
 from opencola.text.lines import append_objects, write_objects
 from opencola.text.tokenizer import Tokenizer
 
@@ -43,9 +43,9 @@ SAMPLES, FIGURES, DRAWING = "samples.jsonl", "quality.jsonl", "quality.svg"
 class QualityFlags(ModelFlags):
     """What to write, and what to compare it with. --temperatures are in place of the --temperature below."""
 
-    temperatures: tuple[float, ...] = (0.5, 0.7, 1.0)
+    temperatures: tuple[NotNegative, ...] = (0.5, 0.7, 1.0)
     """Temperatures of the token choice, different numbers from 0 on; the noise is the same for all."""
-    num_samples: int = 200
+    num_samples: Count = 200
     """Number of texts to write at each temperature; distinct n-grams and mauve_ngram depend on it."""
     judge: str | None = None
     """Causal language model whose perplexity is measured: a folder with config.json and tokenizer.json, or a repository
@@ -55,18 +55,15 @@ class QualityFlags(ModelFlags):
     for each sample: one half is compared with, the other half is measured as if a model had written it."""
     prompted: bool = False
     """Begin each sample as a text of the first half begins: with two sentences of a story, else with 8 words."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Number of texts to write at a time: speed and memory; the texts do not depend on it."""
     out: Path = Path("runs/quality")
     """Folder for samples.jsonl, quality.jsonl and quality.svg; older ones there are replaced."""
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, but is {getattr(self, name)}")
-        different = len({*self.temperatures}) == len(self.temperatures) > 0
-        if not different or not all(0 <= temperature < math.inf for temperature in self.temperatures):
-            raise UserError("--temperatures must be different numbers, at least one and none of them negative")
+        check(self)
+        if not len({*self.temperatures}) == len(self.temperatures) > 0:
+            raise UserError("--temperatures must be different numbers, at least one")
 
 
 @dataclass(frozen=True)

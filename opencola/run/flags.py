@@ -23,7 +23,10 @@ class RunFlags:
 
 
 def parse(target: Any, args: Sequence[str], **options: Any) -> Any:
-    """`tyro.cli(target, args=args, **options)`, with mistakes as UserError of one line; --help still exits."""
+    """`tyro.cli(target, args=args, **options)`, with mistakes as UserError of one line; --help still exits.
+
+    A number out of its range (`opencola.ranges`) is named by its flag.
+    """
     said = io.StringIO()
     try:
         with contextlib.ExitStack() as stack:
@@ -34,7 +37,7 @@ def parse(target: Any, args: Sequence[str], **options: Any) -> Any:
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise UserError(_one_line(said.getvalue())) from None
+        raise UserError(_by_flag(_one_line(said.getvalue()), args)) from None
 
 
 def _one_line(said: str) -> str:
@@ -45,3 +48,15 @@ def _one_line(said: str) -> str:
     line = " ".join(message.split())
     guess = re.search(r"^  (?:Perhaps you meant|Arguments similar to).*:\s+(--\S+)", "".join(advice), re.MULTILINE)
     return f"{line}; did you mean {guess[1]}?" if guess else line
+
+
+def _by_flag(line: str, args: Sequence[str]) -> str:
+    """A message of `ranges.check`, which knows fields only, with the flag that the value came from."""
+    parts = re.fullmatch(r"Error parsing (\S+): (\w+)( must be .*, but is .*)", line)
+    if parts is None:
+        return line
+    group, field, rest = parts.groups()
+    given = {word.partition("=")[0] for word in args}
+    names = [f"--{name}" for name in (f"{group}.{field}", field)]  # of some groups flags have no prefix
+    spelled = [spelling for name in names for spelling in (name, name.replace("_", "-")) if spelling in given]
+    return (spelled[0] if spelled else names[0]) + rest

@@ -28,6 +28,7 @@ from opencola.checkpoints.settings import without_others
 from opencola.data.corpus import CorpusConfig
 from opencola.errors import UserError
 from opencola.models.sampling import Sampling
+from opencola.ranges import Count, Seed, check
 from opencola.run import flags
 from opencola.train.loop import TrainConfig
 from opencola.vae.text_vae import ReleaseConventions
@@ -49,12 +50,15 @@ class TokenizerConfig:
     path: Path | None = None
     """An existing tokenizer.json; without it the one of `init` is used or, without `init`, that of the tokenised
     corpus, or a new one is trained."""
-    vocab_size: int = 4096
+    vocab_size: Count = 4096
     """Size of a newly trained vocabulary, special tokens included."""
     special: tuple[str, ...] = ()
     """Further special tokens of a new tokenizer, such as the marks <|im_start|> and <|im_end|> of conversations."""
-    train_documents: int = 10_000
+    train_documents: Count = 10_000
     """Number of documents of the corpus, the first ones, that a new tokenizer is trained on."""
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +69,7 @@ class Recipe(Generic[Model, Settings]):
     """Model family; it decides which fields `model` has, so only the recipe file can set it."""
     out: Path
     """Folder for results; with several stages, each has a folder in it."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of everything random: initial weights, order of the corpus, noise."""
     init: Path | None = None
     """Folder of an earlier run or of an exported model whose weights and tokenizer to start from."""
@@ -81,6 +85,9 @@ class Recipe(Generic[Model, Settings]):
     """How to train: steps, optimizer, devices, records and checkpoints."""
     sampling: Settings
     """Settings of generation that the trained model brings along."""
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 def read(
