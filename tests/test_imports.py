@@ -21,6 +21,7 @@ ROOMS = [
     "version",
     "errors",
     "ranges",
+    "paths",
     "storage",
     "kernels",
     "layers",

@@ -1,7 +1,6 @@
 """Model folders: a config.json, and safetensors in one file or several. Every error is one line that names the file."""
 
 import json
-import math
 import os
 import types
 from collections.abc import Mapping
@@ -60,7 +59,7 @@ def checked(file: Path | str, key: str, value: Any, hint: Any) -> Any:
     elif get_origin(hint) is tuple:
         fits, wanted = isinstance(value, list) and all(isinstance(item, str) for item in value), "a list of strings"
     elif hint is float:
-        fits, wanted = type(value) in (int, float) and math.isfinite(value), "a number"
+        fits, wanted = type(value) in (int, float) and value in Range(), "a number"
     else:
         fits, wanted = type(value) is hint, {int: "a whole number", bool: "true or false", str: "a string"}[hint]
     if not fits:

@@ -31,6 +31,7 @@ from opencola.models.language_model import LanguageModel
 from opencola.models.samples import first_words
 from opencola.models.sampling import Sampling
 from opencola.models.text_stream import TextPiece, generate_text
+from opencola.paths import home
 from opencola.ranges import Count, NotNegative, check
 from opencola.text.lines import append_objects, write_objects
 from opencola.text.tokenizer import Tokenizer
@@ -116,7 +117,7 @@ def read_texts(options: QualityFlags) -> list[ReferenceText]:
         stories = held_out(count)
         prompts = [" ".join(tale.sentences[:PROMPT_SENTENCES]) if options.prompted else "" for tale in stories]
         return [ReferenceText(prompt, tale.text[len(prompt) :]) for prompt, tale in zip(prompts, stories, strict=True)]
-    texts = [pair.prompt + pair.continuation for pair in read_pairs(Path(options.reference))]
+    texts = [pair.prompt + pair.continuation for pair in read_pairs(home(options.reference))]
     if len(texts) < count:
         raise UserError(
             f"{options.reference} holds {len(texts)} texts, but two for each of --num-samples {options.num_samples} "

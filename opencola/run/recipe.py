@@ -28,6 +28,7 @@ from opencola.checkpoints.settings import without_others
 from opencola.data.corpus import CorpusConfig
 from opencola.errors import UserError
 from opencola.models.sampling import Sampling
+from opencola.paths import home
 from opencola.ranges import Count, Seed, check
 from opencola.run import flags
 from opencola.train.loop import TrainConfig
@@ -128,8 +129,9 @@ def read(
 
 def find(recipe: str | Path) -> Path:
     """The path itself if it is a file, else that of the shipped recipe of this name. Raises FileNotFoundError."""
-    if Path(recipe).is_file():
-        return Path(recipe)
+    recipe = home(recipe)
+    if recipe.is_file():
+        return recipe
     files = [(path.relative_to(folder), path) for folder in FOLDERS for path in sorted(folder.rglob("*.yaml"))]
     shipped = {name.with_suffix("").as_posix(): path for name, path in files}
     if str(recipe) not in shipped:
@@ -177,7 +179,7 @@ def _stages(path: Path) -> tuple[bool, dict[str, dict[str, Any]]]:
     """Whether the file has a `stages` key, and each stage's values with the shared ones below them."""
     shared = _load(path)
     if "base" in shared:
-        base = path.parent / str(shared.pop("base"))
+        base = path.parent / home(str(shared.pop("base")))
         if not base.is_file():
             raise FileNotFoundError(f"{path}: base {base}: no such file")
         below = _load(base)
@@ -282,15 +284,15 @@ def _parse(
 
 def flags_of(values: dict[str, Any], prefix: str = "--") -> list[str]:
     """Nested values as flags: {"a": {"b": 1, "c": [2, 3]}} -> --a.b=1 --a.c 2 3."""
-    flags: list[str] = []
+    words: list[str] = []
     for key, value in values.items():
         if isinstance(value, dict):
-            flags += flags_of(value, f"{prefix}{key}.")
+            words += flags_of(value, f"{prefix}{key}.")
         elif isinstance(value, list):
-            flags += [f"{prefix}{key}", *map(str, value)]
+            words += [f"{prefix}{key}", *(flags.value(str(entry)) for entry in value)]
         else:
-            flags.append(f"{prefix}{key}={value}")
-    return flags
+            words.append(f"{prefix}{key}={value}")
+    return words
 
 
 def _plain(value: Any) -> Any:

@@ -10,6 +10,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from opencola.errors import UserError
+from opencola.paths import home
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
@@ -85,7 +86,7 @@ class Tokenizer:
 
         Raises FileNotFoundError when there is none, UserError when it is not a tokenizer file.
         """
-        file = Path(path)
+        file = home(path)
         if file.is_dir():
             file = file / FILE_NAME
         if not file.is_file():
