@@ -52,7 +52,7 @@ USER = os.getuid() if hasattr(os, "getuid") else 0
 
 
 def _make(folder: Path) -> None:
-    """Make a folder of the library's, unless it is there. Raises OSError, for a temporary one of somebody else's too."""
+    """Make a folder for the library. Raises OSError, for a temporary folder of somebody else's, too."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     if folder.parent == Path(tempfile.gettempdir()) and hasattr(os, "getuid") and folder.lstat().st_uid != USER:
         raise PermissionError("it is another user's")
@@ -76,7 +76,7 @@ def compile_library(folder: Path) -> Path:
     first, *options = shlex.split(os.environ.get("CC") or "cc")
     compiler = [os.path.expanduser(first), *options]
     parts = [*(path.read_bytes() for path in sorted(SOURCES.glob("*.[ch]"))), repr((compiler, FLAGS)).encode()]
-    name = f"kernels-{hashlib.sha256(b'\0'.join([*parts, _processor()])).hexdigest()[:16]}"
+    name = "kernels-" + hashlib.sha256(b"\0".join([*parts, _processor()])).hexdigest()[:16]
     for library in sorted(folder.glob(f"{name}-*.so")):
         if library.name == f"{name}-{_checksum(library)}.so":
             return library

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,12 +48,25 @@ def parse(target: Any, args: Sequence[str], **options: Any) -> Any:
         if not stop.code:
             raise
         line = _by_flag(_one_line(said.getvalue().replace(VALUE, "")), args)
-        raise UserError(line + _advice(line, args)) from None
+        raise UserError(line + advice(line, args)) from None
 
 
 def value(word: str) -> str:
     """A word of a command line that is a value, whatever it begins with, as `parse` takes it."""
     return f"{VALUE}{word}" if re.match(r"-(?![\d.])", word) else word
+
+
+def words_of(values: dict[str, Any], prefix: str = "--") -> list[str]:
+    """Nested values as flags: {"a": {"b": 1, "c": [2, 3]}} -> --a.b=1 --a.c 2 3."""
+    words: list[str] = []
+    for key, entries in values.items():
+        if isinstance(entries, dict):
+            words += words_of(entries, f"{prefix}{key}.")
+        elif isinstance(entries, list | tuple):
+            words += [f"{prefix}{key}", *(value(str(entry)) for entry in entries)]
+        else:
+            words.append(f"{prefix}{key}={entries}")
+    return words
 
 
 @REGISTRY.primitive_rule
@@ -93,11 +107,11 @@ def _one_line(said: str) -> str:
     return f"{line}; did you mean {guess[1]}?" if guess else line
 
 
-def _advice(line: str, args: Sequence[str]) -> str:
+def advice(line: str, args: Sequence[str]) -> str:
     """How to give a value that was taken for a flag, where the word before it is a flag without a value."""
     if "did you mean" in line:
         return ""
-    for flag, word in zip(args, args[1:], strict=False):
+    for flag, word in itertools.pairwise(args):
         unknown = line.startswith("Unrecognized options:") and word in line
         pair = word.startswith("--") and flag.startswith("--") and "=" not in flag
         if pair and (unknown or f"argument '{flag}'" in line):

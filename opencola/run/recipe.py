@@ -113,7 +113,7 @@ def read(
             settings = samplings(values["family"])
             stage = _type(families(values["family"]), settings)
             values["sampling"] = own_settings(values.get("sampling", {}), settings)
-            parsed, unknown = _parse(stage, flags_of(values))
+            parsed, unknown = _parse(stage, flags.words_of(values))
             if unknown:
                 _parse(stage, unknown, parsed, strict=True)
         except ValueError as error:
@@ -241,7 +241,10 @@ def _override(
             if token.startswith("--sampling."):
                 raise default.sampling.lacks(token.partition("=")[0])
         if stray or nowhere:
-            _parse(_type_of(default), stray + nowhere, default, strict=True)
+            try:
+                _parse(_type_of(default), stray + nowhere, default, strict=True)
+            except UserError as error:
+                raise UserError(f"{error}{flags.advice(str(error), argv)}") from None
     return [*done.items()]
 
 
@@ -280,19 +283,6 @@ def _parse(
         options["default"] = default
     parsed = flags.parse(stage, args, prog="recipe", **options)
     return (parsed, []) if strict else parsed
-
-
-def flags_of(values: dict[str, Any], prefix: str = "--") -> list[str]:
-    """Nested values as flags: {"a": {"b": 1, "c": [2, 3]}} -> --a.b=1 --a.c 2 3."""
-    words: list[str] = []
-    for key, value in values.items():
-        if isinstance(value, dict):
-            words += flags_of(value, f"{prefix}{key}.")
-        elif isinstance(value, list):
-            words += [f"{prefix}{key}", *(flags.value(str(entry)) for entry in value)]
-        else:
-            words.append(f"{prefix}{key}={value}")
-    return words
 
 
 def _plain(value: Any) -> Any:
