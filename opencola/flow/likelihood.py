@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from opencola.flow.ode import time_grid
+from opencola.flow.ode import reached, time_grid
 from opencola.layers import randomness
 from opencola.ranges import Count, Positive, Seed, check
 
@@ -103,7 +103,7 @@ def log_density(
     else:
         grid = torch.tensor(time_grid(settings.steps, settings.shift)[::-1], dtype=z_0.dtype, device=z_0.device)
         times, options = grid[[0, -1]], {"grid_constructor": lambda f, state, t: grid}
-    with torch.no_grad():
+    with torch.no_grad(), reached(settings.tolerance):
         tolerance, method = settings.tolerance, METHODS[settings.solver]
         z, change = torchdiffeq.odeint(
             derivative, start, times, rtol=tolerance, atol=tolerance, method=method, options=options

@@ -1,5 +1,6 @@
 """Solvers and guidance: pure functions of a velocity(z, t), from noise at t = 1 to data at t = 0 (model.md §5)."""
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -7,6 +8,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+
+from opencola.errors import UserError
 
 Velocity = Callable[[Tensor, float], Tensor]
 Solver = Literal["euler", "heun", "midpoint", "adaptive", "stochastic"]
@@ -106,13 +109,25 @@ def _adaptive(velocity: Velocity, z: Tensor, t: float, t_next: float, tolerance:
     import torchdiffeq  # brings scipy, a second of start-up that the other solvers need not pay
 
     times = torch.tensor([t, t_next], dtype=z.dtype, device=z.device)
-    solved = torchdiffeq.odeint(
-        lambda time, state: velocity(state, float(time)),
-        z,
-        times,
-        method="dopri5",
-        rtol=tolerance,
-        atol=tolerance,
-        options={"step_t": times[1:]},  # end there: a longer step would ask for times below 0
-    )
+    with reached(tolerance):
+        solved = torchdiffeq.odeint(
+            lambda time, state: velocity(state, float(time)),
+            z,
+            times,
+            method="dopri5",
+            rtol=tolerance,
+            atol=tolerance,
+            options={"step_t": times[1:]},  # end there: a longer step would ask for times below 0
+        )
     return solved[-1]
+
+
+@contextlib.contextmanager
+def reached(tolerance: float) -> Iterator[None]:
+    """Around an adaptive solve: UserError where the numbers are too coarse for the tolerance, however small a step."""
+    try:
+        yield
+    except AssertionError as error:
+        if "underflow in dt" not in str(error):
+            raise
+        raise UserError(f"the adaptive solver cannot reach a tolerance of {tolerance:g}: raise it") from error

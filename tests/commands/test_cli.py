@@ -149,3 +149,5 @@ def test_a_seed_that_is_too_large_and_a_prompt_like_a_flag(main: Main) -> None:
     assert main(*model[:-1], "--prompt=--foo")[1].startswith("--foo")
     code, _, error = main(*model, "a", "--solver", "adaptive", "--tolerance", "0")
     assert (code, error) == (2, "error: --tolerance must be above 0, but is 0.0\n")
+    code, _, error = main(*model, "a", "--solver", "adaptive", "--tolerance", "1e-30")
+    assert (code, error) == (2, "error: the adaptive solver cannot reach a tolerance of 1e-30: raise it\n")

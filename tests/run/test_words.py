@@ -1,4 +1,4 @@
-"""Values that begin with `-`, and paths that begin with `~`: as flags, in recipes, and read back from what is written."""
+"""Values that begin with `-`, and paths that begin with `~`: as flags, in recipes, and read back from a file."""
 
 import os
 from pathlib import Path
