@@ -20,6 +20,8 @@ from opencola.errors import UserError
 
 LARGEST = 2**31 - 1
 """Of counts and sizes."""
+LARGEST_64 = 2**63 - 1
+"""Of seeds, and of counts of a corpus."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Range:
         return (self.low,) * self.above + (self.high,) * self.below
 
     def __str__(self) -> str:
-        return self.said(self.high in (math.inf, LARGEST))
+        return self.said(self.high in (math.inf, LARGEST, LARGEST_64))
 
     def said(self, open_end: bool) -> str:
         """What is allowed, in words; open_end: without the upper bound."""
@@ -61,9 +63,9 @@ Count = Annotated[int, Range(1, LARGEST)]
 """At least one."""
 Size = Annotated[int, Range(0, LARGEST)]
 """A count that may be 0."""
-Many = Annotated[int, Range(1, 2**63 - 1)]
+Many = Annotated[int, Range(1, LARGEST_64)]
 """A count of documents or tokens of a corpus."""
-Seed = Annotated[int, Range(0, 2**63 - 1)]
+Seed = Annotated[int, Range(0, LARGEST_64)]
 Share = Annotated[float, Range(0, 1)]
 Decay = Annotated[float, Range(0, 1, below=True)]
 """Of a moving average: what it keeps at a step."""
