@@ -213,9 +213,7 @@ def trunk(family: str, size: Size) -> dict[str, int]:
 
 def core(values: Mapping[str, Any]) -> int:
     """Core parameters of the model that a family and its settings describe."""
-    config = tyro.cli(
-        build.config_class(values["family"]), args=recipes.flags_of(values["model"]), use_underscores=True
-    )
+    config = tyro.cli(build.config_class(values["family"]), args=flags.words_of(values["model"]), use_underscores=True)
     with torch.device("meta"):
         return build.num_core(build.build(config))
 

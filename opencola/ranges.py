@@ -10,6 +10,7 @@ def __post_init__(self) -> None:
 import dataclasses
 import functools
 import math
+import sys
 import types
 import typing
 from dataclasses import dataclass
@@ -19,56 +20,79 @@ from opencola.errors import UserError
 
 LARGEST = 2**31 - 1
 """Of counts and sizes."""
+LARGEST_64 = 2**63 - 1
+"""Of seeds, and of counts of a corpus."""
 
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from `low` to `high`; without `low` itself where `above`. Neither infinity nor what is no number."""
+    """Numbers from `low` to `high`; without `low` itself where `above`, without `high` where `below`.
+
+    Neither infinity nor what is no number.
+    """
 
     low: float = -math.inf
     high: float = math.inf
     above: bool = False
+    below: bool = False
 
     def __contains__(self, value: float) -> bool:
-        return math.isfinite(value) and self.low <= value <= self.high and not (self.above and value == self.low)
+        if not abs(value) <= sys.float_info.max:  # of a whole number, too, which may be larger than any float
+            return False
+        return self.low <= value <= self.high and value not in self._left_out()
+
+    def _left_out(self) -> tuple[float, ...]:
+        return (self.low,) * self.above + (self.high,) * self.below
 
     def __str__(self) -> str:
-        low = f"above {self.low:g}" if self.above else f"at least {self.low:g}"
-        bounds = [low] * (self.low > -math.inf) + [f"at most {self.high:g}"] * (self.high not in (math.inf, LARGEST))
+        return self.said(self.high in (math.inf, LARGEST, LARGEST_64))
+
+    def said(self, open_end: bool) -> str:
+        """What is allowed, in words; open_end: without the upper bound."""
+        bounds = [f"{'above' if self.above else 'at least'} {self.low}"] * (self.low > -math.inf)
+        bounds += [f"{'below' if self.below else 'at most'} {self.high}"] * (not open_end)
         return " and ".join(bounds) or "finite"
+
+    def to_be(self, value: Any) -> str:
+        """What is allowed, in words, to say to whom has given `value`."""
+        too_large = isinstance(value, int | float) and math.inf > value > self.high
+        return self.said(open_end=False) if too_large else str(self)
 
 
 Count = Annotated[int, Range(1, LARGEST)]
 """At least one."""
 Size = Annotated[int, Range(0, LARGEST)]
 """A count that may be 0."""
-Seed = Annotated[int, Range(0, 2**63 - 1)]
+Many = Annotated[int, Range(1, LARGEST_64)]
+"""A count of documents or tokens of a corpus."""
+Seed = Annotated[int, Range(0, LARGEST_64)]
 Share = Annotated[float, Range(0, 1)]
+Decay = Annotated[float, Range(0, 1, below=True)]
+"""Of a moving average: what it keeps at a step."""
 Positive = Annotated[float, Range(0, above=True)]
 NotNegative = Annotated[float, Range(0)]
 Finite = Annotated[float, Range()]
 
 
-def check(config: Any, flags: bool = False) -> None:
+def check(config: Any) -> None:
     """Raise UserError, naming the field, for a number of a dataclass that is out of its range, or is no number.
 
-    flags: name fields as the command line does, `--num-samples`.
+    Of fields that come from the command line or a recipe, `run.flags` makes flags and keys of their names.
     """
     for field, kind, allowed, optional in ranged(config.__class__):
         value = getattr(config, field)
         if value is None and optional:
             continue
-        name = f"--{field.replace('_', '-')}" if flags else field
         if _is_tuple(kind) and not isinstance(value, tuple):
-            raise UserError(f"{name} must be a list of numbers, but is {value!r}")
+            raise UserError(f"{field} must be a list of numbers, but is {value!r}")
         values = value if _is_tuple(kind) else (value,)
         number = int if _element(kind) is int else (int, float)
         for each in values:
             if isinstance(each, bool) or not isinstance(each, number):
                 what = "a whole number" if number is int else "a number"
-                raise UserError(f"{name} must be {what}, {allowed}, but is {each!r}")
+                raise UserError(f"{field} must be {what}, {allowed}, but is {each!r}")
             if each not in allowed:
-                raise UserError(f"{name} must be {allowed}, but is {each!r}")
+                raise UserError(f"{field} must be {allowed.to_be(each)}, but is {each!r}")
 
 
 @functools.cache

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import pytest
 
 from opencola.errors import UserError
-from opencola.ranges import Count, Finite, NotNegative, Positive, Range, Seed, Share, Size, check
+from opencola.ranges import Count, Decay, Finite, NotNegative, Positive, Range, Seed, Share, Size, check
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Config:
     odd: Annotated[float, Range(-1, 1, above=True)] = 1.0
     limit: Count | None = None
     several: tuple[NotNegative, ...] = (0.0, 1.0)
+    decay: Decay = 0.9
     pair: tuple[Share, Share] = (0.1, 0.9)
     name: str = "x"
 
@@ -42,9 +43,11 @@ def test_what_is_allowed() -> None:
         ("count", True, "count must be a whole number, at least 1, but is True"),
         ("count", "", "count must be a whole number, at least 1, but is ''"),
         ("count", [1], r"count must be a whole number, at least 1, but is \[1\]"),
-        ("count", 2**31, "count must be at least 1, but is 2147483648"),
+        ("count", 2**31, "count must be at least 1 and at most 2147483647, but is 2147483648"),
         ("size", -1, "size must be at least 0, but is -1"),
-        ("seed", 2**64, "seed must be at least 0 and at most 9.22337e.18, but is 18446744073709551616"),
+        ("seed", 2**64, "seed must be at least 0 and at most 9223372036854775807, but is 18446744073709551616"),
+        ("decay", 1, "decay must be at least 0 and below 1, but is 1"),
+        ("shift", 10**400, f"shift must be finite, but is {10**400}"),
         ("share", 1.1, "share must be at least 0 and at most 1, but is 1.1"),
         ("share", math.nan, "share must be at least 0 and at most 1, but is nan"),
         ("positive", 0, "positive must be above 0, but is 0"),
@@ -62,15 +65,3 @@ def test_what_is_allowed() -> None:
 def test_what_is_not(field: str, value: Any, message: str) -> None:
     with pytest.raises(UserError, match=f"^{message}$"):
         Config(**{field: value})
-
-
-def test_flags_are_named_as_they_are_written() -> None:
-    @dataclass(frozen=True)
-    class Flags:
-        num_samples: Count = 1
-
-        def __post_init__(self) -> None:
-            check(self, flags=True)
-
-    with pytest.raises(UserError, match="^--num-samples must be at least 1, but is 0$"):
-        Flags(0)

@@ -8,6 +8,7 @@ from typing import Any, TypeVar, get_type_hints
 from opencola.checkpoints.files import checked
 from opencola.errors import UserError
 from opencola.flow.dit import DiTConfig
+from opencola.ranges import Count, Finite
 from opencola.vae.text_vae import ReleaseConventions, TextVAEConfig
 
 Values = dict[str, Any]
@@ -104,12 +105,12 @@ def vae_from_release(file: Path, values: Mapping[str, Any]) -> TextVAEConfig:
     check_type(file, values, "cola_text_vae")
     check_fixed(file, values, VAE_FIXED)
     fields = _fields(file, values, VAE_FIELDS, TextVAEConfig)
-    shared = required(file, values, "shared_heads_kv", int)
+    shared = required(file, values, "shared_heads_kv", Count)
     if shared not in (1, fields["num_heads"]):
         raise UserError(f"{file}: shared_heads_kv is {shared}, but must be 1 or num_heads, {fields['num_heads']}")
     conventions = _fields(file, values, VAE_CONVENTIONS, ReleaseConventions)
     fields["release"] = ReleaseConventions(**conventions, multi_query=shared > 1)
-    block_size = required(file, values, "block_size", int)
+    block_size = required(file, values, "block_size", Count)
     if not required(file, values, "block_causal", bool):
         fields |= {"attention": "full", "block_size": block_size}
     elif block_size == 1:
@@ -117,7 +118,7 @@ def vae_from_release(file: Path, values: Mapping[str, Any]) -> TextVAEConfig:
     else:
         fields |= {"attention": "block_causal", "block_size": block_size}
     if "fixed_logsnr" in values:
-        fields["fixed_logsnr"] = required(file, values, "fixed_logsnr", float | None)
+        fields["fixed_logsnr"] = required(file, values, "fixed_logsnr", Finite | None)
     return build(file, TextVAEConfig, fields)
 
 
@@ -138,18 +139,14 @@ def check_fixed(file: Path, values: Mapping[str, Any], wanted: Values) -> None:
 
 
 def required(file: Path, values: Mapping[str, Any], key: str, hint: Any) -> Any:
-    """The value of a key, as `files.checked`. Raises UserError when it is missing, too, and for sizes below 1."""
+    """The value of a key, as `files.checked`. Raises UserError when it is missing, too."""
     if key not in values:
         raise UserError(f"{file}: {key} is missing")
-    value = checked(file, key, values[key], hint)
-    smallest = 0 if key in ("rope_dim", "encoder_num_blocks", "decoder_num_blocks") else 1
-    if hint is int and value < smallest:
-        raise UserError(f"{file}: {key} is {value}, but must be at least {smallest}")
-    return value
+    return checked(file, key, values[key], hint)
 
 
 def _fields(file: Path, values: Mapping[str, Any], names: Mapping[str, str], config: type) -> Values:
-    hints = get_type_hints(config)
+    hints = get_type_hints(config, include_extras=True)
     return {field: required(file, values, key, hints[field]) for key, field in names.items()}
 
 

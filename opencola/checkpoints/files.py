@@ -1,12 +1,11 @@
 """Model folders: a config.json, and safetensors in one file or several. Every error is one line that names the file."""
 
 import json
-import math
 import os
 import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from opencola.errors import NotFiniteError, UserError
 from opencola.layers.finite import is_finite
+from opencola.ranges import Range
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -46,22 +46,27 @@ def write_json(file: Path, values: Mapping[str, Any]) -> None:
 def checked(file: Path | str, key: str, value: Any, hint: Any) -> Any:
     """`value` as the type `hint` of a configuration field asks for it. Raises UserError naming file, key and value.
 
-    file: where the value stands, be it a file or not.
+    file: where the value stands, be it a file or not. A number must be in the hint's range, if it has one.
     """
     if get_origin(hint) in (Union, types.UnionType):
         if value is None:
             return None
         (hint,) = (kind for kind in get_args(hint) if kind is not type(None))
+    allowed = Range()
+    if get_origin(hint) is Annotated:
+        hint, allowed = get_args(hint)
     if get_origin(hint) is Literal:
         fits, wanted = value in get_args(hint), "one of " + ", ".join(repr(choice) for choice in get_args(hint))
     elif get_origin(hint) is tuple:
         fits, wanted = isinstance(value, list) and all(isinstance(item, str) for item in value), "a list of strings"
     elif hint is float:
-        fits, wanted = type(value) in (int, float) and math.isfinite(value), "a number"
+        fits, wanted = type(value) in (int, float) and value in Range(), "a number"
     else:
         fits, wanted = type(value) is hint, {int: "a whole number", bool: "true or false", str: "a string"}[hint]
     if not fits:
         raise UserError(f"{file}: {key} is {value!r}, but must be {wanted}")
+    if hint in (int, float) and value not in allowed:
+        raise UserError(f"{file}: {key} is {value!r}, but must be {allowed.to_be(value)}")
     return tuple(value) if isinstance(value, list) else value
 
 

@@ -15,6 +15,7 @@ from opencola.layers.device import device
 from opencola.models.build import WholeModel
 from opencola.models.cola.model import Cola
 from opencola.models.sampling import Sampling
+from opencola.paths import home
 from opencola.text.tokenizer import CONFIG_NAME, FILE_NAME, Tokenizer
 
 SHIPPED = Path(__file__).parent.parent / "shipped"
@@ -58,7 +59,7 @@ def locate(
     name: str | Path, revision: str | None = None, token: str | None = None, files: Sequence[str] = FILES
 ) -> Path:
     """The folder of a model: `name` itself, or where its repository's `files` are downloaded to. Errors as above."""
-    folder, repo_id = Path(name), Path(name).as_posix()
+    folder, repo_id = home(name), Path(name).as_posix()
     if folder == SHIPPED and not folder.is_dir():
         raise FileNotFoundError(
             "no model comes with this installation: train one (opencola demo) and name it (--model)"

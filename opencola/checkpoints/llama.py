@@ -20,6 +20,7 @@ from opencola.errors import UserError
 from opencola.layers.llama import LlamaConfig
 from opencola.models.ar.model import AR
 from opencola.models.ar.network import ARConfig
+from opencola.ranges import Count, Positive, Size
 
 FIELDS = {
     "hidden_size": "width",
@@ -142,19 +143,19 @@ def read_config(folder: Path, bos_id: int | None = None) -> ARConfig:
     values = read_json(file)
     check_type(file, values, "llama")
     check_fixed(file, values, FIXED)
-    hints = get_type_hints(LlamaConfig)
+    hints = get_type_hints(LlamaConfig, include_extras=True)
     fields = {name: required(file, values, key, hints[name]) for key, name in FIELDS.items()}
     fields["rope_base"] = _rope_base(file, values)
     if values.get("num_key_value_heads") is not None:
-        fields["num_kv_heads"] = required(file, values, "num_key_value_heads", int)
+        fields["num_kv_heads"] = required(file, values, "num_key_value_heads", Count)
     trunk = build(file, LlamaConfig, fields)
     if values.get("head_dim") is not None:
         check_fixed(file, values, {"head_dim": trunk.head_dim})
     if bos_id is None:
         if values.get("bos_token_id") is None:
             raise UserError(f"{file}: bos_token_id is missing: give the id to predict the first token of a text from")
-        bos_id = checked(file, "bos_token_id", values["bos_token_id"], int)
-    vocabulary = required(file, values, "vocab_size", int)
+        bos_id = checked(file, "bos_token_id", values["bos_token_id"], Size)
+    vocabulary = required(file, values, "vocab_size", Count)
     tied = checked(file, "tie_word_embeddings", values.get("tie_word_embeddings", False), bool)
     return build(file, ARConfig, {"vocab_size": vocabulary, "trunk": trunk, "tied": tied, "bos_id": bos_id})
 
@@ -170,4 +171,4 @@ def _rope_base(file: Path, values: Mapping[str, Any]) -> float:
         if kind != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
             raise UserError(f"{file}: {key} is {rope!r}, but only unscaled rotary positions are supported")
         base = rope.get("rope_theta", base)
-    return float(checked(file, "rope_theta", base, float))
+    return float(checked(file, "rope_theta", base, Positive))

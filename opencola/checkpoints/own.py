@@ -64,7 +64,7 @@ def read_config(folder: Path) -> LLaDAConfig | PlaidConfig:
 
 
 def _read(file: Path, config: type[Config], values: Mapping[str, Any], prefix: str) -> Config:
-    hints = get_type_hints(config)
+    hints = get_type_hints(config, include_extras=True)
     if odd := sorted(hints.keys() ^ values.keys()):
         what = "is missing" if odd[0] in hints else f"is unknown; there are: {', '.join(hints)}"
         raise UserError(f"{file}: {prefix}{odd[0]} {what}")
@@ -76,6 +76,4 @@ def _read(file: Path, config: type[Config], values: Mapping[str, Any], prefix: s
             fields[key] = _read(file, hint, values[key], f"{prefix}{key}.")
         else:
             fields[key] = checked(file, f"{prefix}{key}", values[key], hint)
-            if type(fields[key]) is int and fields[key] < 1:
-                raise UserError(f"{file}: {prefix}{key} is {fields[key]}, but must be at least 1")
     return build(file, config, fields)

@@ -103,5 +103,5 @@ def change_setting(sampling: Sampling, change: str = "") -> Sampling:
     if key.replace("-", "_") not in sampling.hints():
         raise sampling.lacks(key)
     options: dict[str, Any] = {"default": sampling, "config": (tyro.conf.FlagConversionOff,)}
-    changed: Sampling = flags.parse(type(sampling), [f"--{key}", *values], **options)
+    changed: Sampling = flags.parse(type(sampling), [f"--{key}", *map(flags.value, values)], **options)
     return changed

@@ -14,12 +14,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 from rich.markup import escape
 
 from opencola.checkpoints.hub import load_cola, title
 from opencola.commands.terminal import ModelFlags, read_flags
-from opencola.errors import UserError
 from opencola.evaluation import screen
 from opencola.evaluation.diagnosis import tasks
 from opencola.evaluation.diagnosis.conditions import prepare
@@ -28,6 +28,7 @@ from opencola.evaluation.diagnosis.findings import Findings, examine
 from opencola.evaluation.diagnosis.verdicts import ALLOWED, losses
 from opencola.evaluation.figures import standalone
 from opencola.evaluation.screen import progress_bar, table
+from opencola.ranges import LARGEST, Count, Range, check
 from opencola.run.flags import OutputFlags
 from opencola.storage import locked, replacing
 from opencola.text.lines import append_objects, write_objects
@@ -39,20 +40,17 @@ FIGURES, DRAWING = "diagnose.jsonl", "diagnose.svg"
 class DiagnoseFlags(OutputFlags, ModelFlags):
     """What to measure. The model's settings of generation are among what is diagnosed."""
 
-    num_stories: int = 32
+    num_stories: Annotated[int, Range(4, LARGEST)] = 32
     """Number of held-out stories, and of nests of brackets, to measure on; at least 4."""
-    places: int = 8
+    places: Count = 8
     """Number of places in each text at which a block is generated; at least 1."""
-    batch_size: int = 256
+    batch_size: Count = 256
     """Number of places to compute at a time: speed and memory; no figure depends on it."""
     out: Path = Path("runs/diagnose")
     """Folder for diagnose.jsonl and diagnose.svg; older ones there are replaced."""
 
     def __post_init__(self) -> None:
-        for name, least in (("num_stories", 4), ("places", 1), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                flag = name.replace("_", "-")
-                raise UserError(f"--{flag} must be at least {least}, but is {getattr(self, name)}")
+        check(self)
 
 
 def command(argv: Sequence[str]) -> None:

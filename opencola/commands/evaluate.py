@@ -53,6 +53,7 @@ from opencola.evaluation.writing import (
 from opencola.models import build
 from opencola.models.language_model import LanguageModel
 from opencola.models.text_stream import whole_texts
+from opencola.ranges import Count, check
 from opencola.run import flags
 from opencola.run.export import made_with
 from opencola.storage import locked
@@ -88,7 +89,7 @@ class EvaluateFlags(flags.OutputFlags, terminal.ModelFlags, Generic[Settings]):
     """With --data hub: the .csv file of Story Cloze, which its authors give out on request."""
     demonstrations: Path = DEMONSTRATIONS
     """File of the demonstrations in the prompts; without it the project's own."""
-    limit: int | None = None
+    limit: Count | None = None
     """Largest number of records to take of each benchmark, and number of stories (200 without it); at least 1."""
     out: Path = Path("runs/evaluate")
     """Folder for results.jsonl; the results of the same run that are there already are not made again."""
@@ -99,17 +100,15 @@ class EvaluateFlags(flags.OutputFlags, terminal.ModelFlags, Generic[Settings]):
     dtype: Literal["fp64", "fp32", "bf16"] = "fp64"
     """Type to compute in. With fp64 texts do not depend on what is computed together; with the others, which are faster
     on GPUs, two tokens that are nearly as probable as each other may swap with another --batch-size."""
-    batch_size: int = 32
+    batch_size: Count = 32
     """Number of prompts to answer at a time: speed and memory; no record depends on it."""
-    processes: int = 1
+    processes: Count = 1
     """Number of processes among which the work is divided; at least 1."""
     overwrite: bool = False
     """Delete the results that are there, and start anew."""
 
     def __post_init__(self) -> None:
-        for name in ("limit", "batch_size", "processes"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, but is {value}")
+        check(self)
         for name in self.chosen:
             if name not in (*BENCHMARKS, *STORIES):
                 raise UserError(f"unknown task {name!r}: choose among {', '.join((*BENCHMARKS, *STORIES))}")

@@ -23,6 +23,7 @@ from opencola.commands.terminal import ModelFlags, read_flags, show
 from opencola.errors import UserError
 from opencola.models.language_model import LanguageModel
 from opencola.models.text_stream import TextPiece, generate_text
+from opencola.ranges import Count, check
 from opencola.text.lines import append_objects, check_text, holds_object, is_pipe, parse_json, read_lines
 from opencola.text.tokenizer import Tokenizer
 
@@ -38,8 +39,11 @@ class GenerateFlags(ModelFlags):
     `-` reads lines of either kind from standard input."""
     jsonl: Path | None = None
     """Write prompts, continuations and settings into this file, one JSON object in a line."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Number of prompts to continue at a time: speed and memory; the texts do not depend on it."""
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 def command(argv: Sequence[str]) -> None:
@@ -55,8 +59,6 @@ def command(argv: Sequence[str]) -> None:
         raise UserError("nothing to continue: give --prompt TEXT or --prompts-file FILE")
     for prompt in prompts:
         check_text(prompt, f"prompt {prompt!r}")
-    if options.batch_size < 1:
-        raise UserError(f"--batch-size must be at least 1, but is {options.batch_size}")
     model, tokenizer = load(options.model)
     with contextlib.ExitStack() as stack:
         file = None

@@ -29,6 +29,7 @@ from opencola.evaluation.latents.tokens import Seen, inspect_tokens, slice_of
 from opencola.evaluation.screen import put, table
 from opencola.evaluation.statistics import standard_error
 from opencola.flow.likelihood import Likelihood
+from opencola.ranges import LARGEST, NotNegative, Range, Size, check
 from opencola.run.flags import OutputFlags
 from opencola.storage import locked, replacing
 from opencola.text.lines import append_objects, check_text, write_objects
@@ -43,12 +44,12 @@ class InspectFlags(OutputFlags, ModelFlags):
 
     text: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TEXT")] = ""
     """The text to look at."""
-    samples: int = 32
+    samples: Annotated[int, Range(2, LARGEST)] = 32
     """Number of samples of the posterior, of samples of the prior, and of probes, of every block; at least 2."""
-    probe: float = 0.5
+    probe: NotNegative = 0.5
     """Standard deviation of the noise that makes probes of posterior means, in units of normalised latents; 0 or
     more."""
-    tokens: tuple[int, ...] = ()
+    tokens: tuple[Size, ...] = ()
     """Numbers of the tokens to draw, from 0 on; without it the three that the prior hits least."""
     density: Likelihood = field(default_factory=Likelihood)
     """How the prior's densities are computed."""
@@ -58,10 +59,7 @@ class InspectFlags(OutputFlags, ModelFlags):
     """Folder for inspect.jsonl and slice.svg; older ones there are replaced."""
 
     def __post_init__(self) -> None:
-        if self.samples < 2:
-            raise UserError(f"--samples must be at least 2, but is {self.samples}")
-        if self.probe < 0:
-            raise UserError(f"--probe must not be negative, but is {self.probe}")
+        check(self)
 
 
 def command(argv: Sequence[str]) -> None:

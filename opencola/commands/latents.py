@@ -34,6 +34,7 @@ from opencola.evaluation.statistics import Entry
 from opencola.evaluation.writing import held_out
 from opencola.layers import randomness
 from opencola.layers.device import device
+from opencola.ranges import Count, Seed, check
 from opencola.run import flags
 from opencola.storage import locked, replacing
 from opencola.text.lines import append_objects, write_objects
@@ -56,21 +57,19 @@ class LatentsFlags(flags.OutputFlags):
     corpus has, which suit the model that comes with the package and those of the demo."""
     text_field: str = "text"
     """Field or column of the data that holds the text."""
-    length: int = 64
+    length: Count = 64
     """Tokens of a sequence, where there is --data; best the data.length of the training. A story is one sequence."""
-    sequences: int = 200
+    sequences: Count = 200
     """Number of sequences to measure; at least 1."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the order of the data and of all noise."""
-    batch_size: int = 50
+    batch_size: Count = 50
     """Number of sequences to compute at a time: speed and memory; no figure depends on it."""
     out: Path = Path("runs/latents")
     """Folder for latents.jsonl and latents.svg; older ones there are replaced."""
 
     def __post_init__(self) -> None:
-        for name in ("length", "sequences", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, but is {getattr(self, name)}")
+        check(self)
 
 
 def command(argv: Sequence[str]) -> None:

@@ -52,6 +52,7 @@ COMMANDS = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code: 0, 1 after a bug, 2 after a mistake, 130 after Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may lack a letter that a model writes
     try:
@@ -75,6 +76,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         traceback.print_exc()
         print(f"this is a bug in OpenCola {__version__}: please report it, with what is above", file=sys.stderr)
         return 1
+
+
+def open_closed_streams() -> None:
+    """Give those of stdin, stdout and stderr that whoever started us has closed (`>&-`) the null device."""
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115 open as long as the process lives
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
 def dispatch(argv: Sequence[str]) -> int:

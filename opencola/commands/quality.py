@@ -10,7 +10,6 @@ examples:
 """
 
 import contextlib
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -34,6 +33,8 @@ from opencola.models.language_model import LanguageModel
 from opencola.models.samples import first_words
 from opencola.models.sampling import Sampling
 from opencola.models.text_stream import TextPiece, generate_text
+from opencola.paths import home
+from opencola.ranges import Count, NotNegative, check
 from opencola.run.flags import OutputFlags
 from opencola.storage import locked, replacing
 from opencola.text.lines import append_objects, write_objects
@@ -47,9 +48,9 @@ SAMPLES, FIGURES, DRAWING = "samples.jsonl", "quality.jsonl", "quality.svg"
 class QualityFlags(OutputFlags, ModelFlags):
     """What to write, and what to compare it with. --temperatures are in place of the --temperature below."""
 
-    temperatures: tuple[float, ...] = (0.5, 0.7, 1.0)
+    temperatures: tuple[NotNegative, ...] = (0.5, 0.7, 1.0)
     """Temperatures of the token choice, different numbers from 0 on; the noise is the same for all."""
-    num_samples: int = 200
+    num_samples: Count = 200
     """Number of texts to write at each temperature; distinct n-grams and mauve_ngram depend on it."""
     judge: str | None = None
     """Causal language model whose perplexity is measured: a folder with config.json and tokenizer.json, or a repository
@@ -59,18 +60,15 @@ class QualityFlags(OutputFlags, ModelFlags):
     for each sample: one half is compared with, the other half is measured as if a model had written it."""
     prompted: bool = False
     """Begin each sample as a text of the first half begins: with two sentences of a story, else with 8 words."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Number of texts to write at a time: speed and memory; the texts do not depend on it."""
     out: Path = Path("runs/quality")
     """Folder for samples.jsonl, quality.jsonl and quality.svg; older ones there are replaced."""
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, but is {getattr(self, name)}")
-        different = len({*self.temperatures}) == len(self.temperatures) > 0
-        if not different or not all(0 <= temperature < math.inf for temperature in self.temperatures):
-            raise UserError("--temperatures must be different numbers, at least one and none of them negative")
+        check(self)
+        if not len({*self.temperatures}) == len(self.temperatures) > 0:
+            raise UserError("--temperatures must be different numbers, at least one")
 
 
 @dataclass(frozen=True)
@@ -140,7 +138,7 @@ def read_texts(options: QualityFlags) -> list[ReferenceText]:
         stories = held_out(count)
         prompts = [" ".join(tale.sentences[:PROMPT_SENTENCES]) if options.prompted else "" for tale in stories]
         return [ReferenceText(prompt, tale.text[len(prompt) :]) for prompt, tale in zip(prompts, stories, strict=True)]
-    texts = [pair.prompt + pair.continuation for pair in read_pairs(Path(options.reference))]
+    texts = [pair.prompt + pair.continuation for pair in read_pairs(home(options.reference))]
     if len(texts) < count:
         raise UserError(
             f"{options.reference} holds {len(texts)} texts, but two for each of --num-samples {options.num_samples} "

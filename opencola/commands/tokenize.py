@@ -24,6 +24,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from opencola.data.shard_writer import Order, tokenise
 from opencola.data.sources import skipped
+from opencola.ranges import Count
 from opencola.run import flags
 
 
@@ -35,7 +36,7 @@ class TokenizeFlags(Order):
     """Where documents come from, written like data.source of a recipe."""
     to: Path
     """Folder to write the shards and their tokenizer to."""
-    workers: int = os.cpu_count() or 1
+    workers: Count = os.cpu_count() or 1
     """Number of processes that tokenise; what is written does not depend on it."""
 
 

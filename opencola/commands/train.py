@@ -18,6 +18,7 @@ from typing import Annotated
 
 import tyro
 
+from opencola.ranges import Count, Range, check
 from opencola.run import flags
 from opencola.run.flags import RunFlags
 
@@ -33,14 +34,17 @@ class TrainFlags(RunFlags):
     """Train only this stage of the recipe."""
     dry_run: bool = False
     """Train nothing: print parameters, operations, memory, time on GPUs, and the plan. Takes seconds and no GPU."""
-    devices: int = 1
+    devices: Count = 1
     """Number of GPUs to plan for (--dry-run); at least 1."""
     gpu: str | None = None
     """Kind of GPU to plan for, such as H100; all that are known without it (--dry-run)."""
     json: bool = False
     """Print estimates as JSON, an object in a line for each stage, in place of tables (--dry-run)."""
-    utilisation: float = 0.4
+    utilisation: Annotated[float, Range(0, 1, above=True)] = 0.4
     """Share of the GPU's peak rate that training is taken to reach, above 0 and at most 1 (--dry-run)."""
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 def command(argv: Sequence[str]) -> None:

@@ -18,6 +18,7 @@ from opencola.data.batch import Batch
 from opencola.data.packing import Packer, Packing, Tokenised, TokenSource, plain
 from opencola.data.sources import documents, one_pass, skipped
 from opencola.errors import UserError
+from opencola.ranges import Count, check
 from opencola.text.conversations import ChatML, conversation_of
 from opencola.text.files import text_of
 from opencola.text.tokenizer import Tokenizer
@@ -38,9 +39,9 @@ class CorpusConfig:
     `hf:NAME[:CONFIG][@SPLIT]` (a Hugging Face dataset, streamed), the path of a .txt, .jsonl or .parquet file or of
     a folder of these (read into memory), or a folder that `opencola tokenize` wrote (memory-mapped; also
     `shards:FOLDER`)."""
-    length: int
+    length: Count
     """Number of tokens in a sequence."""
-    batch_size: int
+    batch_size: Count
     """Number of sequences in a batch, over all processes together."""
     format: Format = "text"
     """What a document is: a text, or a conversation, a list of messages {"role": ..., "content": ...} in `text_field`,
@@ -55,7 +56,7 @@ class CorpusConfig:
     """Field (.jsonl, Hugging Face) or column (.parquet) that holds the text."""
     mask_documents: bool = False
     """Keep attention within documents, where several share a sequence."""
-    streams: int = 1
+    streams: Count = 1
     """Streams that documents are dealt to; sequences are taken from them in turn. With a multiple of the number of
     processes each process reads and tokenises only its own documents, else more than these. Another number gives
     another order, and is not to be changed when a run goes on."""
@@ -64,10 +65,7 @@ class CorpusConfig:
     its part); their sizes are always compared."""
 
     def __post_init__(self) -> None:
-        if self.length < 1 or self.batch_size < 1:
-            raise UserError(f"length and batch_size must be at least 1, but are {self.length} and {self.batch_size}")
-        if self.streams < 1:
-            raise UserError(f"streams must be at least 1, but is {self.streams}")
+        check(self)
         for name, value, known in (("packing", self.packing, Packing), ("format", self.format, Format)):
             if value not in get_args(known):
                 raise UserError(f"{name} must be one of {', '.join(get_args(known))}, but is {value!r}")

@@ -21,6 +21,7 @@ from opencola.data.encoding import Encoded, encode, encode_all
 from opencola.data.shards import FORMAT, INDEX_TYPE, MANIFEST, Manifest, Shard, checksum, folder_of, load_tokenizer
 from opencola.data.sources import one_pass
 from opencola.errors import UserError
+from opencola.ranges import Count, Many, Seed, check
 from opencola.storage import locked
 from opencola.text.tokenizer import FILE_NAME, Tokenizer
 
@@ -35,20 +36,21 @@ class Order:
     """Where documents come from, written like data.source of a recipe."""
     tokenizer: Path | None = None
     """An existing tokenizer.json, or the folder that holds one."""
-    vocab_size: int | None = None
+    vocab_size: Count | None = None
     """Train a new tokenizer of this size instead, on the first 10,000 documents."""
     special: tuple[str, ...] = ()
     """Further special tokens of a new tokenizer, such as the marks <|im_start|> and <|im_end|> of conversations."""
     text_field: str = "text"
     """Field (.jsonl, Hugging Face) or column (.parquet) that holds the text."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of generated stories: another one gives other stories."""
-    limit: int | None = None
+    limit: Many | None = None
     """Number of documents to tokenise, the first ones; all when not given."""
-    shard_tokens: int = 100_000_000
+    shard_tokens: Many = 100_000_000
     """Number of tokens after which a shard ends, with the document that reaches it."""
 
     def __post_init__(self) -> None:
+        check(self)
         if (self.tokenizer is None) == (self.vocab_size is None):
             raise UserError("give either a tokenizer (--tokenizer PATH) or the size of a new one (--vocab-size N)")
         if self.special and self.vocab_size is None:
@@ -57,10 +59,6 @@ class Order:
             raise UserError("stories never end: say how many (--limit N)")
         if folder_of(self.source) is not None:
             raise UserError(f"{self.source} is tokenised already")
-        for name in ("limit", "shard_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} must be at least 1, but is {value}")
 
     def texts(self, first: int = 0) -> Iterator[str]:
         """The documents from number `first` on."""

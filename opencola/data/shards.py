@@ -22,6 +22,7 @@ import numpy as np
 from opencola.data.packing import Tokens
 from opencola.data.sources import Shuffled, check_seed
 from opencola.errors import UserError
+from opencola.paths import home
 from opencola.text.tokenizer import FILE_NAME, Tokenizer
 
 MANIFEST = "manifest.json"
@@ -190,8 +191,10 @@ class ShardDocuments:
 def folder_of(source: str) -> Path | None:
     """The folder of shards that a source names (`shards:FOLDER`, or a folder with a manifest), or None."""
     if source.startswith(PREFIX):
-        return Path(source.removeprefix(PREFIX))
-    return Path(source) if (Path(source) / MANIFEST).is_file() else None
+        return home(source.removeprefix(PREFIX))
+    if source.startswith("hf:"):
+        return None
+    return folder if ((folder := home(source)) / MANIFEST).is_file() else None
 
 
 def load_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:

@@ -211,7 +211,7 @@ def score_names(scoring: type, sampling: type[Sampling]) -> dict[str, tuple[str,
 
     A name that generation has, too, is generation's, but the seed is both's.
     """
-    hints = get_type_hints(scoring)
+    hints = get_type_hints(scoring, include_extras=True)
     taken = sampling.hints().keys() - {"seed"}
     return {f"score_{name}" if name in taken else name: (name, hint) for name, hint in hints.items()}
 

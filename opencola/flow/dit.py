@@ -14,6 +14,7 @@ from opencola.layers.cache import KVCache
 from opencola.layers.operations import LayerNorm, Linear, modulated_norm
 from opencola.layers.packed import Past, packed
 from opencola.layers.transformer import AdaptiveBlock, TimeEmbedding, initialise
+from opencola.ranges import Count, Positive, Size, check
 
 Modulation = list[Tensor]
 
@@ -22,32 +23,31 @@ Modulation = list[Tensor]
 class DiTConfig:
     """Sizes of the DiT. Defaults are small; the release's values stand in its config.json."""
 
-    latent_dim: int = 16
+    latent_dim: Count = 16
     """Number of channels d of a latent; must be the Text VAE's."""
-    width: int = 128
+    width: Count = 128
     """Width of the residual stream and of the time embedding."""
-    num_layers: int = 4
+    num_layers: Count = 4
     """Number of transformer blocks."""
-    num_heads: int = 4
+    num_heads: Count = 4
     """Number of attention heads."""
-    head_dim: int = 32
+    head_dim: Count = 32
     """Width of a head; num_heads * head_dim may differ from width."""
-    expansion: int = 4
+    expansion: Count = 4
     """Inner width of the MLP as a multiple of width."""
-    rope_dim: int = 24
+    rope_dim: Size = 24
     """Number of channels of every head that are rotated by position, the first ones; even, at most head_dim."""
-    block_size: int = 4
+    block_size: Count = 4
     """Number of latents that are generated together, S."""
-    norm_eps: float = 1e-5
+    norm_eps: Positive = 1e-5
     """Number added to the variance in every norm."""
     attention_bias: bool = False
     """Give the attention's projections biases."""
 
     def __post_init__(self) -> None:
-        if self.rope_dim % 2 or not 0 <= self.rope_dim <= self.head_dim:
+        check(self)
+        if self.rope_dim % 2 or self.rope_dim > self.head_dim:
             raise UserError(f"dit.rope_dim {self.rope_dim} must be even and at most dit.head_dim {self.head_dim}")
-        if self.block_size < 1:
-            raise UserError(f"dit.block_size must be at least 1, not {self.block_size}")
 
 
 class BlockCausalDiT(nn.Module):

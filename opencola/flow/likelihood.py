@@ -13,9 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from opencola.errors import UserError
 from opencola.flow.ode import finding_steps, time_grid
 from opencola.layers import randomness
+from opencola.ranges import Count, Positive, Seed, check
 
 Velocity = Callable[[Tensor, float], Tensor]
 """z (B, G, ...), t -> dz/dt, like z; differentiable in z."""
@@ -29,30 +29,25 @@ class Likelihood:
 
     solver: Literal["euler", "midpoint", "heun", "rk4", "dopri5"] = "rk4"
     """Solver from data to noise: with a fixed number of steps (rk4 is the 3/8 rule), or adaptive (dopri5)."""
-    steps: int = 16
+    steps: Count = 16
     """Number of steps of solvers with a fixed number; dopri5 has no use for it."""
-    shift: float = 0.2
+    shift: Positive = 0.2
     """Time grid: t becomes shift t / (1 + (shift - 1) t), so that below 1 more steps are near the data, where a sharp
     density needs them."""
-    tolerance: float = 1e-4
+    tolerance: Positive = 1e-4
     """Relative and absolute tolerance of dopri5, in every block of every sample; its steps are common to all."""
     divergence: Literal["exact", "hutchinson"] = "hutchinson"
     """Exact: a backward pass for each number of a block. Hutchinson: one for each probe, unbiased for log p:
     the ELBO stays a bound on average, the IWAE does not."""
-    probes: int = 1
+    probes: Count = 1
     """Number of probes of Hutchinson's estimator, fixed during a solve; more make log p less noisy."""
     probe_law: Literal["rademacher", "gaussian"] = "rademacher"
     """Law of the probes; Rademacher's has the smaller variance."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of all draws, which depend on it, the text's id, the sample and the block alone."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "probes"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("tolerance", "shift"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name} must be above 0, not {getattr(self, name)}")
+        check(self)
 
     def label(self) -> str:
         """All that the figures depend on, in words."""

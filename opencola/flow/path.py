@@ -6,6 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from opencola.ranges import Finite, NotNegative, check
+
 
 @dataclass(frozen=True)
 class TimestepLaw:
@@ -13,12 +15,15 @@ class TimestepLaw:
 
     kind: Literal["logit_normal", "uniform"] = "logit_normal"
     """t = sigmoid(N(loc, scale²)), or uniform on [0, 1]."""
-    loc: float = 1.0
+    loc: Finite = 1.0
     """Location of the logit-normal law; the best one grows with the latent dimension."""
-    scale: float = 1.0
+    scale: NotNegative = 1.0
     """Scale of the logit-normal law."""
     per: Literal["sequence", "block"] = "sequence"
     """Draw one time for a whole sequence or for each of its blocks."""
+
+    def __post_init__(self) -> None:
+        check(self)
 
     def times(self, normal: Tensor) -> Tensor:
         """Map standard normal draws of any shape to times in [0, 1]."""

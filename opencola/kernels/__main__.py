@@ -2,10 +2,10 @@
 
 import sys
 
-from opencola.kernels.library import NotCompiled, compile_library
+from opencola.kernels.library import NotCompiled, load
 
 if __name__ == "__main__":
     try:
-        print(f"kernels: {compile_library()}")
+        print(f"kernels: {load()[0]}")
     except NotCompiled as error:
         sys.exit(f"no kernels, torch does it all: {error}")

@@ -1,7 +1,8 @@
 """Kernels in C: what torch does on a CPU in many passes over memory, in one. Without a C compiler torch does it all.
 
-`python -m opencola.kernels` says whether they are there. They are compiled on first use, for this processor, into the
-user's cache folder; OPENCOLA_KERNELS=0 in the environment leaves them out.
+`python -m opencola.kernels` says whether they can be loaded. They are compiled on first use, for this processor, into
+the user's cache folder or, where that cannot be written to or loaded from, a temporary one of the user's own;
+OPENCOLA_KERNELS=0 in the environment leaves them out.
 """
 
 import contextlib
@@ -32,27 +33,69 @@ class NotCompiled(Exception):
     """There are no kernels; the message says why."""
 
 
-def compile_library() -> Path:
-    """The compiled library, made unless it is there. Raises NotCompiled with the reason."""
+def load() -> tuple[Path, ctypes.CDLL]:
+    """The library and its file, compiled unless it is there and whole. Raises NotCompiled with the reason."""
+    if os.environ.get("OPENCOLA_KERNELS") == "0":
+        raise NotCompiled("OPENCOLA_KERNELS is 0 in the environment")
+    reasons = []
+    for folder in _folders():
+        try:
+            _make(folder)
+            file = compile_library(folder)
+            return file, ctypes.CDLL(str(file))
+        except OSError as error:  # no room, no right to write, or a folder that nothing may be loaded from
+            reasons.append(f"{folder}: {error}")
+    raise NotCompiled(f"{'; '.join(reasons)} (the folder is named by XDG_CACHE_HOME)")
+
+
+USER = os.getuid() if hasattr(os, "getuid") else 0
+
+
+def _make(folder: Path) -> None:
+    """Make a folder for the library. Raises OSError, for a temporary folder of somebody else's, too."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if folder.parent == Path(tempfile.gettempdir()) and hasattr(os, "getuid") and folder.lstat().st_uid != USER:
+        raise PermissionError("it is another user's")
+
+
+def _folders() -> Iterator[Path]:
+    """Where the library may be: the user's cache, where there is one, and a temporary folder."""
+    cache = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
+    if cache.parts[0] != "~":  # as it stays where nobody knows the home folder
+        yield cache / "opencola"
+    yield Path(tempfile.gettempdir()) / f"opencola-{USER}"
+
+
+def compile_library(folder: Path) -> Path:
+    """The compiled library in a folder, made unless it is there and whole.
+
+    Its name ends with its checksum, so that no damaged one is ever loaded. Raises NotCompiled, and OSError where the
+    folder cannot be written to.
+    """
     sources = sorted(SOURCES.glob("*.c"))
-    compiler = shlex.split(os.environ.get("CC", "cc"))
+    first, *options = shlex.split(os.environ.get("CC") or "cc")
+    compiler = [os.path.expanduser(first), *options]
     parts = [*(path.read_bytes() for path in sorted(SOURCES.glob("*.[ch]"))), repr((compiler, FLAGS)).encode()]
-    name = hashlib.sha256(b"\0".join([*parts, _processor()])).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "opencola"
-    library = folder / f"kernels-{name}.so"
-    if library.exists():
-        return library
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as made:  # moved in one step: several processes may start at once
-            command = [*compiler, *FLAGS, *map(str, sources), "-o", f"{made}/kernels.so", "-lm"]
+    name = "kernels-" + hashlib.sha256(b"\0".join([*parts, _processor()])).hexdigest()[:16]
+    for library in sorted(folder.glob(f"{name}-*.so")):
+        if library.name == f"{name}-{_checksum(library)}.so":
+            return library
+        library.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as made:  # moved in one step: several processes may start at once
+        command = [*compiler, *FLAGS, *map(str, sources), "-o", f"{made}/kernels.so", "-lm"]
+        try:
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
-            os.replace(f"{made}/kernels.so", library)
-    except subprocess.CalledProcessError as error:
-        raise NotCompiled(f"{shlex.join(error.cmd)} failed:\n{error.stderr}") from error
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise NotCompiled(f"{error} (the compiler is named by CC, the folder by XDG_CACHE_HOME)") from error
+        except subprocess.CalledProcessError as error:
+            raise NotCompiled(f"{shlex.join(error.cmd)} failed:\n{error.stderr}") from error
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise NotCompiled(f"{error} (the compiler is named by CC)") from error
+        library = folder / f"{name}-{_checksum(Path(made, 'kernels.so'))}.so"
+        os.replace(f"{made}/kernels.so", library)
     return library
+
+
+def _checksum(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
 def _processor() -> bytes:
@@ -66,10 +109,8 @@ def _processor() -> bytes:
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The kernels, or None where there are none."""
-    if os.environ.get("OPENCOLA_KERNELS") == "0":
-        return None
-    with contextlib.suppress(NotCompiled, OSError):
-        return ctypes.CDLL(str(compile_library()))
+    with contextlib.suppress(NotCompiled):
+        return load()[1]
     return None
 
 

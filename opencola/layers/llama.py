@@ -14,28 +14,30 @@ from opencola.layers.attention import Attend, Rotary, rotary, rotate_halves
 from opencola.layers.cache import KVCache
 from opencola.layers.operations import Linear
 from opencola.layers.transformer import initialise
+from opencola.ranges import Count, Positive, check
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
     """Sizes of a LLaMA transformer without its vocabulary."""
 
-    width: int = 128
+    width: Count = 128
     """Width of the residual stream, D."""
-    num_layers: int = 4
+    num_layers: Count = 4
     """Number of transformer blocks."""
-    num_heads: int = 4
+    num_heads: Count = 4
     """Number of attention heads; each has width / num_heads channels."""
-    num_kv_heads: int | None = None
+    num_kv_heads: Count | None = None
     """Number of heads of keys and values, each for several queries; as many as attention heads when not given."""
-    ffn_dim: int = 384
+    ffn_dim: Count = 384
     """Inner width of the MLP (SwiGLU)."""
-    rope_base: float = 10000.0
+    rope_base: Positive = 10000.0
     """Base of the rotary frequencies."""
-    norm_eps: float = 1e-5
+    norm_eps: Positive = 1e-5
     """Number added to the mean square in every norm."""
 
     def __post_init__(self) -> None:
+        check(self)
         if self.width % (2 * self.num_heads):
             raise UserError(f"width {self.width} must be a multiple of twice num_heads {self.num_heads}")
         if self.num_heads % self.kv_heads:

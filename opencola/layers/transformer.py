@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from opencola.layers.attention import Attend, Rotary, rotate_halves
 from opencola.layers.operations import LayerNorm, Linear, gated, gated_norm, modulated_norm, split_heads
+from opencola.ranges import Count, Positive, check
 
 Activation = Literal["swiglu", "gelu", "silu"]
 
@@ -19,9 +20,9 @@ Activation = Literal["swiglu", "gelu", "silu"]
 class BlockConfig:
     """Sizes and conventions of a Text VAE block (official-format §1.2, §4.2)."""
 
-    width: int
-    num_heads: int
-    ffn_dim: int
+    width: Count
+    num_heads: Count
+    ffn_dim: Count
     multi_query: bool
     activation: Activation
     post_norm: bool
@@ -30,8 +31,11 @@ class BlockConfig:
     qkv_bias: bool
     bias: bool
     norm_affine: bool
-    norm_eps: float
-    clip_qkv: float | None
+    norm_eps: Positive
+    clip_qkv: Positive | None
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 class Block(nn.Module):

@@ -2,24 +2,22 @@
 
 from dataclasses import dataclass
 
-from opencola.errors import UserError
+from opencola.ranges import Count, Seed, check
 
 
 @dataclass(frozen=True)
 class BoundScoring:
     """How texts are scored."""
 
-    samples: int = 128
+    samples: Count = 128
     """Number of draws K for every text: of the masked tokens, or of time and noise."""
-    rows: int = 32
+    rows: Count = 32
     """Number of draws to evaluate at a time: memory; no figure depends on it."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of all draws, which depend on it, the text's id and the draw's number alone."""
 
     def __post_init__(self) -> None:
-        for name in ("samples", "rows"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
+        check(self)
 
     @classmethod
     def quick(cls) -> "BoundScoring":

@@ -1,15 +1,15 @@
 """The settings of generation that every family has, and the choice of tokens from logits (model.md §5, official-format
 §6)."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, get_type_hints
+from typing import Annotated, Any, ClassVar, get_type_hints
 
 import torch
 from torch import Tensor
 
 from opencola.errors import UserError
+from opencola.ranges import Count, NotNegative, Positive, Range, Seed, Size, check
 
 
 @dataclass(frozen=True)
@@ -18,15 +18,15 @@ class Sampling:
 
     owner: ClassVar[str] = "a model"
     """What messages call a model of the family."""
-    max_new_tokens: int = 64
+    max_new_tokens: Count = 64
     """Largest number of tokens to write, the prompt not counted."""
-    temperature: float = 0.0
+    temperature: NotNegative = 0.0
     """Temperature of the token choice; 0 takes the most probable token."""
-    top_k: int = 0
+    top_k: Size = 0
     """Number of most probable tokens to choose among; 0: all."""
-    top_p: float = 1.0
+    top_p: Annotated[float, Range(0, 1, above=True)] = 1.0
     """Choose among the most probable tokens that together reach this probability, above 0 and at most 1 (all)."""
-    repetition_penalty: float = 1.0
+    repetition_penalty: Positive = 1.0
     """Divides positive and multiplies negative logits of tokens already written; 1: none."""
     stop: tuple[str, ...] = ()
     """Strings that end the text; they are cut off."""
@@ -34,26 +34,16 @@ class Sampling:
     """Go on after the end-of-text token."""
     chat: bool = False
     """A prompt is what a user says, and the text an assistant's answer, up to its end (for models of conversations)."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of all draws, which depend on it, the sample's id and the place in its text alone."""
 
     def __post_init__(self) -> None:
-        self.check_counts("max_new_tokens")
-        if not 0 <= self.temperature < math.inf:
-            raise UserError(f"temperature must be a number of at least 0, not {self.temperature}")
-        if self.top_k < 0 or not 0 < self.top_p <= 1 or not self.repetition_penalty > 0:
-            raise UserError("top_k must be at least 0, top_p in (0, 1], repetition_penalty above 0")
-
-    def check_counts(self, *names: str) -> None:
-        """Raise UserError for the first of these settings that is below 1."""
-        for name in names:
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
+        check(self)
 
     @classmethod
     def hints(cls) -> dict[str, Any]:
-        """The settings by name, with their types."""
-        types = get_type_hints(cls)
+        """The settings by name, with their types and ranges."""
+        types = get_type_hints(cls, include_extras=True)
         return {field.name: types[field.name] for field in fields(cls)}
 
     @classmethod

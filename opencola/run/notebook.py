@@ -17,8 +17,7 @@ from opencola.evaluation.likelihood import Pair, score_pairs, together
 from opencola.layers.device import device
 from opencola.models import build
 from opencola.models.text_stream import generate_text, whole_texts
-from opencola.run import recipe as recipes
-from opencola.run import start
+from opencola.run import flags, start
 from opencola.run.flags import RunFlags
 from opencola.text.conversations import Message
 
@@ -98,10 +97,12 @@ def train_recipe(
     run stopped; overwrite: delete the run that is there. Raises FileExistsError where there is one and neither is
     asked for, FileNotFoundError and UserError for files and settings that do not fit each other.
     """
-    flags = recipes.flags_of(settings)
+    words = flags.words_of(settings)
     asked = [f"--stage={stage}"] * (stage is not None) + ["--resume"] * resume + ["--overwrite"] * overwrite
-    command = shlex.join(["opencola", "train", str(recipe), *flags, *asked])
-    return start.train(str(recipe), flags, RunFlags(resume, overwrite), command, stage)
+    command = shlex.join(
+        ["opencola", "train", str(recipe), *(word.removeprefix(flags.VALUE) for word in words), *asked]
+    )
+    return start.train(str(recipe), words, RunFlags(resume, overwrite), command, stage)
 
 
 def _loaded(model: Model, settings: dict[str, Any]) -> Pretrained:

@@ -28,6 +28,8 @@ from opencola.checkpoints.settings import without_others
 from opencola.data.corpus import CorpusConfig
 from opencola.errors import UserError
 from opencola.models.sampling import Sampling
+from opencola.paths import home
+from opencola.ranges import Count, Seed, check
 from opencola.run import flags
 from opencola.train.loop import TrainConfig
 from opencola.vae.text_vae import ReleaseConventions
@@ -49,12 +51,15 @@ class TokenizerConfig:
     path: Path | None = None
     """An existing tokenizer.json; without it the one of `init` is used or, without `init`, that of the tokenised
     corpus, or a new one is trained."""
-    vocab_size: int = 4096
+    vocab_size: Count = 4096
     """Size of a newly trained vocabulary, special tokens included."""
     special: tuple[str, ...] = ()
     """Further special tokens of a new tokenizer, such as the marks <|im_start|> and <|im_end|> of conversations."""
-    train_documents: int = 10_000
+    train_documents: Count = 10_000
     """Number of documents of the corpus, the first ones, that a new tokenizer is trained on."""
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +70,7 @@ class Recipe(Generic[Model, Settings]):
     """Model family; it decides which fields `model` has, so only the recipe file can set it."""
     out: Path
     """Folder for results; with several stages, each has a folder in it."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of everything random: initial weights, order of the corpus, noise."""
     init: Path | None = None
     """Folder of an earlier run or of an exported model whose weights and tokenizer to start from."""
@@ -81,6 +86,9 @@ class Recipe(Generic[Model, Settings]):
     """How to train: steps, optimizer, devices, records and checkpoints."""
     sampling: Settings
     """Settings of generation that the trained model brings along."""
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 def read(
@@ -105,7 +113,7 @@ def read(
             settings = samplings(values["family"])
             stage = _type(families(values["family"]), settings)
             values["sampling"] = own_settings(values.get("sampling", {}), settings)
-            parsed, unknown = _parse(stage, flags_of(values))
+            parsed, unknown = _parse(stage, flags.words_of(values))
             if unknown:
                 _parse(stage, unknown, parsed, strict=True)
         except ValueError as error:
@@ -121,8 +129,9 @@ def read(
 
 def find(recipe: str | Path) -> Path:
     """The path itself if it is a file, else that of the shipped recipe of this name. Raises FileNotFoundError."""
-    if Path(recipe).is_file():
-        return Path(recipe)
+    recipe = home(recipe)
+    if recipe.is_file():
+        return recipe
     files = [(path.relative_to(folder), path) for folder in FOLDERS for path in sorted(folder.rglob("*.yaml"))]
     shipped = {name.with_suffix("").as_posix(): path for name, path in files}
     if str(recipe) not in shipped:
@@ -170,7 +179,7 @@ def _stages(path: Path) -> tuple[bool, dict[str, dict[str, Any]]]:
     """Whether the file has a `stages` key, and each stage's values with the shared ones below them."""
     shared = _load(path)
     if "base" in shared:
-        base = path.parent / str(shared.pop("base"))
+        base = path.parent / home(str(shared.pop("base")))
         if not base.is_file():
             raise FileNotFoundError(f"{path}: base {base}: no such file")
         below = _load(base)
@@ -232,7 +241,10 @@ def _override(
             if token.startswith("--sampling."):
                 raise default.sampling.lacks(token.partition("=")[0])
         if stray or nowhere:
-            _parse(_type_of(default), stray + nowhere, default, strict=True)
+            try:
+                _parse(_type_of(default), stray + nowhere, default, strict=True)
+            except UserError as error:
+                raise UserError(f"{error}{flags.advice(str(error), argv)}") from None
     return [*done.items()]
 
 
@@ -271,19 +283,6 @@ def _parse(
         options["default"] = default
     parsed = flags.parse(stage, args, prog="recipe", **options)
     return (parsed, []) if strict else parsed
-
-
-def flags_of(values: dict[str, Any], prefix: str = "--") -> list[str]:
-    """Nested values as flags: {"a": {"b": 1, "c": [2, 3]}} -> --a.b=1 --a.c 2 3."""
-    flags: list[str] = []
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flags += flags_of(value, f"{prefix}{key}.")
-        elif isinstance(value, list):
-            flags += [f"{prefix}{key}", *map(str, value)]
-        else:
-            flags.append(f"{prefix}{key}={value}")
-    return flags
 
 
 def _plain(value: Any) -> Any:

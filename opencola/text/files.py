@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from opencola.errors import UserError
+from opencola.paths import home
 from opencola.text.lines import check_text, decoded_lines, kind, read_objects, unpacked_name
 
 Reader = Callable[[Mapping[str, Any], str, str], str]
@@ -57,7 +58,7 @@ def iter_documents(path: str | Path, text_field: str = "text", read: Reader = te
     a binary file, bytes that are not UTF-8, broken JSON, a text field that is missing or not a string. Where
     another `read` takes something else of the rows than text, a .txt file is none of these.
     """
-    place = Path(path)
+    place = home(path)
     if not place.exists():
         raise FileNotFoundError(f"no such file or folder: {place}")
     if place.is_dir():

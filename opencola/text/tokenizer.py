@@ -10,6 +10,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from opencola.errors import UserError
+from opencola.paths import home
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
@@ -92,7 +93,7 @@ class Tokenizer:
         (eos_token_id, pad_token_id) beside it tell which they are.
         Raises FileNotFoundError when there is none, UserError when it is not a tokenizer file.
         """
-        file = Path(path)
+        file = home(path)
         if file.is_dir():
             file = file / FILE_NAME
         if not file.is_file():

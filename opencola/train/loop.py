@@ -18,6 +18,7 @@ from opencola.errors import UserError
 from opencola.layers import randomness
 from opencola.layers.finite import is_finite
 from opencola.models.language_model import Loss, Trainable
+from opencola.ranges import Count, NotNegative, Positive, Size
 from opencola.train import checkpoint, distributed
 from opencola.train.checkpoint import CHECKPOINTS, Batches, Saver, TrainState
 from opencola.train.divergence import Divergence
@@ -31,45 +32,41 @@ from opencola.train.tracker import RunLog
 class TrainConfig(OptimizerConfig):
     """How long to train, how to step, and what to keep."""
 
-    steps: int = 1000
+    steps: Count = 1000
     """Number of optimizer steps of the run."""
-    seconds: float | None = None
+    seconds: Positive | None = None
     """Time limit of the run in seconds; whichever comes first, this or `steps`, ends it and paces the schedule."""
-    replicate: int = 1
+    replicate: Count = 1
     """Number of copies of the sharded model, over which a batch is divided (mesh: replicate x shard)."""
-    shard: int = 0
+    shard: Size = 0
     """Number of processes over which each copy's parameters are sharded; 0: all that are left."""
-    accumulate: int = 1
+    accumulate: Count = 1
     """Number of passes for an optimizer step; the batch is divided among them."""
-    clip: float = 1.0
+    clip: Positive = 1.0
     """Largest norm of the gradient; longer ones are scaled down to it."""
     bf16: bool = False
     """Compute the loss under bfloat16 autocast; weights stay as they are."""
     compile: bool = False
     """Compile the model's blocks with torch.compile."""
-    log_every: int = 20
+    log_every: Count = 20
     """Number of steps between records in metrics.jsonl."""
     trackers: tuple[Name, ...] = ()
     """Where records and samples go beside the files: `tensorboard`, `wandb`."""
-    sample_every: int = 0
+    sample_every: Size = 0
     """Number of steps between samples and reconstructions in samples.jsonl; 0: none."""
-    divergence: float = 2.0
+    divergence: NotNegative = 2.0
     """Stop when the loss of two records in a row is above this times the lowest so far (in full:
     opencola/train/divergence.py); 0: never."""
-    save_every: int = 500
+    save_every: Count = 500
     """Number of steps between checkpoints; there is always one at the end."""
-    keep: int = 2
+    keep: Count = 2
     """Number of checkpoints to keep; with 1, a divergence that begins right before a checkpoint leaves no earlier
     one."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "log_every", "save_every", "keep", "replicate", "accumulate"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, but is {getattr(self, name)}")
-        if self.shard < 0:
-            raise UserError(f"shard must be at least 0, but is {self.shard}")
-        if self.sample_every < 0 or (self.divergence and self.divergence <= 1):
-            raise UserError("sample_every must be at least 0, and divergence above 1 (or 0)")
+        super().__post_init__()
+        if 0 < self.divergence <= 1:
+            raise UserError(f"divergence must be above 1, or 0, but is {self.divergence}")
 
 
 class Interrupted(KeyboardInterrupt):

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from opencola.errors import UserError
+from opencola.ranges import Decay, NotNegative, Positive, Share, Size, check
 from opencola.train.distributed import full, like, local, num_processes, part_of, rank, repeated_blocks
 
 
@@ -20,26 +21,29 @@ class OptimizerConfig:
 
     optimizer: Literal["muon", "adamw"] = "muon"
     """muon: Muon for the matrices of the repeated blocks, AdamW for the rest; adamw: AdamW for everything."""
-    learning_rate: float = 2e-3
+    learning_rate: Positive = 2e-3
     """Peak learning rate of AdamW."""
-    muon_learning_rate: float = 0.02
+    muon_learning_rate: Positive = 0.02
     """Peak learning rate of Muon."""
-    weight_decay: float = 0.01
+    weight_decay: NotNegative = 0.01
     """Decoupled weight decay of matrices and embeddings; biases and norm gains have none."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """AdamW's decay rates of the averages of gradients and of squared gradients."""
-    warmup: int = 50
+    warmup: Size = 50
     """Number of steps over which the learning rates rise linearly to their peaks."""
-    start: float = 0.0
+    start: Share = 0.0
     """Share of the peak learning rates that they rise from."""
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
     """How the learning rates fall in the last part of the run."""
-    decay: float = 1.0
+    decay: Share = 1.0
     """Share of the run, at its end, over which they fall (linear with 0.2: warm-up, stable, decay)."""
-    final: float = 0.05
+    final: Share = 0.05
     """Share of the peak learning rates left at the end."""
-    ema: float = 0.0
+    ema: Decay = 0.0
     """Decay of the moving average of the weights that is evaluated and exported; 0: none."""
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 class Muon(torch.optim.Optimizer):

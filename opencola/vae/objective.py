@@ -8,6 +8,7 @@ from torch import Tensor
 
 from opencola.data.batch import Batch
 from opencola.layers import randomness
+from opencola.ranges import NotNegative, Share, check
 from opencola.vae.gaussian import DiagonalGaussian
 from opencola.vae.text_vae import TextVAE
 
@@ -16,12 +17,15 @@ from opencola.vae.text_vae import TextVAE
 class VAEObjective:
     """Weights of the stage-1 loss CE + beta KL + lambda_mask L_mask, in nats per token."""
 
-    beta: float = 1e-3
+    beta: NotNegative = 1e-3
     """Weight of KL(q || N(0, I)); in stage 2, of the negative entropy of q."""
-    lambda_mask: float = 1.0
+    lambda_mask: NotNegative = 1.0
     """Weight of the masking ("BERT-style") loss; 0 leaves the second view out."""
-    mask_ratio: float = 0.15
+    mask_ratio: Share = 0.15
     """Share of input tokens that the second view replaces by [MASK]."""
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 @dataclass(frozen=True)

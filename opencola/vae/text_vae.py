@@ -13,6 +13,7 @@ from opencola.layers.attention import Attend, masked, rotary
 from opencola.layers.cache import KVCache
 from opencola.layers.operations import LayerNorm, Linear
 from opencola.layers.transformer import Activation, Block, BlockConfig, initialise
+from opencola.ranges import Count, Finite, Positive, Size, check
 from opencola.vae.gaussian import DiagonalGaussian
 
 
@@ -39,59 +40,60 @@ class ReleaseConventions:
     """Give the other linear layers biases."""
     norm_affine: bool = True
     """Give the attention norm a learned gain and bias."""
-    norm_eps: float = 1e-6
+    norm_eps: Positive = 1e-6
     """Number added to the variance in every norm."""
-    clip_qkv: float | None = None
+    clip_qkv: Positive | None = None
     """Clamp queries, keys and values to [-c, c]."""
-    rope_theta: float = 500000.0
+    rope_theta: Positive = 500000.0
     """Base of the rotary angles."""
     normalise_mean: bool = True
     """Apply a LayerNorm without parameters to the posterior mean."""
     variational: bool = True
     """Predict a variance; false gives a deterministic, normalised latent."""
 
+    def __post_init__(self) -> None:
+        check(self)
+
 
 @dataclass(frozen=True)
 class TextVAEConfig:
     """Architecture of the Text VAE. Defaults are small; the release's values stand in its config.json."""
 
-    vocab_size: int = 1024
+    vocab_size: Count = 1024
     """Number of tokens in the vocabulary; set from the tokenizer when training. The embedding has one row more,
     [MASK]."""
-    latent_dim: int = 16
+    latent_dim: Count = 16
     """Number of channels d of a latent."""
-    patch_size: int = 1
+    patch_size: Count = 1
     """Number of tokens in a latent, P."""
     attention: Literal["causal", "block_causal", "full"] = "causal"
     """What a latent sees: itself and before, its own block and before, or everything (no generation)."""
-    block_size: int = 4
+    block_size: Count = 4
     """Number of latents in a block of the block-causal attention."""
-    width: int = 128
+    width: Count = 128
     """Width of the residual streams of encoder and decoder."""
-    ffn_dim: int = 512
+    ffn_dim: Count = 512
     """Width of the MLP's input projection (with swiglu, half of it reaches the output projection)."""
-    num_heads: int = 4
+    num_heads: Count = 4
     """Number of attention heads."""
-    encoder_layers: int = 2
+    encoder_layers: Size = 2
     """Number of transformer blocks of the encoder."""
-    decoder_layers: int = 2
+    decoder_layers: Size = 2
     """Number of transformer blocks of the decoder."""
-    fixed_logsnr: float | None = None
+    fixed_logsnr: Finite | None = None
     """Replace the predicted variance by the constant of this log signal-to-noise ratio."""
-    latent_shift: float = 0.0
+    latent_shift: Finite = 0.0
     """Number that is subtracted from every channel of a latent before the prior sees it."""
-    latent_scale: float = 1.0
+    latent_scale: Positive = 1.0
     """Factor of a shifted latent before the prior sees it."""
     release: ReleaseConventions = field(default_factory=ReleaseConventions)
 
     def __post_init__(self) -> None:
+        check(self)
         if self.width % self.num_heads or self.width // self.num_heads % 2:
             raise UserError(f"vae.width {self.width} must be an even multiple of vae.num_heads {self.num_heads}")
         if self.release.activation == "swiglu" and self.ffn_dim % 2:
             raise UserError(f"vae.ffn_dim {self.ffn_dim} must be even with swiglu")
-        for name in ("vocab_size", "latent_dim", "patch_size", "block_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"vae.{name} must be at least 1, not {getattr(self, name)}")
 
     @property
     def visible_block(self) -> int:

@@ -216,7 +216,7 @@ def test_sampling_defaults(tmp_path: Path) -> None:
         ('{"sampling": {"steps": true}}', "opencola.json: sampling.steps is True, but must be a whole number"),
         ('{"sampling": {"solver": "rk4"}}', "opencola.json: sampling.solver is 'rk4', but must be one of 'euler'"),
         ('{"sampling": {"stop": "x"}}', "opencola.json: sampling.stop is 'x', but must be a list of strings"),
-        ('{"sampling": {"steps": 0}}', "opencola.json: sampling: steps must be at least 1"),
+        ('{"sampling": {"steps": 0}}', "opencola.json: sampling.steps is 0, but must be at least 1"),
         ('{"sampling": ', "opencola.json, line 1: not valid JSON"),
     ],
 )

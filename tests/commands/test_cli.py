@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -120,3 +121,33 @@ def test_chat(main: Main, monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setattr("builtins.input", stop)
         assert main("chat", "--model", "runs/tiny")[0] == 0
+
+
+@pytest.mark.parametrize("stream", ["stdin", "stdout", "stderr"])
+def test_streams_that_are_closed_are_no_bug(stream: str, trained: Path) -> None:
+    closed = {"stdin": "<&-", "stdout": ">&-", "stderr": "2>&-"}[stream]
+    commands = {
+        "generate --model runs/tiny --prompt 'The fox'": 0,
+        "generate --help": 0,
+        "chat --model runs/tiny": 0,
+        "generate --model runs/tiny --prompt a --steps 0": 2,
+    }
+    for asked, code in commands.items():
+        shell = f"{shlex.join([sys.executable, '-m', 'opencola'])} {asked} {closed}"
+        shell += "" if stream == "stdin" else " < /dev/null"
+        done = subprocess.run(shell, shell=True, cwd=trained, env=environment(), capture_output=True, text=True)
+        assert (done.returncode, "Traceback" in done.stderr, "error" in done.stdout) == (code, False, False), asked
+
+
+def test_a_seed_that_is_too_large_and_a_prompt_like_a_flag(main: Main) -> None:
+    model = ("generate", "--model", "runs/tiny", "--prompt")
+    code, _, error = main(*model, "a", "--seed", "18446744073709551616")
+    said = "error: --seed must be at least 0 and at most 9223372036854775807, but is 18446744073709551616\n"
+    assert (code, error) == (2, said)
+    assert main(*model, "--foo bar")[1].startswith("--foo bar")
+    assert main(*model, "--foo")[2] == "error: Unrecognized options: --foo; if --foo is a value: --prompt=--foo\n"
+    assert main(*model[:-1], "--prompt=--foo")[1].startswith("--foo")
+    code, _, error = main(*model, "a", "--solver", "adaptive", "--tolerance", "0")
+    assert (code, error) == (2, "error: --tolerance must be above 0, but is 0.0\n")
+    code, _, error = main(*model, "a", "--solver", "adaptive", "--tolerance", "1e-30")
+    assert (code, error) == (2, "error: the adaptive solver cannot reach a tolerance of 1e-30: raise it\n")

@@ -59,7 +59,7 @@ def test_mistakes_in_training(main: Main, place: Path, old: str, new: str, flags
         ("generate --model runs/tiny --prompt", "nothing to continue"),
         ("generate --model runs/tiny --prompt a --stepz 3", "--stepz"),
         ("generate --model runs/tiny --prompt a --steps many", "--steps.*'many'"),
-        ("generate --model runs/tiny --prompt a --steps 0", "steps must be at least 1, not 0"),
+        ("generate --model runs/tiny --prompt a --steps 0", "--steps must be at least 1, but is 0"),
         ("generate --model runs/tiny --prompt a --batch-size 0", "--batch-size must be at least 1"),
         ("generate --model runs/tiny --prompt a --solver best", "best"),
         ("generate --model runs/tiny --prompt a\udcff", "not valid Unicode at character 1"),

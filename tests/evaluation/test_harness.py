@@ -383,7 +383,7 @@ def test_what_is_given_holds_over_the_commands_flags(folder: Path) -> None:
         ({"score_seed": 3}, "score_seed is no setting"),
         ({"steps": "many"}, "model_args: steps is 'many', but must be a whole number"),
         ({"score_solver": "stochastic"}, "model_args: score_solver is 'stochastic', but must be one of"),
-        ({"samples": 0}, "samples must be at least 1"),
+        ({"samples": 0}, "model_args: samples is 0, but must be at least 1"),
         ({"batch_size": "auto"}, "batch_size must be a whole number of at least 1, not 'auto'"),
         ({"max_length": 0}, "max_length must be"),
         ({"greedy": 1}, "greedy is 1, but must be true or false"),

@@ -206,7 +206,7 @@ def test_wrong_sizes_are_named() -> None:
     for fields, message in (
         ({"rope_dim": 5}, "dit.rope_dim 5 must be even"),
         ({"rope_dim": 10}, "dit.rope_dim 10 must be even and at most dit.head_dim 8"),
-        ({"block_size": 0}, "dit.block_size must be at least 1, not 0"),
+        ({"block_size": 0}, "block_size must be at least 1, but is 0"),
     ):
         with pytest.raises(ValueError, match=message):
             replace(good, **fields)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,9 @@ def test_without_a_compiler_or_a_folder_the_reason_is_said(
     folder = tmp_path / "cache is a file"
     if not environment:
         folder.write_text("")
+        temporary = tmp_path / f"opencola-{os.getuid()}"
+        temporary.write_text("")
+        environment = {"TMPDIR": str(tmp_path)}
     said = say(folder, **environment)
     assert said.returncode == 1 and said.stderr.startswith("no kernels, torch does it all: ") and reason in said.stderr
 
@@ -62,3 +66,58 @@ def test_kernels_take_float32_outside_of_autocast_and_where_they_are_on() -> Non
     with kernels.switched_off():
         assert not kernels.usable(x)
     assert kernels.usable(x)
+
+
+@pytest.mark.usefixtures("need_kernels")
+@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:-100], lambda data: data[:5000] + b"\0" * 9])
+def test_a_damaged_library_is_made_anew(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    first = say(tmp_path)
+    (library,) = (tmp_path / "opencola").iterdir()
+    whole = library.read_bytes()
+    library.write_bytes(damage(whole))
+    assert (say(tmp_path).stdout, library.read_bytes()) == (first.stdout, whole)
+    assert [*(tmp_path / "opencola").iterdir()] == [library]
+
+
+@pytest.mark.usefixtures("need_kernels")
+def test_where_nothing_may_be_loaded_from_the_cache_it_is_a_temporary_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = kernels.ctypes.CDLL
+
+    def no_exec(file: str) -> object:
+        if "cache" in file:
+            raise OSError(f"{file}: failed to map segment from shared object")
+        return load(file)
+
+    monkeypatch.setattr(kernels.ctypes, "CDLL", no_exec)
+    monkeypatch.setattr(kernels.tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file, _ = kernels.load()
+    assert file.parent == tmp_path / "temporary" / f"opencola-{os.getuid()}"
+    assert file.parent.stat().st_mode & 0o777 == 0o700
+    monkeypatch.setattr(kernels, "USER", os.getuid() + 1)  # what is there is another's
+    with pytest.raises(kernels.NotCompiled, match=r"cache/opencola: .*failed to map.*; .*another user's"):
+        kernels.load()
+
+
+@pytest.mark.usefixtures("need_kernels")
+@pytest.mark.parametrize("variable", ["HOME", "XDG_CACHE_HOME"])
+def test_no_folder_is_named_like_the_home_folder(variable: str, tmp_path: Path) -> None:
+    """Neither where nobody knows it (HOME empty or ~, no such user), nor where the environment says ~."""
+    code = "import pwd; pwd.getpwuid = lambda uid: {}[uid]; from opencola.kernels.library import load; print(load()[0])"
+    environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME")}
+    environment |= {"TMPDIR": str(tmp_path), "PYTHONPATH": str(Path(kernels.__file__).parents[2])}
+    where = tmp_path / f"opencola-{os.getuid()}"
+    if variable == "XDG_CACHE_HOME":
+        environment |= {"HOME": str(tmp_path / "home"), "XDG_CACHE_HOME": "~/cache"}
+        where = tmp_path / "home" / "cache" / "opencola"
+    command = [sys.executable, "-c", code]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert Path(said.stdout.strip()).parent == where and not (tmp_path / "~").exists()
+
+
+def test_kernels_that_are_switched_off_are_not_said_to_be_there(tmp_path: Path) -> None:
+    said = say(tmp_path, OPENCOLA_KERNELS="0")
+    assert said.returncode == 1 and "OPENCOLA_KERNELS is 0" in said.stderr and not [*tmp_path.iterdir()]

@@ -181,5 +181,5 @@ def test_draws_in_the_logits_own_type() -> None:
 
 @pytest.mark.parametrize("temperature", [-0.1, float("nan"), float("inf")])
 def test_impossible_temperatures(temperature: float) -> None:
-    with pytest.raises(ValueError, match=f"temperature must be a number of at least 0, not {temperature}"):
+    with pytest.raises(ValueError, match=f"temperature must be at least 0, but is {temperature}"):
         Sampling(temperature=temperature)

@@ -5,7 +5,9 @@ import sys
 from dataclasses import dataclass
 
 import pytest
+import tyro
 
+from opencola.ranges import Count, Share, check
 from opencola.run import flags
 
 
@@ -13,12 +15,17 @@ from opencola.run import flags
 class Inner:
     """Nested."""
 
-    depth: int = 2
+    depth: Count = 2
     """How deep."""
+    num_heads: Count | None = None
+    """How many, if any."""
+    rates: tuple[Share, ...] = ()
+    """How fast."""
 
     def __post_init__(self) -> None:
-        if self.depth < 1:
-            raise ValueError("depth must be at least 1")
+        check(self)
+        if self.depth == 7:
+            raise ValueError("depth must not be 7")
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,13 @@ class Options:
     """A size."""
     inner: Inner = Inner()
     """More."""
+    plain: tyro.conf.OmitArgPrefixes[Inner] = Inner()
+    """Without a prefix."""
+    batch_size: Count = 1
+    """How much."""
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 class Terminal(io.StringIO):
@@ -62,7 +76,15 @@ GOOD = ["--name", "a", "--size", "1"]
         ([*GOOD, "--inner.dept", "3"], "Unrecognized options: --inner.dept, 3; did you mean --inner.depth?"),
         ([*GOOD, "--whatever"], "Unrecognized options: --whatever"),
         ([*GOOD, "--size", "big"], "Error parsing --size: could not convert string to float: 'big'"),
-        ([*GOOD, "--inner.depth", "0"], "Error parsing inner: depth must be at least 1"),
+        ([*GOOD, "--inner.depth", "7"], "Error parsing inner: depth must not be 7"),
+        ([*GOOD, "--inner.depth", "0"], "--inner.depth must be at least 1, but is 0"),
+        ([*GOOD, "--inner.depth=0"], "--inner.depth must be at least 1, but is 0"),
+        ([*GOOD, "--inner.num-heads", "0"], "--inner.num-heads must be at least 1, but is 0"),
+        ([*GOOD, "--inner.num_heads", "0"], "--inner.num_heads must be at least 1, but is 0"),
+        ([*GOOD, "--inner.rates", "0", "nan"], "--inner.rates must be at least 0 and at most 1, but is nan"),
+        ([*GOOD, "--depth", "-1"], "--depth must be at least 1, but is -1"),
+        ([*GOOD, "--num-heads", "0"], "--num-heads must be at least 1, but is 0"),
+        ([*GOOD, "--batch-size", "0"], "--batch-size must be at least 1, but is 0"),
         ([*GOOD, "--size"], "Missing value for argument '--size'. Expected 1 values."),
     ],
 )

@@ -161,8 +161,8 @@ def test_wrong_sizes_are_named() -> None:
         ({"width": 18, "num_heads": 4}, "vae.width 18 must be an even multiple of vae.num_heads 4"),
         ({"width": 6, "num_heads": 2}, "vae.width 6 must be an even multiple"),
         ({"ffn_dim": 7}, "vae.ffn_dim 7 must be even"),
-        ({"block_size": 0}, "vae.block_size must be at least 1, not 0"),
-        ({"vocab_size": 0}, "vae.vocab_size must be at least 1"),
+        ({"block_size": 0}, "block_size must be at least 1, but is 0"),
+        ({"vocab_size": 0}, "vocab_size must be at least 1, but is 0"),
     ):
         with pytest.raises(ValueError, match=message):
             replace(good, **fields)

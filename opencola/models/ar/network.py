@@ -13,23 +13,25 @@ from opencola.layers.attention import masked
 from opencola.layers.cache import ROUND, KVCache
 from opencola.layers.llama import Llama, LlamaConfig
 from opencola.layers.operations import Linear
+from opencola.ranges import Count, Size, check
 
 
 @dataclass(frozen=True)
 class ARConfig:
     """An autoregressive language model."""
 
-    vocab_size: int = 1024
+    vocab_size: Count = 1024
     """Number of tokens in the vocabulary; set from the tokenizer when training."""
     trunk: LlamaConfig = field(default_factory=LlamaConfig)
     """Sizes of the transformer."""
     tied: bool = False
     """Use the embedding as the output matrix, too."""
-    bos_id: int = 0
+    bos_id: Size = 0
     """Token that the first token of a text is predicted from, such as the end-of-text token of the text before."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.bos_id < self.vocab_size:
+        check(self)
+        if self.bos_id >= self.vocab_size:
             raise UserError(f"bos_id {self.bos_id} is outside 0..{self.vocab_size - 1}, the vocabulary")
 
 

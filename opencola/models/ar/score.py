@@ -5,22 +5,21 @@ from dataclasses import dataclass
 
 import torch
 
-from opencola.errors import UserError
 from opencola.models.ar.network import ARNetwork, whole_steps
 from opencola.models.inputs import checked_texts
 from opencola.models.language_model import Score
+from opencola.ranges import Count, check
 
 
 @dataclass(frozen=True)
 class ARScoring:
     """How texts are scored: exactly."""
 
-    rows: int = 32
+    rows: Count = 32
     """Number of texts to compute at a time: memory; no figure depends on it."""
 
     def __post_init__(self) -> None:
-        if self.rows < 1:
-            raise UserError(f"rows must be at least 1, not {self.rows}")
+        check(self)
 
     @classmethod
     def quick(cls) -> "ARScoring":

@@ -8,6 +8,7 @@ from torch import nn
 from opencola.errors import UserError
 from opencola.flow.dit import BlockCausalDiT, DiTConfig
 from opencola.flow.path import TimestepLaw
+from opencola.ranges import Count, NotNegative, Share, check
 from opencola.vae.objective import VAEObjective
 from opencola.vae.text_vae import TextVAE, TextVAEConfig
 
@@ -18,29 +19,32 @@ class PriorObjective:
 
     strategy: Literal["fixed", "joint", "scratch", "interval"] = "joint"
     """Latent space: frozen VAE; trained along from stage 1; trained along from random weights; in cycles of both."""
-    joint_steps: int = 2000
+    joint_steps: Count = 2000
     """Number of steps of a cycle in which the VAE trains along (strategy interval)."""
-    frozen_steps: int = 3000
+    frozen_steps: Count = 3000
     """Number of steps of a cycle in which the VAE is frozen (strategy interval)."""
-    vae_learning_rate_ratio: float = 1.0
+    vae_learning_rate_ratio: NotNegative = 1.0
     """Learning rate of the VAE as a multiple of the DiT's, where it trains along; the paper's weak variant is 0.01."""
-    lambda_vae: float = 1.0
+    lambda_vae: NotNegative = 1.0
     """Weight of the VAE's own terms (cross-entropy, entropy, masking) in the loss of joint training."""
-    lambda_fm: float = 1.0
+    lambda_fm: NotNegative = 1.0
     """Weight of the flow-matching term in the loss."""
-    lambda_ref: float = 0.1
+    lambda_ref: NotNegative = 0.1
     """Weight of KL(q || q_ref), q_ref a frozen copy of the encoder that training started from."""
     encoder_gradient: bool = True
     """Whether the flow-matching loss reaches the encoder through z_t. History and target never carry gradient."""
-    noisy_copies: int = 2
+    noisy_copies: Count = 2
     """Number of noisy copies of a clean sequence: more training of the prior per pass over the history."""
     time: TimestepLaw = field(default_factory=TimestepLaw)
-    prompt_in_block: float = 0.3
+    prompt_in_block: Share = 0.3
     """Probability that a block is given a clean prefix of random length, without loss there."""
-    history_dropout: float = 0.1
+    history_dropout: Share = 0.1
     """Probability that a sequence's noisy blocks see no history, for guidance."""
     recompute: bool = False
     """Activation checkpointing of the DiT's blocks: less memory for a third more computation."""
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from typing import Literal
 from opencola.errors import UserError
 from opencola.flow.ode import Solver
 from opencola.models.sampling import Sampling
+from opencola.ranges import Count, Finite, Positive, Share
 
 FirstBlock = Literal["clean", "partial", "left_pad", "right_pad"]
 
@@ -16,32 +17,32 @@ class ColaSampling(Sampling):
 
     owner = "a Cola DLM"
 
-    steps: int = 16
+    steps: Count = 16
     """Number of solver steps for a block."""
     solver: Solver = "euler"
     """Solver of the flow; stochastic puts fresh noise in at every step, adaptive is dopri5."""
-    eta: float = 1.0
+    eta: Share = 1.0
     """Share of fresh noise of the stochastic solver, from 0 (which is Euler) to 1."""
-    tolerance: float = 1e-4
+    tolerance: Positive = 1e-4
     """Relative and absolute tolerance of the adaptive solver."""
-    shift: float = 1.0
+    shift: Positive = 1.0
     """Time grid: t becomes shift t / (1 + (shift - 1) t), so that above 1 more steps are near the noise."""
-    guidance: float = 7.0
+    guidance: Finite = 7.0
     """Scale of classifier-free guidance; 1: no guidance, which leaves the unconditional pass out."""
-    guidance_from: float = 1.0
+    guidance_from: Share = 1.0
     """Largest time t, from 0 to 1, at which to guide; above it the unconditional pass is left out."""
-    guidance_until: float = 0.0
+    guidance_until: Share = 0.0
     """Smallest time t, from 0 to 1, at which to guide; below it the unconditional pass is left out."""
-    guidance_every: int = 1
+    guidance_every: Count = 1
     """Make the unconditional pass at every n-th evaluation only; in between, its last difference is used again."""
-    candidates: int = 1
+    candidates: Count = 1
     """Number of candidates for a block; the one with the smallest round-trip error |z - mu(encode(decode(z)))|² is
     kept."""
     first_block: FirstBlock = "clean"
     """A prompt that ends inside a block: pin its latents clean, re-noise them along, or pad the prompt."""
-    repaint_repeats: int = 1
+    repaint_repeats: Count = 1
     """Number of times that `partial` does each step while it re-noises the known latents."""
-    repaint_fraction: float = 0.5
+    repaint_fraction: Share = 0.5
     """Share of the steps, the first ones, that `partial` repeats (repaint_repeats)."""
     compatibility: Literal["none", "release"] = "none"
     """Only to repeat the public release: `release` has its prompt padding, seeds, budget and stopping (official-format
@@ -52,11 +53,6 @@ class ColaSampling(Sampling):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_counts("steps", "candidates", "repaint_repeats", "guidance_every")
-        if self.shift <= 0:
-            raise UserError(f"shift must be above 0, not {self.shift}")
-        if not 0 <= self.eta <= 1 or not 0 <= self.repaint_fraction <= 1:
-            raise UserError("eta and repaint_fraction must lie in [0, 1]")
         if self.release and self.stop:
             raise UserError("the public release knows no stop strings: leave out either stop or compatibility release")
 

@@ -19,13 +19,14 @@ from opencola.models.cola.importance import Estimator, Evaluation, Terms
 from opencola.models.cola.parts import ColaParts
 from opencola.models.inputs import checked_texts, sample_ids
 from opencola.models.language_model import Score
+from opencola.ranges import Count
 
 
 @dataclass(frozen=True)
 class Scoring(Likelihood):
     """How texts are scored."""
 
-    samples: int = 8
+    samples: Count = 8
     """Number of posterior samples K of every text."""
     estimator: Estimator = "iwae"
     """elbo: mean of log w over the samples' weights w; iwae: log of their mean, which is never below that."""
@@ -33,14 +34,8 @@ class Scoring(Likelihood):
     """A continuation given its prompt. joint: score of both less that of the prompt, a difference of bounds. blockwise:
     given the prompt's latents (posterior mean), those in the first continued block pinned, as when text is generated.
     first_block: the same, of the tokens in that block alone."""
-    rows: int = 32
+    rows: Count = 32
     """Number of samples to solve at a time: memory; no figure depends on it."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("samples", "rows"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
 
     @classmethod
     def quick(cls) -> "Scoring":

@@ -10,16 +10,20 @@ from opencola.layers.attention import masked
 from opencola.layers.llama import Llama, LlamaConfig
 from opencola.layers.operations import Linear
 from opencola.layers.transformer import initialise
+from opencola.ranges import Count, check
 
 
 @dataclass(frozen=True)
 class LLaDAConfig:
     """A LLaDA."""
 
-    vocab_size: int = 1024
+    vocab_size: Count = 1024
     """Number of tokens in the vocabulary; set from the tokenizer when training. The embedding has one row more,
     [MASK]."""
     trunk: LlamaConfig = field(default_factory=LlamaConfig)
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 class LLaDANetwork(nn.Module):

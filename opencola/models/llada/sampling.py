@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from opencola.models.sampling import Sampling
+from opencola.ranges import Count, Finite
 
 
 @dataclass(frozen=True)
@@ -12,15 +13,11 @@ class LLaDASampling(Sampling):
 
     owner = "a LLaDA"
 
-    steps: int = 16
+    steps: Count = 16
     """Steps of unmasking per block, of which a block has at most one a token."""
-    block_length: int = 16
+    block_length: Count = 16
     """Tokens of a block; blocks are unmasked from left to right."""
     remasking: Literal["low_confidence", "random"] = "low_confidence"
     """Which of the proposed tokens stay masked: the least probable ones, or any."""
-    guidance: float = 1.0
+    guidance: Finite = 1.0
     """Classifier-free guidance; 1: none, without the second pass."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_counts("steps", "block_length")

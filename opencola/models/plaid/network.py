@@ -8,17 +8,18 @@ words. The decoder p(x | z_0) is the output prior alone, so that training needs 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opencola.errors import UserError
 from opencola.layers.attention import Attend, masked
 from opencola.layers.llama import Llama, LlamaConfig
 from opencola.layers.masks import same_document
 from opencola.layers.operations import Linear
 from opencola.layers.transformer import TimeEmbedding, initialise
+from opencola.ranges import LARGEST, Count, Range, Share, check
 
 SHAPE_SCALE = 1e-3
 """Of the gradient of the schedule's shape: at full size its outliers decide the norm that all gradients are clipped by,
@@ -29,22 +30,17 @@ and the trunk does not learn from the very batches that it is wrong about. To Ad
 class PlaidConfig:
     """Sizes of a Plaid."""
 
-    vocab_size: int = 1024
+    vocab_size: Annotated[int, Range(2, LARGEST)] = 1024
     """Number of tokens in the vocabulary, V; set from the tokenizer when training."""
-    embedding_dim: int = 16
+    embedding_dim: Count = 16
     """Number of channels of a token's embedding, E: what diffuses."""
     trunk: LlamaConfig = field(default_factory=LlamaConfig)
     """Sizes of the transformer, which sees the whole sequence."""
-    self_conditioning: float = 0.25
+    self_conditioning: Share = 0.25
     """Share of training sequences whose estimate sees a first estimate; 0: the trunk never sees one."""
 
     def __post_init__(self) -> None:
-        if self.vocab_size < 2 or self.embedding_dim < 1:
-            raise UserError(
-                f"vocab_size must be at least 2 and embedding_dim 1, not {self.vocab_size} and {self.embedding_dim}"
-            )
-        if not 0 <= self.self_conditioning <= 1:
-            raise UserError(f"self_conditioning must lie in [0, 1], not {self.self_conditioning}")
+        check(self)
 
 
 class NoiseSchedule(nn.Module):

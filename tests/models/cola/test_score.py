@@ -238,7 +238,7 @@ def test_mistakes() -> None:
         cola.score([[], [1]], [[1], []], FAST)
     with pytest.raises(ValueError, match=r"text 0 has a token id outside 0\.\.29"):
         cola.score([[30]], [[1]], FAST)
-    with pytest.raises(ValueError, match="samples must be at least 1, not 0"):
+    with pytest.raises(ValueError, match="samples must be at least 1, but is 0"):
         replace(FAST, samples=0)
     with pytest.raises(ValueError, match="10 latents are not a multiple of block_size 4"):
         log_prior(cola, normal(1, 10, 4), [(0,)], FAST)
