@@ -123,20 +123,19 @@ def test_chat(main: Main, monkeypatch: pytest.MonkeyPatch) -> None:
         assert main("chat", "--model", "runs/tiny")[0] == 0
 
 
-@pytest.mark.parametrize("stream", ["stdin", "stdout", "stderr"])
-def test_streams_that_are_closed_are_no_bug(stream: str, trained: Path) -> None:
-    closed = {"stdin": "<&-", "stdout": ">&-", "stderr": "2>&-"}[stream]
-    commands = {
-        "generate --model runs/tiny --prompt 'The fox'": 0,
-        "generate --help": 0,
-        "chat --model runs/tiny": 0,
-        "generate --model runs/tiny --prompt a --steps 0": 2,
-    }
-    for asked, code in commands.items():
-        shell = f"{shlex.join([sys.executable, '-m', 'opencola'])} {asked} {closed}"
-        shell += "" if stream == "stdin" else " < /dev/null"
-        done = subprocess.run(shell, shell=True, cwd=trained, env=environment(), capture_output=True, text=True)
-        assert (done.returncode, "Traceback" in done.stderr, "error" in done.stdout) == (code, False, False), asked
+@pytest.mark.parametrize(
+    ("asked", "code"),
+    [
+        ("chat --model runs/tiny <&-", 0),
+        ("generate --model runs/tiny --prompt 'The fox' >&-", 0),
+        ("generate --help >&-", 0),
+        ("generate --model runs/tiny --prompt a --steps 0 2>&-", 2),
+    ],
+)
+def test_streams_that_are_closed_are_no_bug(asked: str, code: int, trained: Path) -> None:
+    shell = f"{shlex.join([sys.executable, '-m', 'opencola'])} {asked}"
+    done = subprocess.run(shell, shell=True, cwd=trained, env=environment(), capture_output=True, text=True)
+    assert (done.returncode, done.stderr, "error:" in done.stdout) == (code, "", False)
 
 
 def test_a_seed_that_is_too_large_and_a_prompt_like_a_flag(main: Main) -> None:
