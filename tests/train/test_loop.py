@@ -155,13 +155,13 @@ def test_means_weigh_what_counts_and_the_rest_is_told(tmp_path: Path) -> None:
 
 def test_a_run_in_which_nothing_counts_stops(tmp_path: Path) -> None:
     state = TrainState(torch.nn.Linear(1, 1), [], None, Nothing())
-    state.step, state.seconds = 1, 1.0
     nothing = Batch(torch.zeros(2, 8, dtype=torch.long), torch.arange(2), 0, 0, scored=torch.zeros(2, 8).bool())
     loss = Loss(torch.zeros(()), {"ce": torch.zeros(())}, {})
     with (
         RunLog(tmp_path, state, 1, display=False) as report,
         pytest.raises(ValueError, match="no token of the first 1 steps counts in the loss"),
     ):
+        state.step, state.seconds = 1, 1.0
         report.step(state, 0.5, loss, torch.zeros(()), {}, nothing)
 
 
