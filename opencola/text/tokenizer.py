@@ -186,17 +186,18 @@ class Tokenizer:
         """`encode` of each text, on all processor cores."""
         return [e.ids for e in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def encode_pair(self, prompt: str, continuation: str) -> tuple[list[int], list[int]]:
+    def encode_pair(self, prompt: str, continuation: str, whole_tokens: bool = False) -> tuple[list[int], list[int]]:
         """Token ids of a prompt and of what follows it: the whole text's, cut between the two, whenever that can be.
 
         White space at the prompt's end that a token of the whole holds together with what follows goes to the
         continuation, as tokenizers have it. Where a token holds more of the prompt than that, each is encoded by
-        itself, if that gives the same text; if not (tokenizers that mark where words begin would begin one), the
-        token belongs to the continuation.
+        itself, if that gives the same text; if not (tokenizers that mark where words begin would begin one), or with
+        `whole_tokens`, the token belongs to the continuation.
         """
         first, whole = self.encode(prompt), self.encode(prompt + continuation)
         count = num_shared(first, whole)
-        if count < len(first) and self.decode(whole[:count]).rstrip() != self.decode(first).rstrip():
+        over = count < len(first) and not whole_tokens
+        if over and self.decode(whole[:count]).rstrip() != self.decode(first).rstrip():
             alone = self.encode(continuation)
             if self.decode(first + alone) == self.decode(whole):
                 return first, alone

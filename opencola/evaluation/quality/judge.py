@@ -50,11 +50,12 @@ class Judge:
     def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> list[Judgement]:
         """The judgement of each text after its prompt, maybe "".
 
-        Prompt and text are tokenised as one (`Tokenizer.encode_pair`). No end of text is judged. Where both are longer
+        Prompt and text are tokenised as one; a token that holds the prompt's end and the text's beginning counts
+        (`Tokenizer.encode_pair`). No end of text is judged. Where both are longer
         than the context, the window moves on by half of it, so that a token is predicted from at least so much. Sums
         are in float64.
         """
-        pairs = [self.tokenizer.encode_pair(*pair) for pair in zip(prompts, texts, strict=True)]
+        pairs = [self.tokenizer.encode_pair(*pair, whole_tokens=True) for pair in zip(prompts, texts, strict=True)]
         wholes, firsts = [first + rest for first, rest in pairs], [len(first) for first, _ in pairs]
         nats = torch.zeros(len(texts), dtype=torch.float64)
         parts = (self.windows(i, whole, first) for i, (whole, first) in enumerate(zip(wholes, firsts, strict=True)))

@@ -134,7 +134,7 @@ def test_windows_by_brute_force(context: int, prompt: str, tokenizer: Tokenizer,
     (found,) = judge([prompt], [text])
     whole, first = (
         tokenizer.encode(prompt + text),
-        len(tokenizer.encode_pair(prompt, text)[0]),
+        len(tokenizer.encode_pair(prompt, text, whole_tokens=True)[0]),
     )
     inputs, total, seen = [5, *whole], 0.0, []
     for place in range(first, len(whole)):
