@@ -191,11 +191,11 @@ def evaluation(measures: Mapping[str, Any]) -> str:
     rows = [
         (
             name.replace("_", " "),
-            found["value"],
-            "–".join(f"{end:.4g}" for end in found["interval"] or ()),
-            f"{found['cases']:,}",
+            measure["value"],
+            "–".join(f"{end:.4g}" for end in measure["interval"] or ()),
+            f"{measure['cases']:,}",
         )
-        for name, found in measures.items()
+        for name, measure in measures.items()
     ]
     return table(("measure", "value", "95 % interval", "cases"), rows)
 

@@ -124,18 +124,18 @@ def vae_from_release(file: Path, values: Mapping[str, Any]) -> TextVAEConfig:
 
 def check_type(file: Path, values: Mapping[str, Any], wanted: str) -> None:
     """Raise UserError when model_type is there and another than the one wanted."""
-    found = values.get("model_type", wanted)
-    if found != wanted:
-        known = "" if found in LOADABLE else f"; what can be loaded is of type {', '.join(LOADABLE)}"
-        raise UserError(f"{file}: model_type is {found!r}, but a {wanted} is wanted here{known}")
+    stored = values.get("model_type", wanted)
+    if stored != wanted:
+        known = "" if stored in LOADABLE else f"; what can be loaded is of type {', '.join(LOADABLE)}"
+        raise UserError(f"{file}: model_type is {stored!r}, but a {wanted} is wanted here{known}")
 
 
 def check_fixed(file: Path, values: Mapping[str, Any], wanted: Values) -> None:
     """Raise UserError when one of the wanted keys is there with another value."""
     for key, value in wanted.items():
-        found = values.get(key, value)
-        if found != value:
-            raise UserError(f"{file}: {key} is {found!r}, but only {value!r} is supported")
+        stored = values.get(key, value)
+        if stored != value:
+            raise UserError(f"{file}: {key} is {stored!r}, but only {value!r} is supported")
 
 
 def required(file: Path, values: Mapping[str, Any], key: str, hint: Any) -> Any:

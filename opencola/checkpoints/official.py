@@ -125,8 +125,8 @@ def _fill(model: Model, table: names.Table, constants: Mapping[str, Tensor], fol
     """Give a model on the meta device its stored parameters."""
     stored = StoredTensors(folder)
     for name, value in constants.items():
-        found = stored.read(name, value.shape)
-        if not torch.allclose(found.float(), value, rtol=1e-2):  # they may be stored in half precision
+        buffer = stored.read(name, value.shape)
+        if not torch.allclose(buffer.float(), value, rtol=1e-2):  # they may be stored in half precision
             raise UserError(
                 f"{stored.files[name]}: tensor {name} is not 10000^(-2j / rope_dim), the only supported values"
             )

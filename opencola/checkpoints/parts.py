@@ -64,9 +64,9 @@ class Part:
         """It in the whole model."""
         return model.get_submodule(self.field)
 
-    def check_same(self, config: Any, found: Any, where: str) -> None:
+    def check_same(self, config: Any, stored: Any, where: str) -> None:
         """Raise UserError where a configuration is another one than that of the weights to start from."""
-        there = dict(_flat(asdict(self.essence(found))))
+        there = dict(_flat(asdict(self.essence(stored))))
         for name, value in _flat(asdict(self.essence(config))):
             if there[name] != value:
                 raise UserError(

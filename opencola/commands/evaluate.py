@@ -71,7 +71,6 @@ DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 TIMING = "timing.jsonl"
 HUB = Path("hub")
 
-
 Settings = TypeVar("Settings")
 
 

@@ -80,18 +80,18 @@ def write_batch(
 ) -> None:
     """Continue the prompts of these ids: a single one as it is written, several when they are done."""
     alone = len(prompts) == 1
-    found: dict[int, list[TextPiece]] = {i: [] for i in ids}
+    pieces_of: dict[int, list[TextPiece]] = {i: [] for i in ids}
     between = "\n" if options.sampling.chat else ""
     if alone:
         show(prompts[0] + between, bold=True)
     for pieces in generate_text(model, tokenizer, [prompts[i] for i in ids], options.sampling, ids):
         for piece in pieces:
-            found[ids[piece.sample]].append(piece)
+            pieces_of[ids[piece.sample]].append(piece)
             if alone:
                 show(piece.text)
     if alone:
         print()
-    for i, pieces in found.items():
+    for i, pieces in pieces_of.items():
         text = "".join(piece.text for piece in pieces)
         if not alone:
             print(f"[{i}] ", end="")

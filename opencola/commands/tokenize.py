@@ -46,7 +46,9 @@ def command(argv: Sequence[str]) -> None:
     if said := skipped(options.source):
         print(said, file=sys.stderr)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[rate]}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    console = Console(stderr=True)
+    # where nothing can be taken back, a bar would stand in front of the error that ends it
+    with Progress(*columns, console=console, disable=not console.is_interactive) as bar:
         task = bar.add_task("tokenising", total=options.limit, rate="")
         first = None
         for done in tokenise(options, options.to, options.workers):

@@ -24,11 +24,11 @@ class Batch:
     document. None: attention does not know of documents."""
     scored: torch.Tensor | None = None
     """(B, L) bool: tokens that count in the loss; all when None."""
-    cut: int | None = None
-    """Documents that lost their ends in these sequences; None: none can."""
     counts: Mapping[str, torch.Tensor] | None = None
     """Denominators of the loss's means, by name, where the batch is part of a larger one: what the whole step has,
     divided by the number of its parts. None: the batch is whole, and they are its own."""
+    cut: int | None = None
+    """Documents that lost their ends in these sequences; None: none can."""
 
     def is_scored(self) -> torch.Tensor:
         """(B, L) bool: tokens that count in the loss."""

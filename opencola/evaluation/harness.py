@@ -119,12 +119,12 @@ class OpenCola(LM):
         ids = draw_ids(requests)
         texts: list[str] = []
         for sampling, places in groupby(range(len(requests)), key=lambda place: settings[place]):
-            for some in self._batches(list(places), "generating", disable_tqdm):
-                prompts, keys = [requests[place].args[0] for place in some], [ids[place] for place in some]
-                found = whole_texts(self.model, self.tokenizer, prompts, sampling, keys)
-                for place, text in zip(some, found, strict=True):
+            for batch in self._batches(list(places), "generating", disable_tqdm):
+                prompts, keys = [requests[place].args[0] for place in batch], [ids[place] for place in batch]
+                batch_texts = whole_texts(self.model, self.tokenizer, prompts, sampling, keys)
+                for place, text in zip(batch, batch_texts, strict=True):
                     self.cache_hook.add_partial("generate_until", requests[place].args, text)
-                texts += found
+                texts += batch_texts
         return texts
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -136,13 +136,13 @@ class OpenCola(LM):
         pairs = [self.tokenizer.encode_pair(*text) for text in texts]
         ids = draw_ids(requests)
         answers: list[tuple[float, bool]] = []
-        for some in self._batches(range(len(requests)), "scoring", disable_tqdm):
-            batch, keys = [pairs[place] for place in some], [ids[place] for place in some]
+        for places in self._batches(range(len(requests)), "scoring", disable_tqdm):
+            batch, keys = [pairs[place] for place in places], [ids[place] for place in places]
             totals, exact = self._score(batch, keys)
-            own = [False] * len(some)
+            own = [False] * len(places)
             if exact or self.greedy:
-                own = self._is_own([texts[place][0] for place in some], [tokens for _, tokens in batch], keys)
-            for place, answer in zip(some, zip(totals, own, strict=True), strict=True):
+                own = self._is_own([texts[place][0] for place in places], [tokens for _, tokens in batch], keys)
+            for place, answer in zip(places, zip(totals, own, strict=True), strict=True):
                 self.cache_hook.add_partial("loglikelihood", requests[place].args, answer)
                 answers.append(answer)
         return answers
@@ -155,14 +155,14 @@ class OpenCola(LM):
             for pairs, id_ in zip(windows, draw_ids(requests), strict=True)
             for number, pair in enumerate(pairs)
         ]
-        found: list[float] = []
+        window_scores: list[float] = []
         sums: list[float] = []
-        for some in self._batches(range(len(jobs)), "scoring", disable_tqdm):
-            found += self._score([jobs[place][0] for place in some], [jobs[place][1] for place in some])[0]
-            while len(sums) < len(requests) and len(found) >= len(windows[len(sums)]):
+        for places in self._batches(range(len(jobs)), "scoring", disable_tqdm):
+            window_scores += self._score([jobs[place][0] for place in places], [jobs[place][1] for place in places])[0]
+            while len(sums) < len(requests) and len(window_scores) >= len(windows[len(sums)]):
                 request, count = requests[len(sums)], len(windows[len(sums)])
-                sums.append(sum(found[:count]))
-                del found[:count]
+                sums.append(sum(window_scores[:count]))
+                del window_scores[:count]
                 self.cache_hook.add_partial("loglikelihood_rolling", request.args, sums[-1])
         return sums
 

@@ -182,8 +182,8 @@ class _ResidualNorm(torch.autograd.Function):
             return dh, dy, *(None,) * 6
         dshift, dscale, dgate, total = sums[:, :, :-1].sum(0)
         dbias = (gate * total).sum(0) if needs[2] else None
-        found = (dgate, dshift, dscale)
-        return dh, dy, dbias, *(x if need else None for x, need in zip(found, needs[3:6], strict=True)), None, None
+        gradients = (dgate, dshift, dscale)
+        return dh, dy, dbias, *(x if need else None for x, need in zip(gradients, needs[3:6], strict=True)), None, None
 
 
 def split_heads(

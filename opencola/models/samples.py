@@ -39,11 +39,11 @@ def continuations(model: LanguageModel, tokenizer: Tokenizer, tokens: Tensor, sa
 def reconstructions(vae: TextVAE, tokenizer: Tokenizer, tokens: Tensor) -> list[Sample]:
     """Sequences (B, L) as their posteriors' means decode, with the share of tokens that come back right."""
     tokens = tokens[:NUM_SAMPLES].to(next(vae.parameters()).device)
-    found = vae.decode(vae.encode(tokens).mean).argmax(-1)
-    right = (found == tokens).float().mean(-1)
+    decoded = vae.decode(vae.encode(tokens).mean).argmax(-1)
+    right = (decoded == tokens).float().mean(-1)
     return [
         Sample("reconstruction", tokenizer.decode(row), tokenizer.decode(back), {"token_accuracy": share})
-        for row, back, share in zip(tokens.tolist(), found.tolist(), right.tolist(), strict=True)
+        for row, back, share in zip(tokens.tolist(), decoded.tolist(), right.tolist(), strict=True)
     ]
 
 
@@ -56,5 +56,5 @@ def longest_document(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
 
 def first_words(text: str) -> str:
     """The text up to the end of its PROMPT_WORDS-th word."""
-    found = re.match(rf"\s*(\S+\s+){{0,{PROMPT_WORDS - 1}}}\S+", text)
-    return found[0] if found else ""
+    beginning = re.match(rf"\s*(\S+\s+){{0,{PROMPT_WORDS - 1}}}\S+", text)
+    return beginning[0] if beginning else ""

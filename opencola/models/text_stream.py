@@ -108,10 +108,10 @@ class _Continuation:
     def stop(self, tokens: list[int]) -> int | None:
         """How many of all new tokens to keep if the text that they give holds a stop string, else None."""
         text = self._decode(tokens)
-        found = [place for string in self._stops if (place := text.find(string)) >= 0]
-        if not found:
+        starts = [place for string in self._stops if (place := text.find(string)) >= 0]
+        if not starts:
             return None
-        end = self._end = min(found)
+        end = self._end = min(starts)
         return bisect_left(
             range(len(tokens)), end, key=lambda count: len(self._decode(tokens[:count]).rstrip(UNFINISHED))
         )

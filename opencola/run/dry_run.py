@@ -27,8 +27,7 @@ from opencola.text.tokenizer import FILE_NAME, Tokenizer
 
 USABLE = 0.9
 """Share of a GPU's memory that may be planned for; the rest is for the driver, communication and fragments."""
-LAUNCH = 5e-6
-"""Seconds that starting one operation takes at least."""
+LAUNCH = 5e-6  # seconds that starting one operation takes at least
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ def run(
     """
     last = stages[-1][1].out
     root = last if len(stages) == 1 else last.parent
+    plan(stages, only, resume, overwrite)  # what can be refused at once is refused before any folder is touched
     with ours(root, *(recipe.out for name, recipe in stages if only in (None, name))):
         train(stages, root, command, only, resume, overwrite)
     return root
@@ -156,8 +157,8 @@ def check_start(name: str, recipe: Recipe[Any, Any], earlier: Sequence[Recipe[An
             raise UserError(f"stage {name} needs a trained {title}: set init to an earlier stage or a model's folder")
         for other in stages:
             if part in build.starting_parts(other.model):
-                config, found = (PARTS[part].config(model) for model in (recipe.model, other.model))
-                PARTS[part].check_same(config, found, f"stage {other.out.name}")
+                config, stored = (PARTS[part].config(model) for model in (recipe.model, other.model))
+                PARTS[part].check_same(config, stored, f"stage {other.out.name}")
 
 
 def say(text: str) -> None:

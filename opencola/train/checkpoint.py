@@ -156,13 +156,13 @@ class Saver:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints in a folder (which need not exist), oldest first."""
-    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    complete = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name)]
+    return sorted(complete, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def latest(folder: Path) -> Path | None:
     """The newest complete checkpoint in a folder, or None."""
-    return found[-1] if (found := checkpoints(folder)) else None
+    return complete[-1] if (complete := checkpoints(folder)) else None
 
 
 def damage(path: Path) -> str | None:
@@ -185,9 +185,9 @@ def load(state: TrainState, path: Path) -> None:
     Raises UserError, naming file or folder, when the checkpoint is damaged or of a model with other parameters.
     """
     options = [[_options(group) for group in optimizer.param_groups] for optimizer in state.optimizers]
-    (found, *_) = distributed.gather(damage(path) if distributed.is_main() else None)
-    if found:
-        raise UserError(found)
+    (fault, *_) = distributed.gather(damage(path) if distributed.is_main() else None)
+    if fault:
+        raise UserError(fault)
     try:
         run = json.loads((path / RUN).read_text())
         tensors = _tensors(state, distributed.rank() % run["processes"])

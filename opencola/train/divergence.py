@@ -79,11 +79,11 @@ def set_aside(folder: Path, good_until: int) -> Path | None:
     Where there is no such checkpoint all stay as they are, and the newest is returned, or None. Of several processes
     the main one renames.
     """
-    found = checkpoints(folder)
-    good = [path for path in found if int(path.name.removeprefix("step-")) < good_until]
+    saved = checkpoints(folder)
+    good = [path for path in saved if int(path.name.removeprefix("step-")) < good_until]
     if not good:
         return latest(folder)
-    for path in found[len(good) :] if is_main() else []:
+    for path in saved[len(good) :] if is_main() else []:
         suspect = path.with_name(f"suspect-{path.name}")
         shutil.rmtree(suspect, ignore_errors=True)
         path.rename(suspect)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from opencola.errors import UserError
-from opencola.ranges import Decay, NotNegative, Positive, Share, Size, check
+from opencola.ranges import Decay, NotNegative, Share, Size, check
 from opencola.train.distributed import full, like, local, num_processes, part_of, rank, repeated_blocks
 
 
@@ -21,9 +21,9 @@ class OptimizerConfig:
 
     optimizer: Literal["muon", "adamw"] = "muon"
     """muon: Muon for the matrices of the repeated blocks, AdamW for the rest; adamw: AdamW for everything."""
-    learning_rate: Positive = 2e-3
+    learning_rate: NotNegative = 2e-3
     """Peak learning rate of AdamW."""
-    muon_learning_rate: Positive = 0.02
+    muon_learning_rate: NotNegative = 0.02
     """Peak learning rate of Muon."""
     weight_decay: NotNegative = 0.01
     """Decoupled weight decay of matrices and embeddings; biases and norm gains have none."""
@@ -107,9 +107,9 @@ def orthogonalise_together(matrices: Tensor) -> Tensor:
     done = matrices.new_zeros(share, *matrices.shape[1:])
     if len(mine):
         done[: len(mine)] = orthogonalise(mine)
-    found = matrices.new_empty(processes * share, *matrices.shape[1:])
-    dist.all_gather_single(found, done)
-    return found[: len(matrices)]
+    gathered = matrices.new_empty(processes * share, *matrices.shape[1:])
+    dist.all_gather_single(gathered, done)
+    return gathered[: len(matrices)]
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
@@ -125,10 +125,10 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     long = x.shape[-1] > 2 * x.shape[-2] and x.dtype == torch.float32
     gram = x @ x.mT
-    one = torch.eye(gram.shape[-1], dtype=x.dtype, device=x.device)
-    y = one.expand_as(gram) if long else x
+    identity = torch.eye(gram.shape[-1], dtype=x.dtype, device=x.device)
+    y = identity.expand_as(gram) if long else x
     for _ in range(5):
-        factor = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315) + 3.4445 * one
+        factor = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315) + 3.4445 * identity
         y = factor @ y
         gram = factor @ gram @ factor if long else y @ y.mT
     x = y @ x if long else y

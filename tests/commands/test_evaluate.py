@@ -223,7 +223,7 @@ def test_another_run_is_refused_unless_it_is_to_be_overwritten(main: Main, place
         ("--limit 0", "--limit must be at least 1, but is 0"),
         ("--batch-size 0", "--batch-size must be at least 1, but is 0"),
         ("--processes -1", "--processes must be at least 1, but is -1"),
-        ("--scoring.samples 0", "samples must be at least 1, not 0"),
+        ("--scoring.samples 0", "samples must be at least 1, but is 0"),
         ("--dtype fp8", "fp8"),
         ("--model nowhere", "no such folder: nowhere"),
     ],

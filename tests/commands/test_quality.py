@@ -145,7 +145,7 @@ def test_what_is_done_is_kept(main: Main, place: Path, monkeypatch: pytest.Monke
         ("--temperatures", "--temperatures"),
         ("--temperatures 1 1", "--temperatures must be different numbers"),
         ("--temperatures -1", "--temperatures"),
-        ("--temperatures nan", "--temperatures must be different numbers"),
+        ("--temperatures nan", "--temperatures must be at least 0, but is nan"),
         ("--chat", "not of answers: give --no-chat"),
     ],
 )

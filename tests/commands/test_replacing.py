@@ -85,7 +85,7 @@ def leave(out: Path) -> None:
         (leave, "--tokenizer.vocab_size 299", "tokenizer.vocab_size 299, as .* begun with 300, has no effect"),
         (leave, "--tokenizer.special x", r"tokenizer.special \['x'\], as .* has no effect"),
         (train_other_tokenizer, "--tokenizer.path other", "other holds another tokenizer than the run in runs/ar"),
-        (leave, "--init runs/tiny", "another tokenizer"),
+        (leave, "--init runs/tiny", "the family 'ar' starts from AR model"),
         (leave, "--data.source nowhere.txt", "no such file or folder: nowhere.txt"),
         (leave, "--valid nowhere.txt --train.steps 8", "no such file or folder: nowhere.txt"),
         (damage_checkpoint, "--train.steps 8", "is damaged"),

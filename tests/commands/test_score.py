@@ -88,7 +88,7 @@ def test_ctrl_c_keeps_what_is_done(main: Main, place: Path, monkeypatch: pytest.
         ("other.jsonl", "other.jsonl, line 2: expected strings in a field 'text', or in 'prompt' and 'continuation'"),
         ("half.jsonl", "half.jsonl, line 1: not valid Unicode"),
         ("good.jsonl --jsonl ./good.jsonl", "good.jsonl holds the texts"),
-        ("good.jsonl --samples 0", "samples must be at least 1, not 0"),
+        ("good.jsonl --samples 0", "samples must be at least 1, but is 0"),
         ("good.jsonl --solver best", "best"),
         ("good.jsonl --model nowhere", "no such folder: nowhere"),
     ],

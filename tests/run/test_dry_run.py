@@ -116,9 +116,9 @@ def test_the_vocabulary_is_that_of_the_tokenizer_to_be_used(tmp_path: Path) -> N
     ("flags", "message"),
     [
         ("--gpu abacus", "there is no GPU 'abacus' in the table; it has: A100, H100"),
-        ("--utilisation 0", "--utilisation must be above 0 and at most 1, not 0"),
-        ("--utilisation 40", "--utilisation must be above 0 and at most 1, not 40"),
-        ("--devices 0", "--devices must be at least 1, not 0"),
+        ("--utilisation 0", "--utilisation must be above 0 and at most 1, but is 0.0"),
+        ("--utilisation 40", "--utilisation must be above 0 and at most 1, but is 40.0"),
+        ("--devices 0", "--devices must be at least 1, but is 0"),
         ("--devices 3", "stage vae: data.batch_size 4 is not a multiple of processes 3 x train.accumulate 1"),
         ("--devices 3 --stage prior", "stage prior: data.batch_size 4 is not a multiple of processes 3"),
         ("--data.length 14", "stage prior: data.length 14 is not a multiple of model.vae.patch_size 1 x"),

@@ -213,7 +213,7 @@ def test_impossible_counts_are_refused(field: str) -> None:
         ({"divergence": -2.0}, "divergence must be at least 0, but is -2.0"),
         ({"clip": 0.0}, "clip must be above 0, but is 0.0"),
         ({"clip": -1.0}, "clip must be above 0, but is -1.0"),
-        ({"learning_rate": 0.0}, "learning_rate must be above 0, but is 0.0"),
+        ({"learning_rate": -1.0}, "learning_rate must be at least 0, but is -1.0"),
         ({"ema": 1.0}, "ema must be at least 0 and below 1, but is 1.0"),
     ],
 )

@@ -56,10 +56,10 @@ def score(
     device = model.embedding.weight.device
     for width, places in by_width.items():
         for first in range(0, len(places), settings.rows):
-            some = places[first : first + settings.rows]
-            inputs = [[model.config.bos_id, *texts[place][:-1]] for place in some]
+            batch = places[first : first + settings.rows]
+            inputs = [[model.config.bos_id, *texts[place][:-1]] for place in batch]
             features = model.features(model.padded(inputs, width, pad_id))
-            for place, h in zip(some, features, strict=True):
+            for place, h in zip(batch, features, strict=True):
                 targets = torch.tensor(continuations[place], device=device)
                 log_p = model.project(h[len(prompts[place]) : len(texts[place])]).double().log_softmax(-1)
                 total[place] = log_p.gather(-1, targets[:, None]).sum()

@@ -134,5 +134,7 @@ def density_instead(model: ColaParts, mean: Tensor, latent: int, points: Tensor,
     size = model.dit.config.block_size
     rows = mean[:, : latent - latent % size + size].repeat(len(points), 1, 1)
     rows[:, latent] = points
-    found = [log_prior(model, part, [(0,)] * len(part), settings).log_prob[:, -1] for part in rows.split(POINTS)]
-    return torch.cat(found)
+    log_densities = [
+        log_prior(model, part, [(0,)] * len(part), settings).log_prob[:, -1] for part in rows.split(POINTS)
+    ]
+    return torch.cat(log_densities)

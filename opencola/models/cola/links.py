@@ -57,12 +57,12 @@ def next_blocks(
 ) -> list[list[int]]:
     """The new tokens of the first block that is generated after each prompt."""
     short = replace(sampling, max_new_tokens=model.dit.config.block_size * model.vae.config.patch_size)
-    found = []
+    written = []
     for first in range(0, len(prompts), batch_size):
         part = prompts[first : first + batch_size]
         blocks = next(model.generate(part, short, pad_id=pad_id, ids=range(first, first + len(part))))
-        found += [block.tokens for block in blocks]
-    return found
+        written += [block.tokens for block in blocks]
+    return written
 
 
 def write(

@@ -105,15 +105,15 @@ def text_terms(
     free = together([latents.free.expand(settings.samples, -1) for latents in prepared])
     keys = [(i, sample) for i in ids for sample in range(settings.samples)]
     density = log_prior(model, z_0, keys, settings, free)
-    found = []
+    results = []
     for text, latents, prior in zip(texts, prepared, density.log_prob.split(settings.samples), strict=True):
         groups = latents.z.shape[1] // model.dit.config.block_size
         # the prior's density is of normalised latents, q's is not
         volume = latents.z.shape[2] * math.log(abs(model.vae.config.latent_scale))
         scaled = latents.free.unflatten(0, (groups, -1)).sum(-1) * volume
         terms = latents.decode(model, text), prior[:, :groups].double() + scaled, latents.log_q.double()
-        found.append((Terms(*terms, len(text.tokens) - text.known), density.evaluations))
-    return found
+        results.append((Terms(*terms, len(text.tokens) - text.known), density.evaluations))
+    return results
 
 
 def evaluate(
@@ -142,14 +142,15 @@ def evaluate(
         texts.append(Text(tokens, known))
         prefixes.append(Text(list(prompt)) if settings.conditional == "joint" and prompt else None)
     jobs = [(place, text) for place, pair in enumerate(zip(texts, prefixes, strict=True)) for text in pair if text]
-    found: dict[tuple[int, bool], tuple[Terms, int]] = {}
-    for some in _batches(jobs, chunk, settings.texts_at_a_time):
-        results = text_terms(model, [text for _, text in some], [ids[place] for place, _ in some], settings, pad_id)
-        found |= {(place, text is prefixes[place]): result for (place, text), result in zip(some, results, strict=True)}
+    by_job: dict[tuple[int, bool], tuple[Terms, int]] = {}
+    for batch in _batches(jobs, chunk, settings.texts_at_a_time):
+        results = text_terms(model, [text for _, text in batch], [ids[place] for place, _ in batch], settings, pad_id)
+        keyed = zip(batch, results, strict=True)
+        by_job |= {(place, text is prefixes[place]): result for (place, text), result in keyed}
     evaluations = []
     for place in range(len(texts)):
-        terms, count = found[place, False]
-        prefix = found.get((place, True))
+        terms, count = by_job[place, False]
+        prefix = by_job.get((place, True))
         evaluations.append(Evaluation(terms, prefix and prefix[0], count))
     return evaluations
 
@@ -168,32 +169,32 @@ def score(
     parts: the ELBO's terms decoder, prior, posterior; others: elbo and iwae with their standard errors, and evaluations
     of the velocity. Otherwise as `evaluate`.
     """
-    found = evaluate(model, prompts, continuations, settings, pad_id=pad_id, ids=ids)
-    return to_score(found, settings, any(prompts))
+    evaluations = evaluate(model, prompts, continuations, settings, pad_id=pad_id, ids=ids)
+    return to_score(evaluations, settings, any(prompts))
 
 
-def to_score(found: Sequence[Evaluation], settings: Scoring, conditional: bool) -> Score:
+def to_score(evaluations: Sequence[Evaluation], settings: Scoring, conditional: bool) -> Score:
     """The evaluations as one Score; conditional: whether there were prompts."""
     names: tuple[Estimator, ...] = ("elbo", "iwae")
-    estimates = {name: [evaluation.estimate(name) for evaluation in found] for name in names}
+    estimates = {name: [evaluation.estimate(name) for evaluation in evaluations] for name in names}
     values = {name: torch.stack([e.value for e in several]) for name, several in estimates.items()}
     errors = {name: torch.stack([e.standard_error for e in several]) for name, several in estimates.items()}
-    parts = [evaluation.parts() for evaluation in found]
+    parts = [evaluation.parts() for evaluation in evaluations]
     conditional = conditional or settings.conditional == "first_block"
     label = settings.label() + (f", {settings.conditional}" if conditional else "")
     return Score(
         values[settings.estimator],
         errors[settings.estimator],
-        torch.tensor([evaluation.num_tokens for evaluation in found]),
+        torch.tensor([evaluation.num_tokens for evaluation in evaluations]),
         kind(settings, conditional),
         label,
         {name: torch.stack([p[name] for p in parts]) for name in parts[0]},
         {
             **{str(name): value for name, value in values.items()},
             **{f"{name}_standard_error": error for name, error in errors.items()},
-            "evaluations": torch.tensor([evaluation.evaluations for evaluation in found]),
+            "evaluations": torch.tensor([evaluation.evaluations for evaluation in evaluations]),
         },
-        [evaluation.terms.by_block() for evaluation in found],
+        [evaluation.terms.by_block() for evaluation in evaluations],
     )
 
 
@@ -205,16 +206,16 @@ def kind(settings: Scoring, conditional: bool) -> Literal["bound", "estimate"]:
 
 def _batches(jobs: Sequence[tuple[int, Text]], chunk: int, most: int) -> Iterator[list[tuple[int, Text]]]:
     """Jobs to solve together: from the first block that any scores to the last, at most twice what they need alone."""
-    some: list[tuple[int, Text]] = []
+    batch: list[tuple[int, Text]] = []
     for job in sorted(jobs, key=lambda job: (job[1].blocks(chunk).start, len(job[1].tokens))):
-        alone = [text.blocks(chunk) for _, text in (*some, job)]
+        alone = [text.blocks(chunk) for _, text in (*batch, job)]
         solved = len(alone) * (max(blocks.stop for blocks in alone) - alone[0].start)
-        if some and (len(some) == most or solved > 2 * sum(len(blocks) for blocks in alone)):
-            yield some
-            some = []
-        some.append(job)
-    if some:
-        yield some
+        if batch and (len(batch) == most or solved > 2 * sum(len(blocks) for blocks in alone)):
+            yield batch
+            batch = []
+        batch.append(job)
+    if batch:
+        yield batch
 
 
 @dataclass(frozen=True)
@@ -247,6 +248,6 @@ class _Latents:
         logits = model.vae.decode(self.z.to(model.vae.head.weight.dtype))
         scored = torch.tensor(text.tokens[text.known :], device=logits.device)
         chosen = logits[:, text.known : len(text.tokens)].double().log_softmax(-1)
-        found = chosen.gather(-1, scored.expand(len(chosen), -1)[..., None])[..., 0]
+        log_probabilities = chosen.gather(-1, scored.expand(len(chosen), -1)[..., None])[..., 0]
         rest = logits.shape[1] - len(text.tokens)
-        return torch.nn.functional.pad(found, (text.known, rest))
+        return torch.nn.functional.pad(log_probabilities, (text.known, rest))

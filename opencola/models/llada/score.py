@@ -23,9 +23,9 @@ def masked_bound(
     conditionals. The loss has the same expectation, but varies with the number of masked tokens, too.
     """
     logits = predict(texts.masked_fill(hidden, mask_id))[hidden].double()
-    found = torch.zeros_like(texts, dtype=torch.float64)
-    found[hidden] = -F.cross_entropy(logits, texts[hidden], reduction="none")
-    return found.sum(-1) * scored / hidden.sum(-1)
+    log_p = torch.zeros_like(texts, dtype=torch.float64)
+    log_p[hidden] = -F.cross_entropy(logits, texts[hidden], reduction="none")
+    return log_p.sum(-1) * scored / hidden.sum(-1)
 
 
 def draw_hidden(length: int, seed: int, *keys: int) -> Tensor:
@@ -56,26 +56,26 @@ def score(
     ids = sample_ids(prompts, ids)
     texts = checked_texts(prompts, continuations, model.mask_id)
     device = model.head.weight.device
-    found = torch.empty(len(texts), samples, dtype=torch.float64)
+    bounds = torch.empty(len(texts), samples, dtype=torch.float64)
     jobs = [(place, sample) for place in range(len(texts)) for sample in range(samples)]
     jobs.sort(key=lambda job: len(texts[job[0]]))  # texts of like length are filled up little
     for first in range(0, len(jobs), rows):
-        some = jobs[first : first + rows]
-        lengths = torch.tensor([len(texts[place]) for place, _ in some], device=device)
+        batch = jobs[first : first + rows]
+        lengths = torch.tensor([len(texts[place]) for place, _ in batch], device=device)
         longest = int(lengths.max())
-        tokens = torch.full((len(some), longest), pad_id)
-        hidden = torch.zeros(len(some), longest, dtype=torch.bool)
-        for row, (place, sample) in enumerate(some):
+        tokens = torch.full((len(batch), longest), pad_id)
+        hidden = torch.zeros(len(batch), longest, dtype=torch.bool)
+        for row, (place, sample) in enumerate(batch):
             text, begin = texts[place], len(prompts[place])
             tokens[row, : len(text)] = torch.tensor(text)
             hidden[row, begin : len(text)] = draw_hidden(len(text) - begin, settings.seed, ids[place], sample)
-        scored = torch.tensor([len(continuations[place]) for place, _ in some], device=device)
+        scored = torch.tensor([len(continuations[place]) for place, _ in batch], device=device)
         predict = model.within(lengths)
         bound = masked_bound(predict, tokens.to(device), hidden.to(device), scored, model.mask_id)
-        found[[place for place, _ in some], [sample for _, sample in some]] = bound.cpu()
+        bounds[[place for place, _ in batch], [sample for _, sample in batch]] = bound.cpu()
     return Score(
-        found.mean(1),
-        found.std(1) / samples**0.5 if samples > 1 else found.new_full((len(texts),), torch.nan),
+        bounds.mean(1),
+        bounds.std(1) / samples**0.5 if samples > 1 else bounds.new_full((len(texts),), torch.nan),
         torch.tensor([len(continuation) for continuation in continuations]),
         "bound",
         f"random masking, K = {samples}",

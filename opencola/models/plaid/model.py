@@ -34,9 +34,9 @@ class Plaid(PlaidNetwork):
         conditioned = [place for place, i in enumerate(batch.ids.tolist()) if i * SILVER % 1 < share]
         row = batch.tokens.shape[1], self.config.embedding_dim
         noise = randomness.normal((2, *row), batch.seed, "diffusion", batch.ids).transpose(0, 1).to(like)
-        found = self.terms(batch.tokens, scored, t, noise, conditioned, batch.documents)
+        values = self.terms(batch.tokens, scored, t, noise, conditioned, batch.documents)
         tokens = (batch.counts or self.counts(batch))["tokens"].clamp(min=1)
-        terms = {name: value.sum() / tokens for name, value in found.items()}
+        terms = {name: value.sum() / tokens for name, value in values.items()}
         ends = {f"gamma_{end}": self.schedule.gamma(like.new_tensor(float(end))).detach() for end in (0, 1)}
         return Loss(sum(terms.values(), start=like.new_zeros(())), terms, ends)
 

@@ -188,8 +188,8 @@ class PlaidNetwork(nn.Module):
             rows = torch.tensor(conditioned, device=z.device)
             with torch.no_grad():
                 attend = pattern(None if documents is None else documents[rows])
-                found = self.estimate(z[rows], shape[rows], first[rows], attend)
-                first[rows] = torch.where(scored[rows, :, None], found, x[rows])
+                estimated = self.estimate(z[rows], shape[rows], first[rows], attend)
+                first[rows] = torch.where(scored[rows, :, None], estimated, x[rows])
         estimate = self.estimate(z, shape, first, pattern(documents))
         slope = slope * self.schedule.log_span.exp()
         diffusion = scored * diffusion_integrand(x, estimate, gamma, slope)

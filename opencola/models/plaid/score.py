@@ -32,8 +32,8 @@ def score(
     ids = sample_ids(prompts, ids)
     texts = checked_texts(prompts, continuations, model.config.vocab_size)
     drawn = [_draws(model, text, len(prompt), i, settings) for text, prompt, i in zip(texts, prompts, ids, strict=True)]
-    parts = {name: torch.stack([one[name].mean() for one in drawn]) for name in drawn[0]}
-    totals = [torch.stack(list(one.values())).sum(0) for one in drawn]
+    parts = {name: torch.stack([terms[name].mean() for terms in drawn]) for name in drawn[0]}
+    totals = [torch.stack(list(terms.values())).sum(0) for terms in drawn]
     count = settings.samples
     return Score(
         torch.stack([total.mean() for total in totals]),
@@ -52,16 +52,16 @@ def _draws(model: PlaidNetwork, tokens: list[int], known: int, id_: int, setting
     offset = torch.rand((), generator=randomness.generator(settings.seed, "time", id_), dtype=torch.float64)
     times = (offset + torch.arange(count)) / count
     scored = torch.arange(len(tokens), device=like.device) >= known
-    found: list[dict[str, Tensor]] = []
-    for some in torch.arange(count).split(settings.rows):
-        generators = [randomness.generator(settings.seed, "diffusion", id_, draw) for draw in some.tolist()]
+    batches: list[dict[str, Tensor]] = []
+    for batch in torch.arange(count).split(settings.rows):
+        generators = [randomness.generator(settings.seed, "diffusion", id_, draw) for draw in batch.tolist()]
         noise = torch.stack([torch.randn(shape, generator=g) for g in generators], dim=1).to(like)
         terms = model.terms(
-            torch.tensor([tokens] * len(some), device=like.device),
-            scored.expand(len(some), -1),
-            times[some].to(like),
+            torch.tensor([tokens] * len(batch), device=like.device),
+            scored.expand(len(batch), -1),
+            times[batch].to(like),
             noise,
-            range(len(some)),
+            range(len(batch)),
         )
-        found.append({name: -value.double().sum(1).cpu() for name, value in terms.items()})
-    return {name: torch.cat([one[name] for one in found]) for name in found[0]}
+        batches.append({name: -value.double().sum(1).cpu() for name, value in terms.items()})
+    return {name: torch.cat([terms_of_batch[name] for terms_of_batch in batches]) for name in batches[0]}
