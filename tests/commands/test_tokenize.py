@@ -28,7 +28,7 @@ def test_ctrl_c_and_going_on_equal_not_stopping(main: Main, place: Path) -> None
         env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     manifest = place / "a b" / "manifest.json"
-    for _ in range(2000):
+    for _ in range(12000):
         if (manifest.exists() and "shard-00001" in manifest.read_text()) or process.poll() is not None:
             break
         time.sleep(0.01)
