@@ -126,7 +126,12 @@ def write_text(path: Path, text: str) -> None:
 
 def check_space(folder: Path, num_bytes: int) -> None:
     """Raise OSError where the disk below a folder, which need not exist, has no room for so many bytes."""
+    if lacking := shortage(folder, num_bytes):
+        raise OSError(f"no room in {folder}: {lacking}")
+
+
+def shortage(folder: Path, num_bytes: int) -> str | None:
+    """What there is and what it takes, in words, where the disk below a folder has no room for so many bytes."""
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     free = shutil.disk_usage(there).free
-    if free < num_bytes:
-        raise OSError(f"no room in {folder}: {free / 1e6:,.1f} MB are free, and it takes {num_bytes / 1e6:,.1f} MB")
+    return f"{free / 1e6:,.1f} MB are free, and it takes {num_bytes / 1e6:,.1f} MB" if free < num_bytes else None

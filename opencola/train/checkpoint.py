@@ -26,6 +26,7 @@ from opencola.data.batch import Batch
 from opencola.data.corpus import merge_states
 from opencola.data.shards import checksum
 from opencola.errors import UserError
+from opencola.storage import shortage
 from opencola.train import distributed
 from opencola.train.optimizer import EMA
 
@@ -136,9 +137,7 @@ class Saver:
             raise OSError(f"could not write a checkpoint into {self.folder}: {cause}; {kept}") from error
 
     def _shortage(self, state: TrainState) -> str | None:
-        there = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.exists())
-        free, needed = shutil.disk_usage(there).free, num_bytes(state)
-        return f"{free / 1e6:,.1f} MB are free, and it takes {needed / 1e6:,.1f} MB" if free < needed else None
+        return shortage(self.folder, num_bytes(state))
 
     def _finish(self, written: "Future[Any]", run: dict[str, Any], draft: Path, path: Path) -> None:
         written.result()  # on the main process this is when all of them have written
