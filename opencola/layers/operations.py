@@ -73,6 +73,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+@implemented_by(matmul.product_of_stacks, takes=plain, worthwhile=matmul.stacks_worthwhile)
+def product_of_stacks(a: Tensor, b: Tensor) -> Tensor:
+    """a (S, M, K) times the transposes of b (S, N, K): (S, M, N). By kernels without gradients."""
+    return a @ b.mT
+
+
 @implemented_by(lambda x, weight, bias: elementwise.gelu(linear(x, weight), bias))
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`gelu` of the linear layer of x (..., in) with weight (out, in)."""
