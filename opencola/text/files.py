@@ -6,7 +6,7 @@
 - a folder: all of these below it, sorted by path; hidden files and other kinds are passed over, and `skipped` says so.
 - a pipe (`-` is standard input): as `.jsonl` where its first line is an object, else as `.txt`; it can be read once.
 
-`.txt` and `.jsonl` may be packed as `.gz` or, where the package zstandard is installed, as `.zst`.
+`.txt` and `.jsonl` may be packed as `.gz` or `.zst`.
 
 Text is kept as it stands, line ends included (see `opencola.text.lines`).
 """

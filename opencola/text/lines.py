@@ -6,7 +6,7 @@ UTF-8; a byte order mark at the front is dropped. Files that end in .gz or .zst 
 
 import contextlib
 import gzip
-import importlib
+import io
 import json
 import sys
 import zlib
@@ -64,31 +64,24 @@ def unpacked_name(file: Path) -> Path:
 def opened(file: Path) -> Iterator[IO[bytes]]:
     """A file to read bytes from, unpacked where it is packed.
 
-    Raises UserError for one that cannot be unpacked, as it is damaged or cut off, and where .zst needs a package that
-    is not installed.
+    Raises UserError for one that cannot be unpacked, as it is damaged or cut off.
     """
     packing = file.suffix.lower()
     broken: tuple[type[Exception], ...] = (gzip.BadGzipFile, EOFError, zlib.error)
-    if packing == ".zst":
-        zstandard = _zstandard(file)
-        broken = (zstandard.ZstdError,)
     try:
         with contextlib.ExitStack() as stack:
             if packing == ".gz":
                 yield cast(IO[bytes], stack.enter_context(gzip.open(file)))
             elif packing == ".zst":
-                yield stack.enter_context(zstandard.open(file, "rb"))
+                import pyarrow  # here, because it takes a moment to load and few need it
+
+                broken = (OSError,)
+                packed = stack.enter_context(pyarrow.input_stream(file, compression="zstd"))
+                yield cast(IO[bytes], stack.enter_context(io.BufferedReader(packed)))
             else:
                 yield stack.enter_context(file.open("rb"))
     except broken as error:
         raise UserError(f"{file}: cannot be unpacked: {' '.join(str(error).split())}") from error
-
-
-def _zstandard(file: Path) -> Any:
-    try:
-        return importlib.import_module("zstandard")
-    except ModuleNotFoundError as error:
-        raise UserError(f"{file}: .zst needs the package zstandard: pip install zstandard, or unpack it") from error
 
 
 def read_lines(file: Path, what: str) -> Iterator[tuple[str, str]]:
