@@ -49,10 +49,12 @@ def from_pretrained(
 
     revision: branch, tag or commit of the repository; token: of the Hub, where the one that `hf auth login` keeps is
     not wanted. Raises FileNotFoundError where there is none, OSError where the Hub does not answer, and UserError for
-    damaged files and for models that our classes cannot be.
+    damaged files, for models that our classes cannot be, and for a tokenizer of more ids than its model knows.
     """
     folder = locate(name, revision, token)
-    return Pretrained(parts.load(folder, dtype).eval(), Tokenizer.load(folder), settings.load_sampling(folder))
+    loaded = Pretrained(parts.load(folder, dtype).eval(), Tokenizer.load(folder), settings.load_sampling(folder))
+    check_vocabulary(loaded.tokenizer, loaded.model.vocab_size, name)
+    return loaded
 
 
 def locate(
@@ -81,7 +83,6 @@ def locate(
 def load(model: Path) -> tuple[WholeModel, Tokenizer]:
     """A model and its tokenizer. Raises FileNotFoundError, with what to do, where there is none."""
     loaded = from_pretrained(model)
-    check_vocabulary(loaded.tokenizer, loaded.model.vocab_size, model)
     return loaded.model.to(device()), loaded.tokenizer
 
 
@@ -93,7 +94,7 @@ def load_cola(model: Path) -> tuple[Cola, Tokenizer]:
     return loaded, tokenizer
 
 
-def check_vocabulary(tokenizer: Tokenizer, known: int, model: Path) -> None:
+def check_vocabulary(tokenizer: Tokenizer, known: int, model: str | Path) -> None:
     """Raise UserError where a tokenizer has ids that the model beside it does not know."""
     if tokenizer.vocab_size > known:
         raise UserError(f"the tokenizer in {model} has {tokenizer.vocab_size} ids, but its model knows {known}")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opencola.data.batch import Batch
+from opencola.data.batch import Batch, divisor
 from opencola.layers import randomness
 from opencola.layers.masks import same_document
 from opencola.models.language_model import Loss
@@ -36,10 +36,11 @@ class LLaDA(LLaDANetwork):
         logits = self(tokens.masked_fill(hidden, self.mask_id), seen)
         losses = weighted_losses(logits, tokens, hidden, t)
         counts = batch.counts or self.counts(batch)
-        total = losses.sum() / counts["tokens"].clamp(min=1)
+        total = losses.sum() / divisor(counts["tokens"])
         right = (logits.argmax(-1) == tokens) & hidden
         accuracy = right.sum() / hidden.sum().clamp(min=1)
-        return Loss(total, {"cross_entropy": total}, {"masked_accuracy": accuracy.to(total.dtype)})
+        own = {"cross_entropy": counts["tokens"], "masked_accuracy": hidden.sum()}
+        return Loss(total, {"cross_entropy": total}, {"masked_accuracy": accuracy.to(total.dtype)}, own)
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """Scored tokens, masked or not: the weights make up for those that are not."""
