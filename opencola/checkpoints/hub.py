@@ -1,7 +1,9 @@
 """Models by name: a folder, or a repository of the Hugging Face Hub (`OWNER/NAME`), to load from and to upload to."""
 
+import hashlib
 import re
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,6 +100,18 @@ def check_vocabulary(tokenizer: Tokenizer, known: int, model: str | Path) -> Non
     """Raise UserError where a tokenizer has ids that the model beside it does not know."""
     if tokenizer.vocab_size > known:
         raise UserError(f"the tokenizer in {model} has {tokenizer.vocab_size} ids, but its model knows {known}")
+
+
+def hash_model(folder: Path) -> str:
+    """SHA-256 over the names and the SHA-256 of a model's files: weights, their configurations, the tokenizer."""
+    told = {settings.EXTRAS, card.FACTS, card.CARD}  # settings are in the results, and words change nothing
+    names = [file.relative_to(folder).as_posix() for file in folder.rglob("*")]
+    kept = [name for name in names if name not in told and any(fnmatchcase(name, pattern) for pattern in FILES)]
+    lines = []
+    for name in sorted(kept):
+        with (folder / name).open("rb") as content:
+            lines.append(f"{name} {hashlib.file_digest(content, 'sha256').hexdigest()}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def title(model: Path) -> str:

@@ -53,12 +53,13 @@ def parse(target: Any, args: Sequence[str], **options: Any) -> Any:
     args = marked(args)
     try:
         return _parse(target, args, **options)
-    except UserError:
+    except UserError as error:
         first = next((place for place, word in enumerate(args) if word.startswith("-")), len(args))
-        *others, before, last = ["", "", *args]
-        if options.get("return_unknown_args") or before.startswith("-") or last.startswith("-"):
+        *words, last = args or ["-"]
+        # a flag must not lose its only value
+        is_value = words[-1:] and words[-1].startswith("-") and not str(error).startswith("Unrecognized options:")
+        if options.get("return_unknown_args") or last.startswith("-") or is_value:
             raise
-        words = [*others[2:], before]
         with contextlib.suppress(UserError):
             return _parse(target, [*words[:first], last, *words[first:]], **options)
         raise

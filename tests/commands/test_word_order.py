@@ -12,12 +12,13 @@ from opencola.errors import UserError
 FLAGS = ("--train.steps", "2", "--stage", "vae", "--dry-run", "--json", "--devices=2", "--sampling.stop", "a", "--")
 
 
-@pytest.mark.parametrize("place", range(8))
-def test_a_recipe_stands_anywhere_between_flags(main: Main, place: int) -> None:
+@pytest.mark.usefixtures("place")
+@pytest.mark.parametrize("number", range(1, 7))
+def test_a_recipe_stands_anywhere_between_flags(main: Main, number: int) -> None:
     groups = [FLAGS[:2], FLAGS[2:4], *((flag,) for flag in FLAGS[4:7]), FLAGS[7:]]
     first = main("train", "tiny.yaml", *FLAGS)
     assert first[0] == 0 and json.loads(first[1])["stage"] == "vae", first[2]
-    words = [word for group in [*groups[:place], ("tiny.yaml",), *groups[place:]] for word in group]
+    words = [word for group in [*groups[:number], ("tiny.yaml",), *groups[number:]] for word in group]
     assert main("train", *words)[:2] == first[:2]
 
 
