@@ -26,7 +26,7 @@ def test_several_processes_compile_one_library_once(tmp_path: Path) -> None:
     started = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     said = {process.communicate()[0] for process in started}
     (library,) = (tmp_path / "opencola").iterdir()
-    assert said == {f"kernels: {library}\n"}
+    assert said == {f"kernels: {library} (native, compiled by cc)\n"}
     before = library.stat().st_mtime_ns
     assert say(tmp_path).returncode == 0 and library.stat().st_mtime_ns == before
 
@@ -94,7 +94,7 @@ def test_where_nothing_may_be_loaded_from_the_cache_it_is_a_temporary_folder(
     monkeypatch.setattr(kernels.tempfile, "tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    file, _ = kernels.load()
+    file = kernels.load().file
     assert file.parent == tmp_path / "temporary" / f"opencola-{os.getuid()}"
     assert file.parent.stat().st_mode & 0o777 == 0o700
     monkeypatch.setattr(kernels, "USER", os.getuid() + 1)  # what is there is another's
@@ -106,7 +106,7 @@ def test_where_nothing_may_be_loaded_from_the_cache_it_is_a_temporary_folder(
 @pytest.mark.parametrize("variable", ["HOME", "XDG_CACHE_HOME"])
 def test_no_folder_is_named_like_the_home_folder(variable: str, tmp_path: Path) -> None:
     """Neither where nobody knows it (HOME empty or ~, no such user), nor where the environment says ~."""
-    code = "import pwd; pwd.getpwuid = lambda uid: {}[uid]; from opencola.kernels.library import load; print(load()[0])"
+    code = "import pwd; pwd.getpwuid = lambda uid: {}[uid]; from opencola.kernels import library as k; print(k.load().file)"
     environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME")}
     environment |= {"TMPDIR": str(tmp_path), "PYTHONPATH": str(Path(kernels.__file__).parents[2])}
     where = tmp_path / f"opencola-{os.getuid()}"
