@@ -1,8 +1,7 @@
-"""What the benchmarks share: the sizes, the machine's GEMM rate, timing, and the JSON line."""
+"""What the benchmarks share: the sizes, the operations that are counted, and the JSON line."""
 
 import argparse
 import resource
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.floor import best_seconds, probe
 from opencola.checkpoints import official
 from opencola.data.batch import Batch
 from opencola.flow.dit import DiTConfig
@@ -91,23 +91,6 @@ def model(options: argparse.Namespace, size: str) -> Cola:
     return cola
 
 
-def best_seconds(run: Callable[[], object], repeats: int) -> float:
-    """The shortest of several runs."""
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
-
-
-def gemm_gflops(repeats: int = 40) -> float:
-    """Rate of large float32 matrix products on this machine and number of threads, in GFLOP/s."""
-    size = 1024
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    return 2 * size**3 / best_seconds(lambda: a @ b, repeats) / 1e9
-
-
 def training_step(cola: Cola, batch: int, length: int, bf16: bool = False) -> Callable[[], None]:
     """Forward and backward of the prior on random latents, to be timed; bf16: under autocast."""
     z_0 = torch.randn(batch, length, cola.dit.config.latent_dim)
@@ -167,11 +150,10 @@ def print_row(
     run: Callable[[], object],
 ) -> None:
     """Run once to warm up and then `repeats` times; print one JSON line."""
-    gflops = gemm_gflops()
+    floor = probe(options.bf16)
     run()
     best = best_seconds(run, options.repeats)
-    gflops = max(gflops, gemm_gflops())
-    floor = flops / gflops / 1e9
+    floor = floor.best(probe(options.bf16))
     line: dict[str, Any] = {
         "work": work,
         "size": size,
@@ -183,9 +165,11 @@ def print_row(
         "kernels": library.library() is not None,
         "seconds": round(best, 4),
         "tokens_per_second": round(tokens / best, 1),
-        "gemm_gflops": round(gflops, 1),
-        "floor_seconds": round(floor, 4),
-        "floor_ratio": round(best / floor, 3),
+        "gemm_gflops": round(floor.gflops, 1),
+        "gemm_by": floor.by,
+        "memory_gbytes": round(floor.gbytes, 1),
+        "floor_seconds": round(floor.seconds(flops), 4),
+        "floor_ratio": round(floor.ratio(best, flops), 3),
         "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     }
     for earlier in options.compare:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import best_seconds
+from benchmarks.floor import best_seconds
 from opencola.data.corpus import Corpus, CorpusConfig
 from opencola.data.shard_writer import Order, tokenise
 from opencola.data.sources import one_pass

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from benchmarks.common import best_seconds
+from benchmarks.floor import best_seconds
 from opencola.flow.dit import BlockCausalDiT, DiTConfig
 from opencola.layers.attention import Attend
 from opencola.layers.masks import clean_beside_noisy, dense

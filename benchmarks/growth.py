@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import SIZES, best_seconds, gemm_gflops, generation_flops, training_flops, training_step
+from benchmarks.common import SIZES, generation_flops, training_flops, training_step
+from benchmarks.floor import best_seconds, probe
 from opencola.models.cola.model import Cola
 from opencola.models.cola.sampling import ColaSampling
 from opencola.text.lines import dump
@@ -71,12 +72,12 @@ def main() -> None:
     lines: list[dict[str, Any]] = []
     for axis, size, tokens, flops, run in points(Cola(SIZES["S"]).eval()):
         run()
-        gflops, best = gemm_gflops(), best_seconds(run, 2)
-        gflops = max(gflops, gemm_gflops())
-        floor = flops / gflops / 1e9
+        floor, best = probe(), best_seconds(run, 2)
+        floor = floor.best(probe())
         line: dict[str, Any] = {"axis": axis, "size": size, "us_per_token": round(1e6 * best / tokens, 1)}
-        line |= {"floor_us_per_token": round(1e6 * floor / tokens, 1), "floor_ratio": round(best / floor, 2)}
-        lines.append(line | {"gemm_gflops": round(gflops, 1), "threads": options.threads})
+        line["floor_us_per_token"] = round(1e6 * floor.seconds(flops) / tokens, 1)
+        line["floor_ratio"] = round(floor.ratio(best, flops), 2)
+        lines.append(line | {"gemm_gflops": round(floor.gflops, 1), "threads": options.threads})
         print(dump(lines[-1]), flush=True)
     if options.figure:
         draw(lines, options.figure)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import best_seconds
+from benchmarks.floor import best_seconds
 from opencola.flow.dit import DiTConfig
 from opencola.flow.likelihood import Likelihood
 from opencola.models.cola.model import Cola

@@ -9,9 +9,11 @@ from tiny import tiny_cola
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import data, derivatives, generation, growth, likelihood, quality
+from benchmarks import floor as floor_module
 from benchmarks.common import COMPARED, SIZES, generation_flops, training_flops
+from benchmarks.floor import Floor
 from opencola.data.batch import Batch
-from opencola.kernels import library
+from opencola.kernels import library, matmul
 from opencola.models.cola.model import Cola
 from opencola.models.cola.sampling import ColaSampling
 
@@ -144,3 +146,19 @@ def test_the_derivatives_are_timed(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     derivatives.main()
     line = json.loads(capsys.readouterr().out)
     assert line["num_latents"] == 8 and min(line[f"{way}, ms"] for way in derivatives.ways(8, 2, 1)) > 0
+
+
+def test_a_time_below_the_floor_is_an_error_of_the_benchmark() -> None:
+    floor = Floor(gflops=100.0, by="a product", gbytes=10.0)
+    assert floor.seconds(2e11) == 2.0 and floor.ratio(3.0, 2e11) == 1.5
+    with pytest.raises(ValueError, match=r"1\.9 s are 0\.950 of the floor: .* more than 100 GFLOP/s \(a product\)"):
+        floor.ratio(1.9, 2e11)
+
+
+def test_the_floor_is_the_best_of_what_the_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A way to multiply that is faster than all others is what counts, whosever it is."""
+    monkeypatch.setattr(floor_module, "SHAPES", ((64, 64, 64),))
+    monkeypatch.setitem(matmul.IMPLEMENTATIONS["float32"], "onednn", lambda a, b, bias: None)
+    floor = floor_module.probe(repeats=2)
+    assert floor.by.startswith("onednn float32") and floor.gbytes > 0
+    assert floor.best(Floor(2 * floor.gflops, "other", 0.0)) == Floor(2 * floor.gflops, "other", floor.gbytes)

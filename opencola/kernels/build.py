@@ -17,13 +17,19 @@ FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fopenmp", "-fPIC")
 SOURCES = Path(__file__).parent
 PREBUILT = SOURCES / "prebuilt"  # of an installed wheel
 NATIVE = "native"
-# Of each machine, best first: a level's name, which is also the compilers', and what it asks for in /proc/cpuinfo.
+# Of each machine, best first: name, the compiler's options, and what the processor must have by /proc/cpuinfo.
 _V2 = "cx16 lahf_lm pni popcnt sse4_1 sse4_2 ssse3"
 _V3 = f"{_V2} abm avx avx2 bmi1 bmi2 f16c fma movbe xsave"
 _V4 = f"{_V3} avx512bw avx512cd avx512dq avx512f avx512vl"
+_BF16 = "-march=x86-64-v4 -mavx512bf16 -mamx-tile -mamx-bf16"  # tiles are used where the system allows them
 VARIANTS = {
-    "x86_64": {"x86-64-v4": _V4, "x86-64-v3": _V3, "x86-64-v2": _V2},
-    "aarch64": {"armv8-a": "asimd"},
+    "x86_64": {
+        "x86-64-v4-bf16": (_BF16, f"{_V4} avx512_bf16"),
+        "x86-64-v4": ("-march=x86-64-v4", _V4),
+        "x86-64-v3": ("-march=x86-64-v3", _V3),
+        "x86-64-v2": ("-march=x86-64-v2", _V2),
+    },
+    "aarch64": {"armv8-a": ("-march=armv8-a", "asimd")},
 }
 
 
@@ -40,7 +46,14 @@ def runnable(machine: str | None = None, cpuinfo: str | None = None) -> list[str
             return []
     found = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo, re.MULTILINE)
     has = {*found[1].split()} if found else set()
-    return [name for name, needs in VARIANTS.get(machine or platform.machine(), {}).items() if has >= {*needs.split()}]
+    variants = VARIANTS.get(machine or platform.machine(), {})
+    return [name for name, (_, needs) in variants.items() if has >= {*needs.split()}]
+
+
+def options(variant: str) -> list[str]:
+    """The compiler's, for a variant or for NATIVE, this processor alone."""
+    every = {name: options for variants in VARIANTS.values() for name, (options, _) in variants.items()}
+    return every.get(variant, f"-march={variant}").split()
 
 
 def compiler() -> list[str]:
@@ -53,7 +66,7 @@ def compile_kernels(to: Path, variant: str) -> None:
     """Compile a variant, or NATIVE for this processor alone, into the file `to`. Raises NotCompiled."""
     with tempfile.TemporaryDirectory(dir=to.parent) as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = {str(source): f"{folder}/{source.stem}.o" for source in sorted(SOURCES.glob("*.c"))}
-        command = [*compiler(), *FLAGS, f"-march={variant}", "-c"]
+        command = [*compiler(), *FLAGS, *options(variant), "-c"]
         list(pool.map(lambda pair: _run([*command, pair[0], "-o", pair[1]]), objects.items()))
         # Clang's threads are of its own OpenMP only; gcc's are found in torch's when the library is loaded.
         openmp = ["-fopenmp"] if any(b"__kmpc_" in Path(made).read_bytes() for made in objects.values()) else []

@@ -6,7 +6,9 @@ from typing import Any, Generic, ParamSpec, TypeVar
 
 from torch import Tensor
 
-from opencola.kernels.library import usable
+from opencola.kernels.library import plain, usable
+
+__all__ = ["implemented_by", "on_cuda", "plain", "usable"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -54,8 +56,8 @@ def implemented_by(
     """Decorate a function in torch, the definition of an operation, with a kernel of the same arguments and results.
 
     takes: whether the kernel can take the operation's tensors, given all of them, those in tuples too; for kernels in C
-    `usable`, for CUDA `on_cuda`. worthwhile: whether it is faster, asked with the arguments of the call. With several
-    decorators the upper one is asked first.
+    `usable`, for other code for a CPU `plain`, for CUDA `on_cuda`. worthwhile: whether it is faster, asked with the
+    arguments of the call. With several decorators the upper one is asked first.
     """
     return lambda function: Operation(function, kernel, takes, worthwhile)
 

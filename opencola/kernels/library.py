@@ -31,6 +31,7 @@ from opencola.kernels.build import (
     NotCompiled,
     compile_kernels,
     compiler,
+    options,
     runnable,
 )
 
@@ -81,9 +82,9 @@ def _prebuilt(variant: str, why: str) -> Loaded | None:
 
 def _compiled(variant: str) -> Loaded:
     reasons = []
-    for folder in _folders():
+    for folder in folders():
         try:
-            _make(folder)
+            make_folder(folder)
             file = compile_library(folder, variant)
             return Loaded(file, _open(file), f"{variant}, compiled by {compiler()[0]}")
         except OSError as error:  # no room, no right to write, or a folder that nothing may be loaded from
@@ -105,14 +106,14 @@ def _open(file: Path) -> ctypes.CDLL:
 USER = os.getuid() if hasattr(os, "getuid") else 0
 
 
-def _make(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
     """Make a folder for the library. Raises OSError, for a temporary folder of somebody else's, too."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     if folder.parent == Path(tempfile.gettempdir()) and hasattr(os, "getuid") and folder.lstat().st_uid != USER:
         raise PermissionError("it is another user's")
 
 
-def _folders() -> Iterator[Path]:
+def folders() -> Iterator[Path]:
     """Where the library may be: the user's cache, where there is one, and a temporary folder."""
     cache = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
     if cache.parts[0] != "~":  # as it stays where nobody knows the home folder
@@ -127,7 +128,7 @@ def compile_library(folder: Path, variant: str) -> Path:
     folder cannot be written to.
     """
     parts = [path.read_bytes() for path in sorted(SOURCES.glob("*.[ch]"))]
-    parts += [repr((compiler(), FLAGS, variant)).encode(), _processor() if variant == NATIVE else b""]
+    parts += [repr((compiler(), FLAGS, options(variant))).encode(), processor() if variant == NATIVE else b""]
     name = "kernels-" + hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     for library in sorted(folder.glob(f"{name}-*.so")):
         if library.name == f"{name}-{_checksum(library)}.so":
@@ -145,7 +146,7 @@ def _checksum(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
-def _processor() -> bytes:
+def processor() -> bytes:
     """What -march=native depends on, for cache folders that several machines share."""
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_bytes().splitlines()
@@ -199,11 +200,16 @@ def switched_off() -> Iterator[None]:
 
 
 def usable(*tensors: Tensor) -> bool:
-    """Whether kernels can take these, on a CPU, outside autocast, torch.compile and forward-mode AD.
+    """Whether kernels are there and can take these. Only `choice.py` asks."""
+    return plain(*tensors) and library() is not None
+
+
+def plain(*tensors: Tensor) -> bool:
+    """Whether these are plain numbers on a CPU, outside autocast, torch.compile and forward-mode AD.
 
     Numbers are float32 or pairs of it, indices int64. Only `choice.py` asks.
     """
-    if torch.compiler.is_compiling() or _off or library() is None or torch.is_autocast_enabled("cpu"):
+    if torch.compiler.is_compiling() or _off or torch.is_autocast_enabled("cpu"):
         return False
     if forward_ad._current_level >= 0:  # torch has no public name for it
         return False

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opencola.kernels import elementwise
-from opencola.kernels.choice import implemented_by
+from opencola.kernels import elementwise, matmul
+from opencola.kernels.choice import implemented_by, plain
 from opencola.layers.attention import rotate_pairs
 
 
@@ -67,10 +67,16 @@ def gelu(x: Tensor) -> Tensor:
     return (x * x).mul_(0.044715 * c).add_(c).mul_(x).sigmoid_().mul_(x)
 
 
-@implemented_by(lambda x, weight, bias: elementwise.gelu(F.linear(x, weight), bias))
+@implemented_by(matmul.linear, takes=plain, worthwhile=matmul.worthwhile)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., in) times weight (out, in), plus bias (out)."""
+    return F.linear(x, weight, bias)
+
+
+@implemented_by(lambda x, weight, bias: elementwise.gelu(linear(x, weight), bias))
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`gelu` of the linear layer of x (..., in) with weight (out, in)."""
-    return gelu(F.linear(x, weight, bias))
+    return gelu(linear(x, weight, bias))
 
 
 class Linear(nn.Linear):
@@ -80,11 +86,11 @@ class Linear(nn.Linear):
         """x (..., in) -> (..., out); gelu is the tanh form."""
         wider = torch.promote_types(x.dtype, self.weight.dtype) != self.weight.dtype
         x = x.to(self.weight.dtype) if wider else x
-        return super().forward(x) if activation == "none" else linear_gelu(x, self.weight, self.bias)
+        return (linear if activation == "none" else linear_gelu)(x, self.weight, self.bias)
 
     def product(self, x: Tensor) -> Tensor:
         """Without the bias."""
-        return F.linear(x, self.weight)
+        return linear(x, self.weight)
 
 
 class LayerNorm(nn.LayerNorm):

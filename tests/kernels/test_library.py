@@ -106,7 +106,9 @@ def test_where_nothing_may_be_loaded_from_the_cache_it_is_a_temporary_folder(
 @pytest.mark.parametrize("variable", ["HOME", "XDG_CACHE_HOME"])
 def test_no_folder_is_named_like_the_home_folder(variable: str, tmp_path: Path) -> None:
     """Neither where nobody knows it (HOME empty or ~, no such user), nor where the environment says ~."""
-    code = "import pwd; pwd.getpwuid = lambda uid: {}[uid]; from opencola.kernels import library as k; print(k.load().file)"
+    code = (
+        "import pwd; pwd.getpwuid = lambda uid: {}[uid]; from opencola.kernels.library import load as l; print(l()[0])"
+    )
     environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME")}
     environment |= {"TMPDIR": str(tmp_path), "PYTHONPATH": str(Path(kernels.__file__).parents[2])}
     where = tmp_path / f"opencola-{os.getuid()}"

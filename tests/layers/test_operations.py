@@ -106,4 +106,5 @@ def test_kernels_compute_what_torch_defines(name: str, batch: int, rows: int, wi
 
 def test_every_operation_has_a_case() -> None:
     known = {case[0].__name__ for case in cases(1, 1, 2, 1).values()}
-    assert known == {name for name, value in vars(operations).items() if isinstance(value, Operation)}
+    of_its_own = {"linear"}  # tests/kernels/test_matmul.py
+    assert known | of_its_own == {name for name, value in vars(operations).items() if isinstance(value, Operation)}

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opencola.errors import UserError
@@ -12,7 +11,7 @@ from opencola.layers import masks
 from opencola.layers.attention import masked
 from opencola.layers.cache import ROUND, KVCache
 from opencola.layers.llama import Llama, LlamaConfig
-from opencola.layers.operations import Linear
+from opencola.layers.operations import Linear, linear
 from opencola.ranges import Count, Size, check
 
 
@@ -73,7 +72,7 @@ class ARNetwork(nn.Module):
         """Logits (..., V) of features h (..., D)."""
         if self.head is not None:
             return self.head(h)
-        return F.linear(h.to(self.embedding.weight.dtype), self.embedding.weight)
+        return linear(h.to(self.embedding.weight.dtype), self.embedding.weight)
 
     def logits(self, inputs: Tensor, documents: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Logits (B, R, V) of the token that follows each of inputs (B, R); the rest as in `features`."""

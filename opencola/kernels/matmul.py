@@ -1,0 +1,232 @@
+"""Products of matrices on a CPU, forward and backward, each by the implementation that is the fastest on this machine.
+
+Which one that is, is measured when it is first needed (`rates`, a second or two) and kept in the cache folder, so that
+later runs compute alike. OPENCOLA_PRODUCTS in the environment fixes it: torch, onednn or ours.
+"""
+
+import contextlib
+import functools
+import hashlib
+import itertools
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from opencola.errors import UserError
+from opencola.kernels import library, rows
+from opencola.storage import write_text
+
+Direction = Literal["forward", "input", "weight"]
+Precision = Literal["float32", "bfloat16"]
+Rates = dict[str, dict[str, float]]
+"""GFLOP/s by "precision direction size" and implementation."""
+
+VARIABLE = "OPENCOLA_PRODUCTS"
+DIRECTIONS: tuple[Direction, ...] = ("forward", "input", "weight")
+SIZES = {"small": (960, 128, 384), "large": (2048, 256, 1024)}
+"""(rows, in, out) of the products that are timed. In between, a product counts as the nearer one."""
+MARGIN = 1.1
+"""How much faster than torch another implementation must be to be preferred: less may be chance."""
+LEAST = 1 << 23
+"""Operations of a product below which torch has it: all the rest weighs more."""
+
+
+def _onednn(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+    return out
+
+
+def _torch(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    return a @ b.T if bias is None else torch.addmm(bias, a, b.T)
+
+
+def _ours(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    return rows.product(a, rows.pack(b), bias, len(b), torch.empty(0))
+
+
+def _cast(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    out = (a.bfloat16() @ b.bfloat16().T).float()
+    return out if bias is None else out.add_(bias)
+
+
+def _implicit(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    precision: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before, precision.fp32_precision = precision.fp32_precision, "bf16"
+    try:
+        return _torch(a, b, bias)
+    finally:
+        precision.fp32_precision = before
+
+
+Implementation = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+IMPLEMENTATIONS: dict[Precision, dict[str, Implementation]] = {
+    "float32": {"torch": _torch, "onednn": _onednn, "ours": _ours},
+    "bfloat16": {"torch": _cast, "onednn": _implicit},
+}
+"""By name: (M, K) times the transpose of (N, K), both strided as they come, plus a bias (N): (M, N), all float32."""
+
+
+def candidates(precision: Precision) -> dict[str, Implementation]:
+    """Those that this machine has."""
+    there = {"torch": True, "onednn": torch.backends.mkldnn.is_available(), "ours": library.library() is not None}
+    return {name: by for name, by in IMPLEMENTATIONS[precision].items() if there[name]}
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., in) times weight (out, in), plus bias (out): (..., out), float32."""
+    out: Tensor = _Linear.apply(x, weight, bias, _precision)
+    return out
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, precision: Precision) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.precision = precision
+        flat = x.reshape(-1, x.shape[-1])
+        return product(flat, weight, bias, "forward", precision).view(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs, precision = ctx.needs_input_grad, ctx.precision
+        flat, dflat = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+        if torch.is_grad_enabled():  # the gradient is to have gradients of its own
+            return dy @ weight, dflat.T @ flat, dflat.sum(0) if needs[2] else None, None
+        dx = product(dflat, weight.T, None, "input", precision).view_as(x) if needs[0] else None
+        dw = product(dflat.T, flat.T, None, "weight", precision) if needs[1] else None
+        return dx, dw, dflat.sum(0) if needs[2] else None, None
+
+
+def product(a: Tensor, b: Tensor, bias: Tensor | None, direction: Direction, precision: Precision) -> Tensor:
+    """a (M, K) times the transpose of b (N, K), plus bias (N), as `direction` of a linear layer."""
+    operations = 2 * a.numel() * len(b)
+    if operations < LEAST:
+        return _torch(a, b, bias)
+    return choices(torch.get_num_threads())[precision, direction, _size(operations)](a, b, bias)
+
+
+def _size(operations: int) -> str:
+    small, large = (2 * math.prod(shape) for shape in SIZES.values())
+    return "small" if operations**2 < small * large else "large"
+
+
+def worthwhile(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether torch alone would be slower."""
+    operations = 2 * x.numel() * len(weight)
+    if operations < LEAST:
+        return False
+    chosen, size = choices(torch.get_num_threads()), _size(operations)
+    return any(chosen[_precision, direction, size] is not _torch for direction in DIRECTIONS)
+
+
+_precision: Precision = "float32"
+
+
+@contextlib.contextmanager
+def products_in(precision: Precision) -> Iterator[None]:
+    """Within this context products of linear layers, and their gradients, are computed in this precision.
+
+    bfloat16: their factors are rounded to it, sums and all else stay float32.
+    """
+    global _precision
+    before, _precision = _precision, precision
+    try:
+        yield
+    finally:
+        _precision = before
+
+
+@functools.cache
+def choices(threads: int) -> dict[tuple[Precision, Direction, str], Implementation]:
+    """The implementation for each precision, direction and size. Raises UserError for an unknown one in `VARIABLE`."""
+    fixed = os.environ.get(VARIABLE)
+    chosen: dict[tuple[Precision, Direction, str], Implementation] = {}
+    for precision, all_of_them in IMPLEMENTATIONS.items():
+        there = candidates(precision)
+        if fixed and fixed not in IMPLEMENTATIONS["float32"]:
+            raise UserError(f"{VARIABLE} is {fixed!r}, not one of {', '.join(all_of_them)}")
+        for direction in DIRECTIONS:
+            for size in SIZES:
+                name = fixed or fastest(rates(threads)[f"{precision} {direction} {size}"])
+                chosen[precision, direction, size] = there.get(name, there["torch"])
+    return chosen
+
+
+def fastest(of: dict[str, float]) -> str:
+    """The best one, torch unless another is better by `MARGIN`."""
+    best = max(of, key=lambda name: of[name])
+    return best if of[best] > MARGIN * of["torch"] else "torch"
+
+
+@functools.cache
+def rates(threads: int) -> Rates:
+    """What was measured with so many threads: once, by the first process that asked."""
+    for folder in library.folders():
+        with contextlib.suppress(OSError):  # no room, or no right to write
+            library.make_folder(folder)
+            file = folder / f"products-{_key()}-{threads}.json"
+            with FileLock(f"{file}.lock"):
+                try:
+                    return _read(file)
+                except (OSError, ValueError):
+                    measured = measure(threads)
+                    write_text(file, json.dumps(measured, indent=1))
+                    return measured
+    return measure(threads)
+
+
+def _key() -> str:
+    """What rates depend on, but for the threads: program and machine."""
+    parts = (torch.__version__, library.library() is not None, sorted(SIZES.items()))
+    return hashlib.sha256(repr(parts).encode() + library.processor()).hexdigest()[:16]
+
+
+def _read(file: Path) -> Rates:
+    """Raises ValueError for a file that is not one of rates."""
+    read = json.loads(file.read_text(encoding="utf-8"))
+    for precision, direction, size in itertools.product(IMPLEMENTATIONS, DIRECTIONS, SIZES):
+        try:
+            if not all(float(read[f"{precision} {direction} {size}"][name]) > 0 for name in candidates(precision)):
+                raise ValueError(f"{file} holds rates that are not above 0")
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{file} lacks rates: {error!r}") from error
+    rates: Rates = read
+    return rates
+
+
+def measure(threads: int, repeats: int = 3) -> Rates:
+    """The rate of every implementation, GFLOP/s, at each of `SIZES`: the best of several, taken in turns."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            return dict(_measured(repeats))
+    finally:
+        torch.set_num_threads(before)
+
+
+def _measured(repeats: int) -> Iterator[tuple[str, dict[str, float]]]:
+    for size, (count, inputs, outputs) in SIZES.items():
+        x, weight, dy = torch.zeros(count, inputs), torch.zeros(outputs, inputs), torch.zeros(count, outputs)
+        for x_or_other in (x, weight, dy):
+            x_or_other.uniform_(-1, 1, generator=torch.Generator().manual_seed(0))
+        factors = {"forward": (x, weight), "input": (dy, weight.T), "weight": (dy.T, x.T)}
+        for direction, precision in itertools.product(DIRECTIONS, IMPLEMENTATIONS):
+            there, (a, b) = candidates(precision), factors[direction]
+            seconds = dict.fromkeys(there, math.inf)
+            for _ in range(repeats + 1):
+                for name, by in there.items():
+                    start = time.perf_counter()
+                    by(a, b, None)
+                    seconds[name] = min(seconds[name], time.perf_counter() - start)
+            operations = 2e-9 * count * inputs * outputs
+            yield f"{precision} {direction} {size}", {name: operations / least for name, least in seconds.items()}
