@@ -2,6 +2,7 @@
 
 import sys
 
+from opencola.errors import UserError
 from opencola.kernels.build import NotCompiled
 from opencola.kernels.library import load
 
@@ -10,3 +11,6 @@ if __name__ == "__main__":
         print(f"kernels: {(found := load()).file} ({found.about})")
     except NotCompiled as error:
         sys.exit(f"no kernels, torch does it all: {error}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

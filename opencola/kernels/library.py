@@ -157,9 +157,15 @@ def processor() -> bytes:
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The kernels, or None where there are none."""
-    with contextlib.suppress(NotCompiled):
-        return load().kernels
-    return None
+    try:
+        kernels = load().kernels
+    except NotCompiled:
+        return None
+    if hasattr(os, "register_at_fork"):
+        # A fork has none of the threads that its parent's OpenMP knows of, and would wait for them, in torch's own
+        # operations too.
+        os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
+    return kernels
 
 
 class _Start:

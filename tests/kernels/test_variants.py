@@ -2,27 +2,18 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from needed import lacking, need
 
 from opencola.kernels import build
 
-pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
-NOT_OF_KERNELS = ("test_choice.py", "test_library.py", "test_variants.py", "test_wheel.py")
-TESTS = sorted(map(str, {*HERE.glob("test_*.py")} - {HERE / name for name in NOT_OF_KERNELS}))
-
-
-def need(program: str, package: str) -> str:
-    """Skip without a program; OPENCOLA_NO_SKIPS=1 in the environment, as in CI, makes that a failure."""
-    if shutil.which(program) is None:
-        fail = pytest.fail if os.environ.get("OPENCOLA_NO_SKIPS") == "1" else pytest.skip
-        fail(f"no {program}; on Debian: apt install {package}")
-    return program
+OTHERS = ("choice", "library", "matmul", "variants", "wheel")
+TESTS = sorted(map(str, {*HERE.glob("test_*.py")} - {HERE / f"test_{name}.py" for name in OTHERS}))
 
 
 def passes(folder: Path, *options: str, **environment: str) -> str:
@@ -35,6 +26,7 @@ def passes(folder: Path, *options: str, **environment: str) -> str:
     return said
 
 
+@pytest.mark.slow
 def test_clang(tmp_path: Path) -> None:
     """Its threads are of another OpenMP than torch's."""
     environment = {"CC": need("clang", "clang libomp-dev"), "OPENCOLA_KERNELS": build.NATIVE}
@@ -45,19 +37,21 @@ def test_clang(tmp_path: Path) -> None:
     assert said.endswith("(native, compiled by clang)\n")
 
 
-@pytest.mark.parametrize("variant", [*build.VARIANTS["x86_64"]])
-def test_variants_of_this_processor(variant: str, tmp_path: Path) -> None:
-    if variant not in build.runnable():
-        pytest.skip(f"this processor cannot run {variant}")
+@pytest.mark.slow
+def test_the_middle_variant(tmp_path: Path) -> None:
+    """Between `native`, which all other tests run with, and the least."""
+    if (variant := "x86-64-v3") not in build.runnable():
+        lacking(f"this processor cannot run {variant}")
     need("cc", "gcc")
     passes(tmp_path, OPENCOLA_KERNELS=variant)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("machine", "compiler"), [("aarch64", "aarch64-linux-gnu-gcc"), ("x86_64", "cc")])
 def test_called_from_another_program(
     machine: str, compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Which for aarch64 is emulated; in it, what lies behind a tensor can neither be read nor written."""
+    """The least variants, for aarch64 emulated; what lies behind a tensor can neither be read nor written there."""
     monkeypatch.setenv("CC", need(compiler, f"gcc-{machine}-linux-gnu"))
     emulator = f"{need('qemu-aarch64', 'qemu-user')} -L /usr/aarch64-linux-gnu " if machine == "aarch64" else ""
     driver = tmp_path / "driver"
