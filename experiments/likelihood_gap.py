@@ -32,6 +32,7 @@ from opencola.models.ar.score import ARScoring
 from opencola.models.cola.model import Cola
 from opencola.models.cola.score import Scoring, evaluate
 from opencola.run import flags
+from opencola.storage import write_text
 from opencola.text.lines import write_objects
 from opencola.text.tokenizer import Tokenizer
 from opencola.worlds.stories import log_probability
@@ -138,7 +139,7 @@ def scored(options: Options, logsnr: str, folder: Path) -> dict[str, Any]:
         **estimates(cola, texts, options.scoring(), tokenizer.eos_id),
         "logsnr": measured_logsnr(cola, texts),
     }
-    note.write_text(json.dumps(measured) + "\n", encoding="utf-8")
+    write_text(note, json.dumps(measured) + "\n")
     return measured
 
 
@@ -173,7 +174,7 @@ def write(rows: Sequence[Mapping[str, Any]], options: Options) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     write_objects(options.out / "gap.jsonl", rows)
     table = render(rows, options)
-    (options.out / "gap.md").write_text(table, encoding="utf-8")
+    write_text(options.out / "gap.md", table)
     draw(rows, options.out / "gap.svg")
     print(table, flush=True)
 

@@ -32,6 +32,7 @@ from opencola.models import build
 from opencola.run import dry_run, flags
 from opencola.run import recipe as recipes
 from opencola.run.recipe import Recipe
+from opencola.storage import write_text
 from opencola.text.tokenizer import FILE_NAME, Tokenizer
 
 Family = Literal["cola", "ar", "llada", "plaid"]
@@ -111,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer = shared_tokenizer(options)
     family_recipes: dict[str, Stages] = {family: derive(family, options, tokenizer) for family in FAMILIES}
     equal = held_equal(family_recipes, tokenizer)
-    (options.out / "equal.json").write_text(json.dumps(equal, indent=2) + "\n", encoding="utf-8")
+    write_text(options.out / "equal.json", json.dumps(equal, indent=2) + "\n")
     for name, value in equal.items():
         print(f"{name}: {json.dumps(value)}")
     for family in options.families:
@@ -221,9 +222,8 @@ def core(values: Mapping[str, Any]) -> int:
 def write(plan: Mapping[str, Any], file: Path) -> None:
     """Write a recipe, if it is another one than is there."""
     text = yaml.safe_dump(plan, sort_keys=False)
-    file.parent.mkdir(parents=True, exist_ok=True)
     if not file.is_file() or file.read_text(encoding="utf-8") != text:
-        file.write_text(text, encoding="utf-8")
+        write_text(file, text)
 
 
 def read(file: Path) -> Stages:
@@ -297,7 +297,7 @@ def train(family: str, out: Path) -> None:
         raise SystemExit(f"training {family} failed")
     note = folder / "usage.json"
     if not note.is_file():
-        note.write_text(json.dumps({"peak_bytes": 1024 * usage.ru_maxrss}) + "\n", encoding="utf-8")
+        write_text(note, json.dumps({"peak_bytes": 1024 * usage.ru_maxrss}) + "\n")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from opencola.models.bounds import BoundScoring
 from opencola.models.build import WholeModel
 from opencola.models.cola.score import Scoring
 from opencola.models.sampling import Sampling
+from opencola.storage import write_text
 from opencola.text.lines import last_object, write_objects
 from opencola.text.tokenizer import Tokenizer
 from opencola.worlds.stories import Story, log_probability
@@ -41,7 +42,7 @@ def measure_all(options: Options, recipes: Mapping[str, Stages], tokenizer: Toke
         if not note.is_file() or json.loads(note.read_text())["settings"] != settings:
             print(f"measuring {family}", flush=True)
             measured = {"settings": settings, "rows": list(measure(family, options, recipes[family], tokenizer))}
-            note.write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
+            write_text(note, json.dumps(measured, indent=2) + "\n")
     rows: list[dict[str, Any]] = []
     for folder in (options.out / family for family in FAMILIES):
         if (folder / "measures.json").is_file():
@@ -50,7 +51,7 @@ def measure_all(options: Options, recipes: Mapping[str, Stages], tokenizer: Toke
     rows.append(the_world(options, tokenizer))
     write_objects(options.out / "results.jsonl", rows)
     table = render(rows)
-    (options.out / "matched.md").write_text(table, encoding="utf-8")
+    write_text(options.out / "matched.md", table)
     draw(rows, options.out / "matched.svg")
     print(table)
 

@@ -10,7 +10,7 @@ from command_line import environment
 
 from opencola import storage
 from opencola.errors import UserError
-from opencola.storage import locked, recover, replacing
+from opencola.storage import growing, locked, recover, replacing
 
 
 @pytest.fixture
@@ -131,3 +131,55 @@ def test_room_is_asked_for_before(tmp_path: Path) -> None:
     storage.check_space(tmp_path / "not" / "there", 1)
     with pytest.raises(OSError, match="no room in .* MB are free, and it takes 1,000,000,000,000.0 MB"):
         storage.check_space(tmp_path / "not" / "there", 10**18)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError])
+def test_a_file_that_grows_takes_its_place_when_it_is_whole(tmp_path: Path, error: type[BaseException]) -> None:
+    file, draft = tmp_path / "new" / "x.jsonl", tmp_path / "new" / "x.draft.jsonl"
+    with pytest.raises(error), growing(file):
+        raise error
+    assert not any(tmp_path.iterdir())
+    with growing(file) as out:
+        out.write("old\n")
+        assert not file.exists()
+    with pytest.raises(error) as caught, growing(file) as out:
+        out.write("ne")
+        raise error("stopped")
+    assert caught.value.__notes__ == [f"what is done is in {draft}"]
+    assert contents(tmp_path) == {"new/x.jsonl": "old\n", "new/x.draft.jsonl": "ne"}
+    with growing(file) as out:
+        out.write("new\n")
+    assert contents(tmp_path) == {"new/x.jsonl": "new\n"}
+
+
+def test_where_a_file_that_grows_can_be(tmp_path: Path) -> None:
+    (tmp_path / "there").write_text("old")
+    (tmp_path / "link").symlink_to("there")
+    with growing(tmp_path / "link") as out:
+        out.write("new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "there").read_text() == "new"
+    with pytest.raises(IsADirectoryError), growing(tmp_path):
+        pass
+    os.mkfifo(tmp_path / "pipe")
+    reader = subprocess.Popen(["cat", str(tmp_path / "pipe")], stdout=subprocess.PIPE, text=True)
+    with growing(tmp_path / "pipe") as out:
+        out.write("through")
+    assert reader.communicate()[0] == "through" and (tmp_path / "pipe").is_fifo()
+    assert sorted(place.name for place in tmp_path.iterdir()) == ["link", "pipe", "there"]
+
+
+def test_a_file_grows_by_one_process(tmp_path: Path) -> None:
+    lock = storage.FileLock(tmp_path / ".x.jsonl.lock")
+    said = r"x\.jsonl is in use by another process: choose another file"
+    with lock, pytest.raises(UserError, match=said), growing(tmp_path / "x.jsonl"):
+        pass
+    assert not (tmp_path / "x.jsonl").exists()
+
+
+def test_after_ctrl_c_one_entry_is_kept_beside(folder: Path) -> None:
+    before = contents(folder)
+    with pytest.raises(KeyboardInterrupt) as caught, replacing(folder, kept="card") as draft:
+        (draft / "card").write_text("half")
+        raise KeyboardInterrupt
+    assert caught.value.__notes__ == [f"what is done is in {folder / 'card.draft'}"]
+    assert contents(folder) == before | {"card.draft": "half"}

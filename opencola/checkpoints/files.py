@@ -15,6 +15,7 @@ from torch import Tensor
 from opencola.errors import NotFiniteError, UserError
 from opencola.layers.finite import is_finite
 from opencola.ranges import Range
+from opencola.storage import write_text
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -37,10 +38,8 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def write_json(file: Path, values: Mapping[str, Any]) -> None:
-    """Write a JSON file under a temporary name, then move it into place."""
-    draft = _draft(file)
-    draft.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    draft.replace(file)
+    """Write a JSON file whole, or leave the old one."""
+    write_text(file, json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def checked(file: Path | str, key: str, value: Any, hint: Any) -> Any:

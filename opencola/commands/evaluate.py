@@ -29,7 +29,7 @@ from opencola.errors import UserError
 from opencola.evaluation.benchmarks import answering
 from opencola.evaluation.benchmarks import hub as hub_tasks
 from opencola.evaluation.benchmarks.answering import Answers, Ask, ItemBatch, Job, to_records
-from opencola.evaluation.benchmarks.results_writer import RESULTS, ResultsWriter, delete
+from opencola.evaluation.benchmarks.results_writer import RESULTS, ResultsWriter
 from opencola.evaluation.benchmarks.tasks import (
     DEMONSTRATIONS,
     TASKS,
@@ -104,7 +104,8 @@ class EvaluateFlags(flags.OutputFlags, terminal.ModelFlags, Generic[Settings]):
     processes: Count = 1
     """Number of processes among which the work is divided; at least 1."""
     overwrite: bool = False
-    """Delete the results that are there, and start anew."""
+    """Start anew, whatever results are there; they stay until the new ones are whole. To go on after an interruption,
+    leave it out."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -144,9 +145,8 @@ def command(argv: Sequence[str]) -> None:
         "opencola": made_with(),
     }
     with locked(options.out):
-        if options.overwrite:
-            delete(options.out)
-        results = ResultsWriter(options.out, header, {job.name: len(job.prompts) for job in jobs.values()})
+        sizes = {job.name: len(job.prompts) for job in jobs.values()}
+        results = ResultsWriter(options.out, header, sizes, options.overwrite)
         run(jobs, results, options)
     (put_lines if options.json else show)(list(results.records()))
     options.say(f"All records are in {options.out / RESULTS}.")

@@ -19,12 +19,13 @@ from typing import TextIO
 import tyro
 
 from opencola.checkpoints.hub import load
-from opencola.commands.terminal import ModelFlags, read_flags, show
+from opencola.commands.terminal import ModelFlags, check_apart, read_flags, show
 from opencola.errors import UserError
 from opencola.models.language_model import LanguageModel
 from opencola.models.text_stream import TextPiece, generate_text
 from opencola.ranges import Count, check
-from opencola.text.lines import append_objects, check_text, holds_object, is_pipe, parse_json, read_lines
+from opencola.storage import growing
+from opencola.text.lines import append_objects, check_text, holds_object, parse_json, read_lines
 from opencola.text.tokenizer import Tokenizer
 
 
@@ -38,7 +39,8 @@ class GenerateFlags(ModelFlags):
     """File of further prompts: a .txt file with one in each line, or a .jsonl file of objects with a field `prompt`;
     `-` reads lines of either kind from standard input."""
     jsonl: Path | None = None
-    """Write prompts, continuations and settings into this file, one JSON object in a line."""
+    """Write prompts, continuations and settings into this file, one JSON object in a line; one that is there is
+    replaced when all are made. Ctrl-C keeps what is done, of x.jsonl in x.draft.jsonl."""
     batch_size: Count = 16
     """Number of prompts to continue at a time: speed and memory; the texts do not depend on it."""
 
@@ -52,9 +54,7 @@ def command(argv: Sequence[str]) -> None:
     prompts = list(itertools.chain.from_iterable(options.prompt))
     if options.prompts_file is not None:
         prompts += read_prompts(options.prompts_file)
-        out = None if is_pipe(options.prompts_file) else options.jsonl
-        if out is not None and out.exists() and out.samefile(options.prompts_file):
-            raise UserError(f"{options.jsonl} holds the prompts: choose another file for --jsonl")
+        check_apart(options.jsonl, options.prompts_file, "prompts")
     if not prompts:
         raise UserError("nothing to continue: give --prompt TEXT or --prompts-file FILE")
     for prompt in prompts:
@@ -63,8 +63,7 @@ def command(argv: Sequence[str]) -> None:
     with contextlib.ExitStack() as stack:
         file = None
         if options.jsonl is not None:
-            options.jsonl.parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(options.jsonl.open("w", encoding="utf-8"))
+            file = stack.enter_context(growing(options.jsonl))
         for first in range(0, len(prompts), options.batch_size):
             ids = list(range(first, min(first + options.batch_size, len(prompts))))
             write_batch(model, tokenizer, prompts, ids, options, file)

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return dispatch(argv)
     except KeyboardInterrupt as interrupt:
-        print(f"\n{str(interrupt) or 'interrupted'}", file=sys.stderr)
+        print(f"\n{line(interrupt) or 'interrupted'}", file=sys.stderr)
         if argv[:1] in (["train"], ["demo"]):
             again = [word for word in argv if word not in ("--overwrite", "--resume")]
             print(f"go on: opencola {shlex.join(again)} --resume", file=sys.stderr)
@@ -70,12 +70,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (UserError, OSError) as error:  # files, disks and networks are the user's to mend, too
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {line(error)}", file=sys.stderr)
         return 2
     except Exception:
         traceback.print_exc()
         print(f"this is a bug in OpenCola {__version__}: please report it, with what is above", file=sys.stderr)
         return 1
+
+
+def line(error: BaseException) -> str:
+    """What an error says, with the notes on it, in a line."""
+    return " ".join("; ".join([str(error), *getattr(error, "__notes__", ())]).removeprefix("; ").split())
 
 
 def open_closed_streams() -> None:

@@ -9,7 +9,6 @@ examples:
   opencola quality --model runs/demo --temperatures 0 0.5 1 --num-samples 100 --prompted --out runs/demo/quality
 """
 
-import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -36,7 +35,7 @@ from opencola.models.text_stream import TextPiece, generate_text
 from opencola.paths import home
 from opencola.ranges import Count, NotNegative, check
 from opencola.run.flags import OutputFlags
-from opencola.storage import locked, replacing
+from opencola.storage import draft_of, locked, replacing
 from opencola.text.lines import append_objects, write_objects
 from opencola.text.tokenizer import Tokenizer
 
@@ -63,7 +62,8 @@ class QualityFlags(OutputFlags, ModelFlags):
     batch_size: Count = 16
     """Number of texts to write at a time: speed and memory; the texts do not depend on it."""
     out: Path = Path("runs/quality")
-    """Folder for samples.jsonl, quality.jsonl and quality.svg; older ones there are replaced."""
+    """Folder for samples.jsonl, quality.jsonl and quality.svg; older ones there are replaced. Ctrl-C keeps the samples
+    that are done, in samples.draft.jsonl."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -87,14 +87,10 @@ def command(argv: Sequence[str]) -> None:
     texts = read_texts(options)
     model, tokenizer = load(options.model)
     judge = None if options.judge is None else judges.load(options.judge)
-    figures = None
-    with locked(options.out), replacing(options.out, FIGURES, DRAWING) as draft:
-        with contextlib.suppress(KeyboardInterrupt):  # what is done is kept, and figures of other samples are not
-            figures = measure(model, tokenizer, judge, texts, options, draft)
-        if figures is not None:
-            keep(figures, options, draft)
-    if figures is None:
-        raise KeyboardInterrupt(f"the samples that are done are in {options.out / SAMPLES}")
+    obsolete = (DRAWING, draft_of(Path(SAMPLES)).name)
+    with locked(options.out), replacing(options.out, *obsolete, kept=SAMPLES) as draft:
+        figures = measure(model, tokenizer, judge, texts, options, draft)
+        keep(figures, options, draft)
     if not options.json:
         show(figures, options)
     options.say(f"\nSamples and all figures with their intervals are in {options.out}.")

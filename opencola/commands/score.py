@@ -1,7 +1,7 @@
 """Score texts: log-probabilities, as bounds or estimates, labelled by how they were computed.
 
 Prints the chosen estimate with its standard error, the terms of the ELBO, perplexity and bits per byte; --jsonl
-keeps them all, by block too. Ctrl-C keeps what is done.
+keeps them all, by block too. Ctrl-C keeps what is done, of --jsonl x.jsonl in x.draft.jsonl.
 
 examples:
   opencola score texts.txt
@@ -26,7 +26,8 @@ from opencola.evaluation.likelihood import read_pairs, score_pairs, together, to
 from opencola.evaluation.screen import progress_bar, put, table
 from opencola.models import build
 from opencola.run import flags
-from opencola.text.lines import append_objects, is_pipe
+from opencola.storage import growing
+from opencola.text.lines import append_objects
 
 Settings = TypeVar("Settings")
 
@@ -42,7 +43,7 @@ class ScoreFlags(flags.OutputFlags, Generic[Settings]):
     """Folder of a run or of an exported model, or a repository of the Hugging Face Hub (OWNER/NAME); without it the
     model that comes with the package. Its family decides which flags there are."""
     jsonl: Path | None = None
-    """Write all figures into this file, one JSON object in a line."""
+    """Write all figures into this file, one JSON object in a line; one that is there is replaced when all are made."""
     end_of_text: bool = True
     """Score the end-of-text token behind every text, too: its log-probability and one token more count."""
     allow_not_finite: bool = False
@@ -60,9 +61,7 @@ def command(argv: Sequence[str]) -> None:
     pairs = list(read_pairs(options.file))
     if not pairs:
         raise UserError(f"{options.file} holds no texts")
-    named = not is_pipe(options.file)
-    if named and options.jsonl is not None and options.jsonl.exists() and options.jsonl.samefile(options.file):
-        raise UserError(f"{options.jsonl} holds the texts: choose another file for --jsonl")
+    terminal.check_apart(options.jsonl, options.file, "texts")
     model, tokenizer = hub.load(options.model)
     model.requires_grad_(False)  # a graph of the latents only
     records: list[dict[str, Any]] = []
@@ -71,8 +70,7 @@ def command(argv: Sequence[str]) -> None:
             stack.callback(show, records, len(pairs))  # what is done, after Ctrl-C too
         file = None
         if options.jsonl is not None:
-            options.jsonl.parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(options.jsonl.open("w", encoding="utf-8"))
+            file = stack.enter_context(growing(options.jsonl))
         bar = stack.enter_context(progress_bar())
         task = bar.add_task("scoring", total=len(pairs))
         for ids in together(pairs, options.scoring.texts_at_a_time):

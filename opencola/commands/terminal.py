@@ -14,6 +14,8 @@ from opencola.errors import UserError
 from opencola.models import build
 from opencola.models.sampling import Sampling
 from opencola.run import flags
+from opencola.storage import draft_of
+from opencola.text.lines import is_pipe
 
 # What a terminal would obey instead of showing: control characters other than tab and line feed.
 CONTROL = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)), "�")
@@ -65,6 +67,14 @@ def read_model(argv: Sequence[str]) -> Path:
     """The model that a command's flags name. The others are left alone: what they may be depends on its family."""
     options: Named = flags.parse(Named, argv, return_unknown_args=True, add_help=False)[0]
     return options.model
+
+
+def check_apart(jsonl: Path | None, file: Path, what: str) -> None:
+    """Raise UserError where --jsonl would write over the file that is read."""
+    if jsonl is not None and not is_pipe(file):
+        for out in (jsonl, draft_of(jsonl)):
+            if out.exists() and out.samefile(file):
+                raise UserError(f"{out} holds the {what}: choose another file for --jsonl")
 
 
 def show(text: str, bold: bool = False) -> None:

@@ -1,8 +1,8 @@
 """Turn text into shards of token ids, which training reads without tokenising, whatever their size.
 
 SOURCE is what --data.source takes: a .txt, .jsonl or .parquet file, a folder of these, hf:NAME[:CONFIG][@SPLIT],
-bible or stories. After Ctrl-C, a crash or a full disk the same command goes on; it also checks what is there, and
-writes anew what is damaged.
+bible or stories; or -, which is standard input, read as .jsonl where it begins with an object, else as .txt. After
+Ctrl-C, a crash or a full disk the same command goes on; it also checks what is there, and writes anew what is damaged.
 
 examples:
   opencola tokenize texts/ --to tokens --vocab-size 8192
@@ -26,6 +26,7 @@ from opencola.data.shard_writer import Order, tokenise
 from opencola.data.sources import skipped
 from opencola.ranges import Count
 from opencola.run import flags
+from opencola.text.files import Blank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class TokenizeFlags(Order):
     """What to tokenise, and where to."""
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
-    """Where documents come from, written like data.source of a recipe."""
+    """Where documents come from, written like data.source of a recipe; `-` is standard input."""
     to: Path
     """Folder to write the shards and their tokenizer to."""
     workers: Count = os.cpu_count() or 1
@@ -57,6 +58,8 @@ def command(argv: Sequence[str]) -> None:
             rate = f"{(done.tokens - first.tokens) / seconds:,.0f} tokens/s" if done != first else ""
             said = f"{done.documents:,} documents, {done.tokens:,} tokens"
             bar.update(task, completed=done.documents, description=said, rate=rate)
+    if said := Blank(done.blank).said(options.source):
+        print(said, file=sys.stderr)
     print(
         f"{done.tokens:,} tokens of {done.documents:,} documents, in {done.shards} shards, are in {options.to}. "
         f"Train on them: opencola train text --data.source {shlex.quote(str(options.to))}"

@@ -8,6 +8,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -20,7 +21,8 @@ from opencola.data.sources import documents, one_pass, skipped
 from opencola.errors import UserError
 from opencola.ranges import Count, check
 from opencola.text.conversations import ChatML, conversation_of
-from opencola.text.files import text_of
+from opencola.text.files import Blank, text_of
+from opencola.text.lines import is_pipe
 from opencola.text.tokenizer import Tokenizer
 
 READ_AHEAD = 1 << 17  # characters tokenised at a time: enough for the tokenizer to use its cores
@@ -69,6 +71,10 @@ class CorpusConfig:
         for name, value, known in (("packing", self.packing, Packing), ("format", self.format, Format)):
             if value not in get_args(known):
                 raise UserError(f"{name} must be one of {', '.join(get_args(known))}, but is {value!r}")
+        if is_pipe(Path(self.source)):
+            raise UserError(
+                f"{self.source} is a pipe, and data is read more than once: opencola tokenize {self.source} --to FOLDER"
+            )
         if self.format == "messages" and self.packing != "whole":
             raise UserError(f"packing {self.packing} would cut conversations: set packing to whole")
 
@@ -116,11 +122,13 @@ class Corpus:
                 raise UserError(f"{config.source} holds tokenised text: conversations are read from their files")
             verify = slice(rank, None, num_ranks) if config.verify else slice(0)
             self._documents = shards.ShardDocuments(folder, seed, tokenizer, verify)
+            self._blank = Blank()
         else:
             read_ahead = READ_AHEAD // max(1, config.streams // num_ranks)
             encode = ChatML(tokenizer).encode_batch if messages else plain(tokenizer)
             opened = documents(config.source, seed, config.text_field, conversation_of if messages else text_of)
             self._documents = Tokenised(opened, encode, read_ahead)
+            self._blank = opened.blank
         count = self._documents.num_documents
         if count is not None and count < config.streams:
             raise UserError(f"{config.source}: data.streams is {config.streams}, but there are {count} documents")
@@ -216,9 +224,10 @@ class Corpus:
         documents = self._documents.stream(epoch, index, stream, self._config.streams)
         return Packer(documents, self._config.packing, offset, self._multiple, self._pad_id)
 
-    def skipped(self) -> str:
-        """Which files of the source are not read, in a line; empty where all are."""
-        return "" if shards.folder_of(self._config.source) else skipped(self._config.source)
+    def skipped(self) -> list[str]:
+        """Which files of the source are not read, and which documents hold nothing, in a line each."""
+        files = "" if shards.folder_of(self._config.source) else skipped(self._config.source)
+        return [line for line in (files, self._blank.said(self._config.source)) if line]
 
     def warning(self) -> str:
         """How many documents that should be packed whole are too long, in a line; empty where none is.

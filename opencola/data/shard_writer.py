@@ -9,11 +9,9 @@ import dataclasses
 import errno
 import hashlib
 import itertools
-import os
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -22,10 +20,13 @@ from opencola.data.shards import FORMAT, INDEX_TYPE, MANIFEST, Manifest, Shard, 
 from opencola.data.sources import one_pass
 from opencola.errors import UserError
 from opencola.ranges import Count, Many, Seed, check
-from opencola.storage import locked
+from opencola.storage import locked, to_disk
+from opencola.text.files import Blank, iter_documents
+from opencola.text.lines import is_pipe, write_objects
 from opencola.text.tokenizer import FILE_NAME, Tokenizer
 
 TRAIN_DOCUMENTS = 10_000  # that a new tokenizer is trained on
+PIPE = ".pipe.jsonl"
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Order:
     """What to tokenise, and how to cut it into shards."""
 
     source: str
-    """Where documents come from, written like data.source of a recipe."""
+    """Where documents come from, written like data.source of a recipe; `-` is standard input."""
     tokenizer: Path | None = None
     """An existing tokenizer.json, or the folder that holds one."""
     vocab_size: Count | None = None
@@ -60,11 +61,10 @@ class Order:
         if folder_of(self.source) is not None:
             raise UserError(f"{self.source} is tokenised already")
 
-    def texts(self, first: int = 0) -> Iterator[str]:
-        """The documents from number `first` on."""
-        return itertools.islice(
-            one_pass(self.source, self.seed, self.text_field, first), None if self.limit is None else self.limit - first
-        )
+    def texts(self, first: int = 0, blank: Blank | None = None) -> Iterator[str]:
+        """The documents from number `first` on; blank: counts those of white space alone, which are none."""
+        texts = one_pass(self.source, self.seed, self.text_field, first, blank)
+        return itertools.islice(texts, None if self.limit is None else self.limit - first)
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,8 @@ class Progress:
     tokens: int
     shards: int
     """Shards that are whole; there may be documents and tokens of another one."""
+    blank: int = 0
+    """Documents of white space alone, which were passed over."""
 
 
 def tokenise(order: Order, folder: Path, workers: int = 1) -> Iterator[Progress]:
@@ -86,8 +88,38 @@ def tokenise(order: Order, folder: Path, workers: int = 1) -> Iterator[Progress]
     """
     if workers < 1:
         raise UserError(f"workers must be at least 1, but is {workers}")
-    with locked(folder):
+    with locked(folder), _readable(order, folder) as order:
         yield from _tokenise(order, folder, workers)
+
+
+@contextlib.contextmanager
+def _readable(order: Order, folder: Path) -> Iterator[Order]:
+    """The order, whose documents can be read as often as needed: those of a pipe are kept in the folder meanwhile."""
+    if not is_pipe(Path(order.source)):
+        yield order
+        return
+    kept = folder / PIPE
+    try:
+        kept.unlink(missing_ok=True)
+        yield _Piped(**{field.name: getattr(order, field.name) for field in dataclasses.fields(Order)}, kept=kept)
+    finally:
+        kept.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class _Piped(Order):
+    """An order of documents out of a pipe, which are kept in a file from when they are first asked for."""
+
+    kept: Path = Path(PIPE)
+    blank: Blank = dataclasses.field(default_factory=Blank)
+
+    def texts(self, first: int = 0, blank: Blank | None = None) -> Iterator[str]:
+        if not self.kept.exists():
+            with _naming(self.kept):
+                write_objects(self.kept, ({"text": text} for text in super().texts(blank=self.blank)))
+        if blank is not None:
+            blank.count = self.blank.count
+        return itertools.islice(iter_documents(self.kept), first, None)
 
 
 def _tokenise(order: Order, folder: Path, workers: int) -> Iterator[Progress]:
@@ -98,7 +130,7 @@ def _tokenise(order: Order, folder: Path, workers: int) -> Iterator[Progress]:
         if damage := shard.damage(folder, whole=True):
             first = sum(before.documents for before in manifest.shards[:number])
             written = None
-            for part in _write(order, manifest, folder, number, first, workers):
+            for part in _write(order, manifest, folder, number, first, workers, Blank()):
                 yield done
                 if isinstance(part, Shard):
                     written = part
@@ -108,14 +140,14 @@ def _tokenise(order: Order, folder: Path, workers: int) -> Iterator[Progress]:
     if manifest.finished:
         return
     _check_last(order, manifest, folder)
-    for part in _write(order, manifest, folder, len(manifest.shards), manifest.num_documents, workers):
+    blank = Blank()
+    for part in _write(order, manifest, folder, len(manifest.shards), manifest.num_documents, workers, blank):
+        documents, tokens = (0, 0) if isinstance(part, Shard) else part
         if isinstance(part, Shard):
             manifest = dataclasses.replace(manifest, shards=(*manifest.shards, part))
             _save(manifest, folder)
-            yield _progress(manifest)
-        else:
-            before = _progress(manifest)
-            yield dataclasses.replace(before, documents=before.documents + part[0], tokens=before.tokens + part[1])
+        before = _progress(manifest)
+        yield Progress(before.documents + documents, before.tokens + tokens, before.shards, blank.count)
     if not manifest.shards:
         raise UserError(f"no documents in {order.source}")
     _save(dataclasses.replace(manifest, finished=True), folder)
@@ -189,13 +221,14 @@ def _check_last(order: Order, manifest: Manifest, folder: Path) -> None:
 
 
 def _write(
-    order: Order, manifest: Manifest, folder: Path, number: int, first: int, workers: int
+    order: Order, manifest: Manifest, folder: Path, number: int, first: int, workers: int, blank: Blank
 ) -> Iterator[tuple[int, int] | Shard]:
     """Write the shards from `number` on, the first of which begins with document `first`.
 
     Yields each shard when it is whole, and before that, every now and then, its documents and tokens so far.
     """
-    with contextlib.closing(encode_all(order.texts(first), folder / FILE_NAME, manifest.dtype, workers)) as chunks:
+    texts = order.texts(first, blank)
+    with contextlib.closing(encode_all(texts, folder / FILE_NAME, manifest.dtype, workers)) as chunks:
         rest = next(chunks, None)
         while rest is not None:
             name = f"shard-{number:05d}"
@@ -229,19 +262,14 @@ def _write_shard(
             num_documents, num_tokens = num_documents + taken, num_tokens + end
             yield num_documents, num_tokens
             rest = (ids[end:], counts[taken:]) if taken < len(counts) else next(chunks, None)
-        _to_disk(file)
+        to_disk(file)
         size = file.tell()
     starts = np.concatenate(lengths).cumsum(dtype=INDEX_TYPE)
     with drafts[".idx"].open("wb") as file:
         file.write(starts.data)
-        _to_disk(file)
+        to_disk(file)
     index_digest = hashlib.sha256(starts.data).hexdigest()
     return Shard(name, num_documents, num_tokens, size, digest.hexdigest(), index_digest), rest
-
-
-def _to_disk(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from opencola.data.packing import Tokens
 from opencola.data.sources import Shuffled, check_seed
 from opencola.errors import UserError
 from opencola.paths import home
+from opencola.storage import write_text
 from opencola.text.tokenizer import FILE_NAME, Tokenizer
 
 MANIFEST = "manifest.json"
@@ -99,12 +100,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write `folder/manifest.json`; a reader (or a crash) never sees half of it."""
-        draft = folder / f".{MANIFEST}.draft"
-        try:
-            draft.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
-            draft.replace(folder / MANIFEST)
-        finally:
-            draft.unlink(missing_ok=True)
+        write_text(folder / MANIFEST, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":

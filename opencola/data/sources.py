@@ -18,7 +18,7 @@ import numpy as np
 
 from opencola.errors import UserError
 from opencola.text import files
-from opencola.text.files import Reader, iter_documents, read_documents, text_of
+from opencola.text.files import Blank, Reader, iter_documents, read_documents, text_of
 
 HUB_WINDOW = 10_000
 
@@ -37,6 +37,8 @@ class Documents(Protocol):
 
     num_documents: int | None
     """Documents in an epoch; None where the source is endless or streamed."""
+    blank: Blank
+    """Those of white space alone, which are left out, as far as they have been read."""
 
     def one_pass(self) -> Iterator[str]:
         """Every document once, in the source's own order (the story world never ends: take what you need)."""
@@ -68,19 +70,27 @@ def documents(source: str, seed: int, text_field: str = "text", read: Reader = t
         return ListDocuments(_bible_chapters(), seed)
     if source.startswith("hf:"):
         return HubDocuments(source, seed, text_field, read)
-    return ListDocuments(read_documents(source, text_field, read), seed)
+    blank = Blank()
+    return ListDocuments(read_documents(source, text_field, read, blank), seed, blank)
 
 
-def one_pass(source: str, seed: int, text_field: str = "text", first: int = 0) -> Iterator[str]:
+def one_pass(
+    source: str, seed: int, text_field: str = "text", first: int = 0, blank: Blank | None = None
+) -> Iterator[str]:
     """Every document of a source once, in order, from number `first` on; files are not read into memory.
 
-    Raises like `documents`, but for files as late as the reading comes to the mistake.
+    blank: counts those of white space alone, the ones before `first` as well. Raises like `documents`, but for files as
+    late as the reading comes to the mistake.
     """
     if source == "stories":
         check_seed(seed)
         return (document.text for document in StoryDocuments(seed).stream(index=first))
-    in_memory = source == "bible" or source.startswith("hf:")
-    texts = documents(source, seed, text_field).one_pass() if in_memory else iter_documents(source, text_field)
+    if source == "bible" or source.startswith("hf:"):
+        opened = documents(source, seed, text_field)
+        opened.blank = blank or opened.blank
+        texts = opened.one_pass()
+    else:
+        texts = iter_documents(source, text_field, blank=blank)
     return itertools.islice(texts, first, None)
 
 
@@ -122,6 +132,7 @@ class StoryDocuments:
     num_documents: int | None = None
 
     def __init__(self, seed: int) -> None:
+        self.blank = Blank()
         self._seed = seed
 
     def one_pass(self) -> Iterator[str]:
@@ -139,8 +150,9 @@ class StoryDocuments:
 class ListDocuments:
     """Documents held in memory; an epoch is a permutation of all of them."""
 
-    def __init__(self, texts: Sequence[str], seed: int) -> None:
+    def __init__(self, texts: Sequence[str], seed: int, blank: Blank | None = None) -> None:
         self.num_documents: int | None = len(texts)
+        self.blank = blank or Blank()
         self._texts = texts
         self._order = Shuffled(len(texts), seed)
 
@@ -160,6 +172,7 @@ class HubDocuments:
     num_documents: int | None = None
 
     def __init__(self, source: str, seed: int, text_field: str, read: Reader) -> None:
+        self.blank = Blank()
         self._source = source
         self._seed = seed
         self._text_field = text_field
@@ -177,7 +190,7 @@ class HubDocuments:
 
     def one_pass(self) -> Iterator[str]:
         """Every document once, in order."""
-        return (text for number, row in enumerate(self._rows) if (text := self._text(row, number)).strip())
+        return self.blank.passed_over(self._text(row, number) for number, row in enumerate(self._rows))
 
     def stream(self, epoch: int = 0, index: int = 0, part: int = 0, parts: int = 1) -> Iterator[Document]:
         """Endless documents; resuming reads on from the start of the window.

@@ -1,14 +1,16 @@
 """Which implementation of an operation runs: a function in torch defines it, a kernel stands in where it can."""
 
+import contextlib
 import functools
-from collections.abc import Callable
-from typing import Any, Generic, ParamSpec, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, Literal, ParamSpec, TypeVar
 
 from torch import Tensor
 
 from opencola.kernels.library import plain, usable
 
-__all__ = ["implemented_by", "on_cuda", "plain", "usable"]
+__all__ = ["Precision", "implemented_by", "on_cuda", "plain", "precision", "products_in", "usable"]
+Precision = Literal["float32", "bfloat16"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -65,3 +67,25 @@ def implemented_by(
 def on_cuda(*tensors: Tensor) -> bool:
     """Whether all of them are on a CUDA device."""
     return all(x.is_cuda for x in tensors)
+
+
+_precision: Precision = "float32"
+
+
+def precision() -> Precision:
+    """Of products of float32 matrices on a CPU, here."""
+    return _precision
+
+
+@contextlib.contextmanager
+def products_in(kind: Precision) -> Iterator[None]:
+    """Within this context products of float32 matrices on a CPU, and their gradients, are computed in this precision.
+
+    bfloat16: large ones have their factors rounded to it; sums and all else stay float32.
+    """
+    global _precision
+    before, _precision = _precision, kind
+    try:
+        yield
+    finally:
+        _precision = before

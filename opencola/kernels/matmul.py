@@ -21,11 +21,11 @@ from filelock import FileLock
 from torch import Tensor
 
 from opencola.errors import UserError
-from opencola.kernels import library, rows
+from opencola.kernels import bfloat16, library, rows
+from opencola.kernels.choice import Precision, precision
 from opencola.storage import write_text
 
 Direction = Literal["forward", "input", "weight"]
-Precision = Literal["float32", "bfloat16"]
 Rates = dict[str, dict[str, float]]
 """GFLOP/s by "precision direction size" and implementation."""
 
@@ -35,7 +35,7 @@ SIZES = {"small": (960, 128, 384), "large": (2048, 256, 1024)}
 """(rows, in, out) of the products that are timed. In between, a product counts as the nearer one."""
 MARGIN = 1.1
 """How much faster than torch another implementation must be to be preferred: less may be chance."""
-LEAST = 1 << 23
+LEAST = 1 << 22
 """Operations of a product below which torch has it: all the rest weighs more."""
 
 
@@ -52,113 +52,115 @@ def _ours(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     return rows.product(a, rows.pack(b), bias, len(b), torch.empty(0))
 
 
+def _tiles(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    out = bfloat16.product(a, b)
+    return out if bias is None else out.add_(bias)
+
+
 def _cast(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     out = (a.bfloat16() @ b.bfloat16().T).float()
     return out if bias is None else out.add_(bias)
 
 
 def _implicit(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    precision: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before, precision.fp32_precision = precision.fp32_precision, "bf16"
+    setting: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before, setting.fp32_precision = setting.fp32_precision, "bf16"
     try:
         return _torch(a, b, bias)
     finally:
-        precision.fp32_precision = before
+        setting.fp32_precision = before
 
 
 Implementation = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 IMPLEMENTATIONS: dict[Precision, dict[str, Implementation]] = {
     "float32": {"torch": _torch, "onednn": _onednn, "ours": _ours},
-    "bfloat16": {"torch": _cast, "onednn": _implicit},
+    "bfloat16": {"torch": _cast, "onednn": _implicit, "ours": _tiles},
 }
 """By name: (M, K) times the transpose of (N, K), both strided as they come, plus a bias (N): (M, N), all float32."""
 
 
-def candidates(precision: Precision) -> dict[str, Implementation]:
+def candidates(kind: Precision) -> dict[str, Implementation]:
     """Those that this machine has."""
-    there = {"torch": True, "onednn": torch.backends.mkldnn.is_available(), "ours": library.library() is not None}
-    return {name: by for name, by in IMPLEMENTATIONS[precision].items() if there[name]}
+    ours = bfloat16.available() if kind == "bfloat16" else library.library() is not None
+    there = {"torch": True, "onednn": torch.backends.mkldnn.is_available(), "ours": ours}
+    return {name: by for name, by in IMPLEMENTATIONS[kind].items() if there[name]}
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., in) times weight (out, in), plus bias (out): (..., out), float32."""
-    out: Tensor = _Linear.apply(x, weight, bias, _precision)
+    out: Tensor = _Linear.apply(x, weight, bias, precision())
     return out
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, precision: Precision) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, kind: Precision) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.precision = precision
+        ctx.precision = kind
         flat = x.reshape(-1, x.shape[-1])
-        return product(flat, weight, bias, "forward", precision).view(*x.shape[:-1], len(weight))
+        return product(flat, weight, bias, "forward", kind).view(*x.shape[:-1], len(weight))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        needs, precision = ctx.needs_input_grad, ctx.precision
+        needs, kind = ctx.needs_input_grad, ctx.precision
         flat, dflat = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
         if torch.is_grad_enabled():  # the gradient is to have gradients of its own
             return dy @ weight, dflat.T @ flat, dflat.sum(0) if needs[2] else None, None
-        dx = product(dflat, weight.T, None, "input", precision).view_as(x) if needs[0] else None
-        dw = product(dflat.T, flat.T, None, "weight", precision) if needs[1] else None
+        dx = product(dflat, weight.T, None, "input", kind).view_as(x) if needs[0] else None
+        dw = product(dflat.T, flat.T, None, "weight", kind) if needs[1] else None
         return dx, dw, dflat.sum(0) if needs[2] else None, None
 
 
-def product(a: Tensor, b: Tensor, bias: Tensor | None, direction: Direction, precision: Precision) -> Tensor:
+def product(a: Tensor, b: Tensor, bias: Tensor | None, direction: Direction, kind: Precision) -> Tensor:
     """a (M, K) times the transpose of b (N, K), plus bias (N), as `direction` of a linear layer."""
-    operations = 2 * a.numel() * len(b)
+    return chosen(2 * a.numel() * len(b), direction, kind)(a, b, bias)
+
+
+def chosen(operations: int, direction: Direction, kind: Precision) -> Implementation:
+    """Whose products of so many operations are the fastest."""
     if operations < LEAST:
-        return _torch(a, b, bias)
-    return choices(torch.get_num_threads())[precision, direction, _size(operations)](a, b, bias)
-
-
-def _size(operations: int) -> str:
+        return _torch
     small, large = (2 * math.prod(shape) for shape in SIZES.values())
-    return "small" if operations**2 < small * large else "large"
+    size = "small" if operations**2 < small * large else "large"
+    return choices(torch.get_num_threads())[kind, direction, size]
 
 
 def worthwhile(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether torch alone would be slower."""
+    """Whether torch alone would be slower than `linear`."""
     operations = 2 * x.numel() * len(weight)
-    if operations < LEAST:
-        return False
-    chosen, size = choices(torch.get_num_threads()), _size(operations)
-    return any(chosen[_precision, direction, size] is not _torch for direction in DIRECTIONS)
+    return operations >= LEAST and any(chosen(operations, way, precision()) is not _torch for way in DIRECTIONS)
 
 
-_precision: Precision = "float32"
+def product_of_stacks(a: Tensor, b: Tensor) -> Tensor:
+    """a (S, M, K) times the transposes of b (S, N, K): (S, M, N). No gradients."""
+    if precision() == "bfloat16":
+        return bfloat16.product(a, b)
+    by = chosen(2 * a[:1].numel() * b.shape[1], "forward", "float32")
+    return torch.stack([by(one, other, None) for one, other in zip(a, b, strict=True)])
 
 
-@contextlib.contextmanager
-def products_in(precision: Precision) -> Iterator[None]:
-    """Within this context products of linear layers, and their gradients, are computed in this precision.
-
-    bfloat16: their factors are rounded to it, sums and all else stay float32.
-    """
-    global _precision
-    before, _precision = _precision, precision
-    try:
-        yield
-    finally:
-        _precision = before
+def stacks_worthwhile(a: Tensor, b: Tensor) -> bool:
+    """Whether torch alone would be slower than `product_of_stacks`."""
+    if precision() == "bfloat16":
+        return bfloat16.available()
+    return chosen(2 * a[:1].numel() * b.shape[1], "forward", "float32") is not _torch
 
 
 @functools.cache
 def choices(threads: int) -> dict[tuple[Precision, Direction, str], Implementation]:
     """The implementation for each precision, direction and size. Raises UserError for an unknown one in `VARIABLE`."""
     fixed = os.environ.get(VARIABLE)
-    chosen: dict[tuple[Precision, Direction, str], Implementation] = {}
-    for precision, all_of_them in IMPLEMENTATIONS.items():
-        there = candidates(precision)
+    all_chosen: dict[tuple[Precision, Direction, str], Implementation] = {}
+    for kind, all_of_them in IMPLEMENTATIONS.items():
+        there = candidates(kind)
         if fixed and fixed not in IMPLEMENTATIONS["float32"]:
             raise UserError(f"{VARIABLE} is {fixed!r}, not one of {', '.join(all_of_them)}")
         for direction in DIRECTIONS:
             for size in SIZES:
-                name = fixed or fastest(rates(threads)[f"{precision} {direction} {size}"])
-                chosen[precision, direction, size] = there.get(name, there["torch"])
-    return chosen
+                name = fixed or fastest(rates(threads)[f"{kind} {direction} {size}"])
+                all_chosen[kind, direction, size] = there.get(name, there["torch"])
+    return all_chosen
 
 
 def fastest(of: dict[str, float]) -> str:
@@ -193,9 +195,9 @@ def _key() -> str:
 def _read(file: Path) -> Rates:
     """Raises ValueError for a file that is not one of rates."""
     read = json.loads(file.read_text(encoding="utf-8"))
-    for precision, direction, size in itertools.product(IMPLEMENTATIONS, DIRECTIONS, SIZES):
+    for kind, direction, size in itertools.product(IMPLEMENTATIONS, DIRECTIONS, SIZES):
         try:
-            if not all(float(read[f"{precision} {direction} {size}"][name]) > 0 for name in candidates(precision)):
+            if not all(float(read[f"{kind} {direction} {size}"][name]) > 0 for name in candidates(kind)):
                 raise ValueError(f"{file} holds rates that are not above 0")
         except (KeyError, TypeError) as error:
             raise ValueError(f"{file} lacks rates: {error!r}") from error
@@ -220,8 +222,8 @@ def _measured(repeats: int) -> Iterator[tuple[str, dict[str, float]]]:
         for x_or_other in (x, weight, dy):
             x_or_other.uniform_(-1, 1, generator=torch.Generator().manual_seed(0))
         factors = {"forward": (x, weight), "input": (dy, weight.T), "weight": (dy.T, x.T)}
-        for direction, precision in itertools.product(DIRECTIONS, IMPLEMENTATIONS):
-            there, (a, b) = candidates(precision), factors[direction]
+        for direction, kind in itertools.product(DIRECTIONS, IMPLEMENTATIONS):
+            there, (a, b) = candidates(kind), factors[direction]
             seconds = dict.fromkeys(there, math.inf)
             for _ in range(repeats + 1):
                 for name, by in there.items():
@@ -229,4 +231,4 @@ def _measured(repeats: int) -> Iterator[tuple[str, dict[str, float]]]:
                     by(a, b, None)
                     seconds[name] = min(seconds[name], time.perf_counter() - start)
             operations = 2e-9 * count * inputs * outputs
-            yield f"{precision} {direction} {size}", {name: operations / least for name, least in seconds.items()}
+            yield f"{kind} {direction} {size}", {name: operations / least for name, least in seconds.items()}

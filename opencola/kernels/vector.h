@@ -108,7 +108,10 @@ INLINE vec reciprocal(vec x) {
 /* GELU in its tanh form is x s(x) with this s = sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3). */
 INLINE vec gelu_gate(vec x) {
     vec u2 = x * (all(1.5957691216f) + all(0.0713548162f) * x * x);
-    return choose(u2 < all(SMALLEST), (vec){}, reciprocal(all(1.0f) + exponential(-u2)));
+    ints tiny = u2 < all(SMALLEST);
+    /* a reciprocal of what is not used must not be below the smallest normal number either */
+    vec gate = reciprocal(all(1.0f) + exponential(-choose(tiny, all(SMALLEST), u2)));
+    return choose(tiny, (vec){}, gate);
 }
 
 /* Mean and 1 / sqrt(variance + eps) of n floats. */

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opencola.kernels import elementwise, matmul
+from opencola.kernels import elementwise, matmul, vocabulary
 from opencola.kernels.choice import implemented_by, plain
 from opencola.layers.attention import rotate_pairs
 
@@ -73,6 +73,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+@implemented_by(matmul.product_of_stacks, takes=plain, worthwhile=matmul.stacks_worthwhile)
+def product_of_stacks(a: Tensor, b: Tensor) -> Tensor:
+    """a (S, M, K) times the transposes of b (S, N, K): (S, M, N). By kernels without gradients."""
+    return a @ b.mT
+
+
 @implemented_by(lambda x, weight, bias: elementwise.gelu(linear(x, weight), bias))
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`gelu` of the linear layer of x (..., in) with weight (out, in)."""
@@ -91,6 +97,24 @@ class Linear(nn.Linear):
     def product(self, x: Tensor) -> Tensor:
         """Without the bias."""
         return linear(x, self.weight)
+
+    def cross_entropy(self, h: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """As a vocabulary's head: `linear_cross_entropy` of features h (..., D) and targets (...), both like these."""
+        losses, best = linear_cross_entropy(
+            h.to(self.weight.dtype).flatten(0, -2), self.weight, self.bias, targets.flatten()
+        )
+        return losses.view_as(targets), best.view_as(targets)
+
+
+@implemented_by(vocabulary.linear_cross_entropy)
+def linear_cross_entropy(h: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy (R) of targets (R) int64 under the logits of rows h (R, D), in nats, and the likeliest tokens (R).
+
+    weight (V, D), bias (V): of the logits' linear layer. Losses are in at least float32.
+    """
+    logits = linear(h, weight, bias)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, targets, reduction="none"), logits.detach().argmax(-1)
 
 
 class LayerNorm(nn.LayerNorm):

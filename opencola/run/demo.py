@@ -62,10 +62,15 @@ def finish(out: Path, num_stories: int = 200, display: bool = True, started: flo
     out: an exported model with its tokenizer, the training stages' folders in it; display: show progress, samples and
     results; started: `time.time()` at the start of everything that `seconds` shall count (by default the stages'
     training and this evaluation). Returns what metrics.json holds. Raises FileNotFoundError or UserError when `out`
-    holds no such model.
+    holds no such model, and UserError where another process writes there.
     """
     if num_stories < 1:
         raise UserError(f"num_stories must be at least 1, but is {num_stories}")
+    with locked(out):
+        return _finish(out, num_stories, display, started)
+
+
+def _finish(out: Path, num_stories: int, display: bool, started: float | None) -> dict[str, Any]:
     begin = time.time()
     model, tokenizer, sampling = official.load(out).eval(), Tokenizer.load(out), load_sampling(out)
     stages = read_stages(out)
@@ -109,12 +114,11 @@ def finish(out: Path, num_stories: int = 200, display: bool = True, started: flo
         "counts": {measure.name: measure.count for measure in measures},
         "settings": settings,
     }
-    with locked(out):
-        with replacing(out) as draft:
-            write_records(draft / "evaluation.jsonl", continuations, last_words)
-            (draft / "report.html").write_text(render(page), encoding="utf-8")
-            (draft / card.EVALUATION).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-        card.write(out)
+    with replacing(out) as draft:
+        write_records(draft / "evaluation.jsonl", continuations, last_words)
+        (draft / "report.html").write_text(render(page), encoding="utf-8")
+        (draft / card.EVALUATION).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    card.write(out)
     if display:
         _show(samples, measures, out, metrics["seconds"])
     return metrics

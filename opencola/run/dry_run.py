@@ -13,7 +13,6 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
-from opencola.checkpoints.parts import PARTS, has_model, starting
 from opencola.data.batch import Batch
 from opencola.errors import UserError
 from opencola.evaluation import screen
@@ -22,6 +21,7 @@ from opencola.models import build
 from opencola.run import checks, cost, run
 from opencola.run.cost import PassCost
 from opencola.run.recipe import Recipe
+from opencola.run.stage import origin
 from opencola.text.lines import append_objects
 from opencola.text.tokenizer import FILE_NAME, Tokenizer
 
@@ -267,7 +267,7 @@ def settings(estimate: Estimate) -> dict[str, str]:
     fall = "" if train.schedule == "constant" else f" to {train.final:.3g} of it over the last {train.decay:.0%}"
     kept = sum(estimate.memory.get(part, 0) for part in cost.SAVED) * estimate.shards
     return {
-        "starts from": start(recipe),
+        "starts from": origin(recipe),
         "data": f"{data.source}, {data.batch_size:,} sequences of {data.length:,} tokens a step",
         "devices": f"{estimate.devices}: {train.replicate} x {estimate.shards} shards, "
         f"passes of {estimate.micro_batch:,} sequences, {train.accumulate:,} a step",
@@ -278,17 +278,6 @@ def settings(estimate: Estimate) -> dict[str, str]:
         "checkpoints": f"every {train.save_every:,} steps, {short(kept)}B each, {train.keep} kept",
         "writes to": str(recipe.out),
     }
-
-
-def start(recipe: Recipe[Any, Any]) -> str:
-    """What a stage starts from, and which of its parts has random weights all the same."""
-    if recipe.init is None:
-        return "random weights"
-    if not has_model(recipe.init):  # an earlier stage's, which is still to come
-        return str(recipe.init)
-    taken = {name for name, place in starting(recipe.model, recipe.init).items() if place}
-    own = [PARTS[name].title for name in build.part_names(recipe.model) if name not in taken]
-    return f"{recipe.init}" + (f"; {' and '.join(own)}: random weights" if own else "")
 
 
 def short(value: float) -> str:

@@ -12,12 +12,12 @@ from opencola.checkpoints import card, parts, settings
 from opencola.models.sampling import Sampling
 from opencola.storage import check_space, locked, replacing
 from opencola.text.lines import last_object
-from opencola.text.tokenizer import Tokenizer
+from opencola.text.tokenizer import CONFIG_NAME, Tokenizer
 from opencola.version import __version__
 
 RECIPE, METRICS, VALID, UNFINISHED = "recipe.yaml", "metrics.jsonl", "valid.json", "unfinished"
 OF_DEMO = (card.EVALUATION, "evaluation.jsonl", "report.html")
-OBSOLETE = (*parts.FOLDERS, VALID, *OF_DEMO, UNFINISHED)
+OBSOLETE = (*parts.FOLDERS, CONFIG_NAME, VALID, *OF_DEMO, UNFINISHED)
 """What tells of an earlier model in a folder, and goes when another one takes its place."""
 
 

@@ -29,7 +29,8 @@ class RunFlags:
     resume: bool = False
     """Go on where the run stopped; stages that are finished stay as they are."""
     overwrite: bool = False
-    """Delete the run that is there, and start anew."""
+    """Start anew where a run is there: its checkpoints and records go when training begins, its model stays until
+    another one is whole."""
 
 
 @dataclass(frozen=True)

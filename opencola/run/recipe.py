@@ -31,6 +31,7 @@ from opencola.models.sampling import Sampling
 from opencola.paths import home
 from opencola.ranges import Count, Seed, check
 from opencola.run import flags
+from opencola.storage import write_text
 from opencola.train.loop import TrainConfig
 from opencola.vae.text_vae import ReleaseConventions
 
@@ -141,8 +142,7 @@ def find(recipe: str | Path) -> Path:
 
 def dump(recipe: Recipe[Any, Any], path: Path) -> None:
     """Write a single stage as a recipe file that reads back to the same recipe."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(values(recipe), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    write_text(path, yaml.safe_dump(values(recipe), sort_keys=False, allow_unicode=True))
 
 
 def values(recipe: Recipe[Any, Any]) -> dict[str, Any]:

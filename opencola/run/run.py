@@ -42,8 +42,6 @@ def run(
     """
     last = stages[-1][1].out
     root = last if len(stages) == 1 else last.parent
-    with contextlib.suppress(FileExistsError):  # whose run is there may still be told by its lock
-        plan(stages, only, resume, overwrite)  # what can be refused at once is refused before any folder is touched
     with ours(root, *(recipe.out for name, recipe in stages if only in (None, name))):
         train(stages, root, command, only, resume, overwrite)
     return root
@@ -81,7 +79,8 @@ def train(
                         invalidate(other.out)
             stage.begin(overwrite)
         distributed.barrier()
-        say(f"{title}: {recipe.train.steps} steps, {num_trained(stage.model) / 1e6:.2f} M parameters to train")
+        size = f"{num_trained(stage.model) / 1e6:.2f} M parameters to train"
+        say(f"{title}: {recipe.train.steps} steps, {size}; {stage.start()}")
         stage.train(command)
         say(f"{title}: {summary(recipe.out)}; in {recipe.out}")
     if (last / UNFINISHED).exists() or not parts.has_model(last):

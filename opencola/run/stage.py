@@ -85,6 +85,11 @@ class Stage:
                 (draft / VALID).write_text(json.dumps(valid, indent=2) + "\n")
             write_beside(draft, out, self.tokenizer, recipe.sampling, facts)
 
+    def start(self) -> str:
+        """Where the weights come from that training begins with, in words."""
+        step = self.state.step
+        return f"goes on after step {step}" if step else f"starts from {origin(self.recipe)}"
+
     def warnings(self) -> list[str]:
         """What is not read of the data, and what that loses to its length, a line each, the same in all processes.
 
@@ -95,7 +100,7 @@ class Stage:
         if distributed.is_main():
             try:
                 corpora = [corpus for corpus in (self.corpus, self.valid) if corpus]
-                lines = [line for corpus in corpora for line in (corpus.skipped(), corpus.warning())]
+                lines = [line for corpus in corpora for line in (*corpus.skipped(), corpus.warning())]
                 said = list(dict.fromkeys(filter(None, lines)))
             except UserError as error:
                 fault = str(error)
@@ -188,6 +193,17 @@ def prepare(recipe: Recipe[Any, Any], resume: bool) -> Stage:
     freed = 0 if resume else sum(file.stat().st_size for file in (out / CHECKPOINTS).rglob("*"))
     check_space(out, num_bytes(state) + size - freed)
     return Stage(recipe, tokenizer, model, corpus, valid, samples, state)
+
+
+def origin(recipe: Recipe[Any, Any]) -> str:
+    """What a stage starts from, and which of its parts has random weights all the same."""
+    if recipe.init is None:
+        return "random weights"
+    if not layout.has_model(recipe.init):  # an earlier stage's, which is still to come
+        return str(recipe.init)
+    taken = {name for name, place in layout.starting(recipe.model, recipe.init).items() if place}
+    own = [PARTS[name].title for name in build.part_names(recipe.model) if name not in taken]
+    return f"{recipe.init}" + (f"; {' and '.join(own)}: random weights" if own else "")
 
 
 def load_parts(model: build.Model, init: Path, tokenizer: str) -> None:

@@ -4,25 +4,56 @@
 - `.jsonl`: one JSON object a line, its text in a field (`text`, unless told otherwise); blank lines are skipped.
 - `.parquet`: one document a row, its text in a column.
 - a folder: all of these below it, sorted by path; hidden files and other kinds are passed over, and `skipped` says so.
+- a pipe (`-` is standard input): as `.jsonl` where its first line is an object, else as `.txt`; it can be read once.
 
-`.txt` and `.jsonl` may be packed as `.gz` or, where the package zstandard is installed, as `.zst`.
+`.txt` and `.jsonl` may be packed as `.gz` or `.zst`.
 
 Text is kept as it stands, line ends included (see `opencola.text.lines`).
 """
 
+import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from opencola.errors import UserError
 from opencola.paths import home
-from opencola.text.lines import check_text, decoded_lines, kind, read_objects, unpacked_name
+from opencola.text.lines import (
+    check_text,
+    decoded_lines,
+    holds_object,
+    is_pipe,
+    kind,
+    parse_object,
+    read_objects,
+    unpacked_name,
+)
 
 Reader = Callable[[Mapping[str, Any], str, str], str]
 """What to take of a row: called with the row, the name of a field and the place, as `text_of` is."""
 
 SEPARATOR = re.compile(r"<\|endoftext\|>[ \t]*(?:\r?\n)?")
+
+
+@dataclass
+class Blank:
+    """Documents of white space alone, which are passed over and counted."""
+
+    count: int = 0
+
+    def passed_over(self, texts: Iterable[str]) -> Iterator[str]:
+        """The other ones."""
+        for text in texts:
+            if text.strip():
+                yield text
+            else:
+                self.count += 1
+
+    def said(self, source: str) -> str:
+        """How many there were in a source, in a line; empty where there were none."""
+        return f"{self.count} documents of {source} hold only white space, and are passed over" * (self.count > 0)
 
 
 def text_of(row: Mapping[str, Any], text_field: str, place: str) -> str:
@@ -42,16 +73,20 @@ def field_of(row: Mapping[str, Any], field: str, place: str) -> Any:
     return row[field]
 
 
-def read_documents(path: str | Path, text_field: str = "text", read: Reader = text_of) -> list[str]:
-    """Read the documents of a file or folder, in order, without those of white space alone.
+def read_documents(
+    path: str | Path, text_field: str = "text", read: Reader = text_of, blank: Blank | None = None
+) -> list[str]:
+    """Read the documents of a file or folder, in order, without those of white space alone, which are `blank`.
 
     Everything is read and checked at once, so that a broken line fails here and not hours into a run. Errors as in
     `iter_documents`.
     """
-    return list(iter_documents(path, text_field, read))
+    return list(iter_documents(path, text_field, read, blank))
 
 
-def iter_documents(path: str | Path, text_field: str = "text", read: Reader = text_of) -> Iterator[str]:
+def iter_documents(
+    path: str | Path, text_field: str = "text", read: Reader = text_of, blank: Blank | None = None
+) -> Iterator[str]:
     """The documents of `read_documents`, one at a time: a file of any size takes the memory of its longest document.
 
     Raises FileNotFoundError when nothing is there, and UserError, naming file and line, for what cannot be read:
@@ -59,7 +94,7 @@ def iter_documents(path: str | Path, text_field: str = "text", read: Reader = te
     another `read` takes something else of the rows than text, a .txt file is none of these.
     """
     place = home(path)
-    if not place.exists():
+    if not place.exists() and not is_pipe(place):
         raise FileNotFoundError(f"no such file or folder: {place}")
     if place.is_dir():
         files = [file for file in sorted(place.rglob("*")) if _is_readable(file, place)]
@@ -68,7 +103,8 @@ def iter_documents(path: str | Path, text_field: str = "text", read: Reader = te
             raise UserError(f"no .txt, .jsonl or .parquet file in folder {place}{said}")
     else:
         files = [place]
-    texts = (text for file in files for text in _read_file(file, text_field, read) if text.strip())
+    blank = blank or Blank()
+    texts = blank.passed_over(text for file in files for text in _read_file(file, text_field, read))
     first = next(texts, None)
     if first is None:
         raise UserError(f"no documents in {place}: it is empty or holds only white space")
@@ -110,11 +146,13 @@ def ending(file: Path) -> str:
 
 
 def _read_file(file: Path, text_field: str, read: Reader) -> Iterator[str]:
+    if is_pipe(file):
+        return _read_pipe(file, text_field, read)
     match ending(file):
         case ".txt" if read is not text_of:
             raise UserError(f"{file}: conversations are in .jsonl and .parquet files")
         case ".txt":
-            return _read_txt(file)
+            return _read_txt(decoded_lines(file))
         case ".jsonl":
             return _read_jsonl(file, text_field, read)
         case ".parquet":
@@ -123,15 +161,34 @@ def _read_file(file: Path, text_field: str, read: Reader) -> Iterator[str]:
             raise UserError(f"{file}: cannot tell what it holds; give .txt, .jsonl, .parquet or a folder of these")
 
 
-def _read_txt(file: Path) -> Iterator[str]:
+def _read_pipe(file: Path, text_field: str, read: Reader) -> Iterator[str]:
+    lines = decoded_lines(file)
+    begun: list[tuple[str, str]] = []
+    for line in lines:
+        begun.append(line)
+        if line[1].strip():
+            break
+    lines = itertools.chain(begun, lines)
+    if begun and holds_object(file, begun[-1][1]):
+        return (read(parse_object(line, place), text_field, place) for place, line in lines if line.strip())
+    return _read_txt(lines)
+
+
+def _read_txt(lines: Iterable[tuple[str, str]]) -> Iterator[str]:
     parts: list[str] = []
-    for _, line in decoded_lines(file):
+    separated = False
+    for _, line in lines:
         first, *others = [""] * 2 if SEPARATOR.fullmatch(line) else line.split("\f")
         parts.append(first)
         for other in others:
-            yield "".join(parts)
+            text = "".join(parts)
+            if separated or text.strip():  # what is blank before the first separator is no document
+                yield text
+            separated = True
             parts = [other]
-    yield "".join(parts)
+    text = "".join(parts)
+    if not separated or text.strip():  # nor is what is blank behind the last one
+        yield text
 
 
 def _read_jsonl(file: Path, text_field: str, read: Reader) -> Iterator[str]:

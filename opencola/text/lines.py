@@ -6,9 +6,8 @@ UTF-8; a byte order mark at the front is dropped. Files that end in .gz or .zst 
 
 import contextlib
 import gzip
-import importlib
+import io
 import json
-import os
 import sys
 import zlib
 from collections import deque
@@ -18,6 +17,8 @@ from pathlib import Path
 from typing import IO, Any, TextIO, cast
 
 from opencola.errors import UserError
+from opencola.paths import is_stream
+from opencola.storage import written
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 PACKED = (".gz", ".zst")
@@ -25,7 +26,7 @@ PACKED = (".gz", ".zst")
 
 def is_pipe(file: Path) -> bool:
     """Whether lines come from a program: `-`, which is standard input, /dev/stdin, or a named pipe."""
-    return file == Path("-") or file.is_fifo() or file.is_char_device() or file.parts[:2] == ("/", "dev")
+    return file == Path("-") or is_stream(file)
 
 
 def holds_object(file: Path, line: str) -> bool:
@@ -63,31 +64,24 @@ def unpacked_name(file: Path) -> Path:
 def opened(file: Path) -> Iterator[IO[bytes]]:
     """A file to read bytes from, unpacked where it is packed.
 
-    Raises UserError for one that cannot be unpacked, as it is damaged or cut off, and where .zst needs a package that
-    is not installed.
+    Raises UserError for one that cannot be unpacked, as it is damaged or cut off.
     """
     packing = file.suffix.lower()
     broken: tuple[type[Exception], ...] = (gzip.BadGzipFile, EOFError, zlib.error)
-    if packing == ".zst":
-        zstandard = _zstandard(file)
-        broken = (zstandard.ZstdError,)
     try:
         with contextlib.ExitStack() as stack:
             if packing == ".gz":
                 yield cast(IO[bytes], stack.enter_context(gzip.open(file)))
             elif packing == ".zst":
-                yield stack.enter_context(zstandard.open(file, "rb"))
+                import pyarrow  # here, because it takes a moment to load and few need it
+
+                broken = (OSError,)
+                packed = stack.enter_context(pyarrow.input_stream(file, compression="zstd"))
+                yield cast(IO[bytes], stack.enter_context(io.BufferedReader(packed)))
             else:
                 yield stack.enter_context(file.open("rb"))
     except broken as error:
         raise UserError(f"{file}: cannot be unpacked: {' '.join(str(error).split())}") from error
-
-
-def _zstandard(file: Path) -> Any:
-    try:
-        return importlib.import_module("zstandard")
-    except ModuleNotFoundError as error:
-        raise UserError(f"{file}: .zst needs the package zstandard: pip install zstandard, or unpack it") from error
 
 
 def read_lines(file: Path, what: str) -> Iterator[tuple[str, str]]:
@@ -146,8 +140,8 @@ def dump(value: Any, finite: bool = False) -> str:
 
 
 def write_objects(file: Path, objects: Iterable[Mapping[str, Any]], append: bool = False) -> None:
-    """Write a .jsonl file, or add to it with `append`."""
-    with file.open("a" if append else "w", encoding="utf-8", newline="\n") as out:
+    """Write a .jsonl file whole, or leave the old one; with `append`, add to it."""
+    with file.open("a", encoding="utf-8", newline="\n") if append else written(file) as out:
         append_objects(out, objects)
 
 
@@ -155,16 +149,6 @@ def append_objects(out: TextIO, objects: Iterable[Mapping[str, Any]], finite: bo
     """Write objects to an open .jsonl file, and have the system know of them at once. finite: as of `dump`."""
     out.writelines(f"{dump(value, finite)}\n" for value in objects)
     out.flush()
-
-
-def replace_lines(file: Path, lines: Iterable[str]) -> None:
-    """Write lines, given without their ends, in place of a file, which is whole at every moment."""
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
-    with draft.open("w", encoding="utf-8", newline="\n") as out:
-        out.writelines(f"{line}\n" for line in lines)
-        out.flush()
-        os.fsync(out.fileno())
-    draft.replace(file)
 
 
 def check_text(text: str, place: str) -> None:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from opencola.errors import UserError
 from opencola.paths import home
+from opencola.storage import write_text
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
@@ -128,15 +128,12 @@ class Tokenizer:
     def save(self, path: str | Path) -> Path:
         """Write the tokenizer to a `.json` file, or as `tokenizer.json` into a folder; return the file's path.
 
-        A reader (or a crash) never sees half a file: it is written beside its place and then renamed.
+        A reader (or a crash) never sees half a file.
         """
         file = Path(path)
         if file.suffix != ".json" or file.is_dir():
             file = file / FILE_NAME
-        file.parent.mkdir(parents=True, exist_ok=True)
-        draft = file.with_name(f".{file.name}.{os.getpid()}")
-        draft.write_text(self._backend.to_str(pretty=True), encoding="utf-8")
-        draft.replace(file)
+        write_text(file, self._backend.to_str(pretty=True))
         self._save_names(file.with_name(CONFIG_NAME))
         return file
 
@@ -145,9 +142,7 @@ class Tokenizer:
         chosen = {"eos_token": self._eos_id, "pad_token": self._pad_id}
         names = {id_: name for name, id_ in self._added.items()}
         if values := {key: names[id_] for key, id_ in chosen.items() if id_ is not None}:
-            draft = file.with_name(f".{file.name}.{os.getpid()}")
-            draft.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-            draft.replace(file)
+            write_text(file, json.dumps(values, indent=2) + "\n")
 
     @property
     def vocab_size(self) -> int:

@@ -6,7 +6,6 @@ folder of that name is always whole. A checkpoint of any number of processes can
 """
 
 import json
-import os
 import re
 import shutil
 import warnings
@@ -26,7 +25,7 @@ from opencola.data.batch import Batch
 from opencola.data.corpus import merge_states
 from opencola.data.shards import checksum
 from opencola.errors import UserError
-from opencola.storage import shortage
+from opencola.storage import shortage, to_disk
 from opencola.train import distributed
 from opencola.train.optimizer import EMA
 
@@ -146,8 +145,7 @@ class Saver:
             files = sorted(file for file in draft.iterdir() if file.name != SUMS)
             with (draft / SUMS).open("w") as sums:
                 sums.writelines(f"{checksum(file)}  {file.name}\n" for file in files)
-                sums.flush()
-                os.fsync(sums.fileno())
+                to_disk(sums)
             draft.rename(path)
             for old in checkpoints(self.folder)[: -self.keep]:
                 shutil.rmtree(old)

@@ -10,12 +10,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from opencola.data.batch import Batch
 from opencola.errors import UserError
 from opencola.layers import randomness
+from opencola.layers.device import bfloat16
 from opencola.layers.finite import is_finite
 from opencola.models.language_model import Loss, Trainable
 from opencola.ranges import Count, NotNegative, Positive, Size
@@ -45,7 +45,7 @@ class TrainConfig(OptimizerConfig):
     clip: Positive = 1.0
     """Largest norm of the gradient; longer ones are scaled down to it."""
     bf16: bool = False
-    """Compute the loss under bfloat16 autocast; weights stay as they are."""
+    """Compute the loss in bfloat16 over float32 weights: on a GPU by autocast, on a CPU in products alone."""
     compile: bool = False
     """Compile the model's blocks with torch.compile."""
     log_every: Count = 20
@@ -155,9 +155,10 @@ def proceed(
             if fault := not_finite(loss, norm, state.step, module):
                 saver.wait()
                 watch.stop(fault, saver.folder)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
+            with bfloat16(device, config.bf16):
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad()
             if state.ema:
                 state.ema.update(state.step)
             state.step += 1
@@ -188,7 +189,7 @@ def backward(model: Trainable, batch: Batch, config: TrainConfig) -> Loss:
         counts = distributed.counts_of_step([model.counts(part) for part in parts])
     losses = []
     for part in parts:
-        with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=config.bf16):
+        with bfloat16(batch.tokens.device, config.bf16, config.compile):
             loss = model.loss(replace(part, counts=counts))
         (loss.total / len(parts)).backward()
         losses.append(loss.detach())

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from opencola.errors import UserError
+from opencola.kernels.choice import precision
+from opencola.layers.operations import product_of_stacks
 from opencola.ranges import Decay, NotNegative, Share, Size, check
 from opencola.train.distributed import full, like, local, num_processes, part_of, rank, repeated_blocks
 
@@ -51,7 +53,7 @@ class Muon(torch.optim.Optimizer):
 
     Nesterov momentum 0.95, decoupled weight decay, and a scale sqrt(max(1, rows / columns)), so that one learning rate
     (about 0.02) suits all shapes. Matrices of one shape go through one batched iteration. Unlike torch.optim.Muon it
-    computes in float32 on the CPU, where bfloat16 products are 25 times slower (benchmark in the tests' docstring).
+    computes in float32 on the CPU, unless products are in bfloat16 there (`layers.device.bfloat16`).
     """
 
     def __init__(self, params: Iterable[Any], lr: float = 0.02, weight_decay: float = 0.0) -> None:
@@ -116,22 +118,23 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     """Matrices (M, R, C) -> the same with all singular values moved to about 1 (between 0.7 and 1.2).
 
     Five Newton-Schulz iterations X <- aX + b(XX')X + c(XX')²X with the coefficients of Jordan et al. 2024, whose slope
-    at 0 is steepest; in bfloat16 on an accelerator, in float32 elsewhere. The factors of X are polynomials of XX', so
-    for long matrices they are multiplied up first, on the short side (in float32: bfloat16 would lose small values).
+    at 0 is steepest; in bfloat16 on an accelerator and where products are, else in float32. The factors of X are
+    polynomials of XX', so for long matrices they are multiplied up first, on the short side (in float32: bfloat16 would
+    lose small values).
     """
     x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    long = x.shape[-1] > 2 * x.shape[-2] and x.dtype == torch.float32
-    gram = x @ x.mT
+    long = x.shape[-1] > 2 * x.shape[-2] and x.dtype == torch.float32 and precision() == "float32"
+    gram = product_of_stacks(x, x)
     identity = torch.eye(gram.shape[-1], dtype=x.dtype, device=x.device)
     y = identity.expand_as(gram) if long else x
     for _ in range(5):
-        factor = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315) + 3.4445 * identity
-        y = factor @ y
-        gram = factor @ gram @ factor if long else y @ y.mT
-    x = y @ x if long else y
+        factor = torch.add(-4.7750 * gram, product_of_stacks(gram, gram), alpha=2.0315) + 3.4445 * identity
+        y = product_of_stacks(factor, y.mT)
+        gram = product_of_stacks(product_of_stacks(factor, gram), factor) if long else product_of_stacks(y, y)
+    x = product_of_stacks(y, x.mT) if long else y
     return x.mT if tall else x
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from opencola.errors import UserError
+from opencola.storage import write_text
 
 Name = Literal["tensorboard", "wandb"]
 Value = float | list[Any] | None
@@ -91,9 +92,8 @@ class WeightsAndBiases:
         import wandb
 
         id_file = folder / "wandb" / "id"
-        id_file.parent.mkdir(parents=True, exist_ok=True)
         if not (step and id_file.exists()):
-            id_file.write_text(secrets.token_hex(8))
+            write_text(id_file, secrets.token_hex(8))
         self._wandb: Any = wandb
         self._run: Any = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "opencola"),

@@ -14,7 +14,7 @@ from torch import Tensor
 from opencola.data.batch import Batch
 from opencola.errors import UserError
 from opencola.models.language_model import Loss, Sample
-from opencola.text.lines import append_objects, dump, read_objects, replace_lines, write_objects
+from opencola.text.lines import append_objects, read_objects, write_objects
 from opencola.train.checkpoint import TrainState
 from opencola.train.distributed import mean, num_processes
 from opencola.train.sinks import Tracker, Value
@@ -51,7 +51,7 @@ class RunLog:
             folder.mkdir(parents=True, exist_ok=True)
             for name, records in kept.items():
                 if (folder / name).exists():  # at once: other processes may be reading it
-                    replace_lines(folder / name, map(dump, records))
+                    write_objects(folder / name, records)
         self._file = (folder / "metrics.jsonl" if main else Path(os.devnull)).open("a", encoding="utf-8")
         self._samples = folder / "samples.jsonl" if main else Path(os.devnull)
         self._trackers = trackers if main else ()

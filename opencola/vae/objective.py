@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from opencola.data.batch import Batch
@@ -66,10 +65,9 @@ def reconstruct(vae: TextVAE, batch: Batch, objective: VAEObjective) -> Reconstr
     both = vae.encode(inputs, documents=documents)
     noise = randomness.normal(both.mean.shape[1:], batch.seed, "posterior", batch.ids).to(both.mean)
     z = both.sample(noise.repeat(views, 1, 1))
-    logits = vae.decode(z, documents=documents)
-    losses = F.cross_entropy(logits.flatten(0, 1), tokens.repeat(views, 1).flatten(), reduction="none")
+    losses, best = vae.head.cross_entropy(vae.features(z, documents=documents), tokens.repeat(views, 1))
     losses = losses.view(views, *tokens.shape)
-    right = (logits[: len(tokens)].argmax(-1) == tokens).to(losses.dtype)
+    right = (best[: len(tokens)] == tokens).to(losses.dtype)
     accuracy = right.mean()
     if batch.scored is not None:
         losses = losses * batch.scored

@@ -180,9 +180,13 @@ class TextVAE(nn.Module):
 
         documents: as in `encode`.
         """
+        return self.head(self.features(z, cache, documents))
+
+    def features(self, z: Tensor, cache: KVCache | None = None, documents: Tensor | None = None) -> Tensor:
+        """What the head makes logits of: (B, N * patch_size, width); arguments as of `decode`."""
         x = self._transform(self.decoder, self.decoder_in(z), None, cache, documents)
         x = self.unpatch(x).unflatten(-1, (-1, self.config.patch_size)).transpose(2, 3).flatten(1, 2)
-        return self.head(self.final_norm(x))
+        return self.final_norm(x)
 
     def normalise(self, z: Tensor) -> Tensor:
         """Latent as the prior sees it: (z - shift) * scale."""

@@ -17,6 +17,7 @@ from command_line import WEIGHTS, Main, command, environment
 
 from opencola.checkpoints import hub
 from opencola.commands import evaluate
+from opencola.evaluation.benchmarks.results_writer import ResultsWriter
 from opencola.evaluation.benchmarks.tasks import TASKS, find_task, read_demonstrations, read_questions
 from opencola.models.cola.sampling import ColaSampling
 from opencola.models.cola.score import Scoring
@@ -178,6 +179,8 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(main: Main, place: Path
         command(*flags, "--overwrite", "--out", "a b"),
         env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
+    (place / "a b").mkdir()
+    (place / "a b" / RESULTS).write_text("earlier")
     draft = place / "a b/results.draft.jsonl"
     while process.poll() is None and not (draft.exists() and draft.stat().st_size > 5000):
         time.sleep(0.01)
@@ -188,9 +191,16 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(main: Main, place: Path
     assert kept >= 2 and f"{kept} of 300 records are kept in a b" in error
     again = shlex.split(error.splitlines()[-1].removeprefix("go on: "))
     assert again == ["opencola", *flags, "--out", "a b"]
+    assert (place / "a b" / RESULTS).read_text() == "earlier"
 
 
-def test_another_run_is_refused_unless_it_is_to_be_overwritten(main: Main, place: Path) -> None:
+def interrupted(*arguments: Any, **options: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_another_run_is_refused_unless_it_is_to_be_overwritten(
+    main: Main, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     flags = ("evaluate", *QUICK, "--tasks", "last_word", "--limit", "2", "--out", "x")
     assert main(*flags)[0] == 0
     before = (place / "x" / RESULTS).read_bytes()
@@ -203,7 +213,12 @@ def test_another_run_is_refused_unless_it_is_to_be_overwritten(main: Main, place
         r"seed is 0 there, 5 now. Choose another --out, or --overwrite it\n", error,
     )  # fmt: skip
     assert (place / "x" / RESULTS).read_bytes() == before
-    assert main(*flags, "--steps", "3", "--overwrite")[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(ResultsWriter, "append", interrupted)
+        code, _, error = main(*flags, "--steps", "3", "--overwrite")
+    assert code == 130 and "go on: opencola evaluate" in error and "--overwrite" not in error
+    assert (place / "x" / RESULTS).read_bytes() == before
+    assert main(*flags, "--steps", "3")[0] == 0  # as was said
     assert rows(place / "x")[0]["settings"]["steps"] == 3
 
 

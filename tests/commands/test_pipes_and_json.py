@@ -12,7 +12,7 @@ from opencola.checkpoints.files import read_json
 from opencola.evaluation import screen
 from opencola.models import build
 from opencola.run import recipe
-from opencola.text.lines import read_lines
+from opencola.text.lines import is_pipe, read_lines
 
 TINY = ("--model", "runs/tiny", "--steps", "2")
 
@@ -32,8 +32,63 @@ def test_pipes_are_read(main: Main, monkeypatch: pytest.MonkeyPatch) -> None:
     assert code == 0 and first["text"] == "The fox ran." and second["continuation"] == " fox", error
 
 
+@pytest.mark.parametrize("name", ["t.txt", "t.jsonl"])
+def test_shards_of_a_pipe_are_those_of_its_text(
+    main: Main, place: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["\nThe {fox}\n", "ö\u2028 {", " \t\n", *(f"number {i}\n" for i in range(50))]
+    if name == "t.txt":
+        content = "<|endoftext|>\n".join(texts)
+    else:
+        content = "".join(f"{json.dumps({'body': text})}\n" for text in texts)
+    (place / name).write_text(content, encoding="utf-8")
+    flags = ("--vocab-size", "280", "--workers", "1", "--shard-tokens", "99", "--text-field", "body", "--limit", "40")
+
+    def written(folder: str, source: str) -> tuple[dict[str, bytes], dict[str, object]]:
+        code, said, error = main("tokenize", source, *flags, "--to", folder)
+        assert code == 0 and "tokens of 40 documents" in said, error
+        files = {file.name: file.read_bytes() for file in (place / folder).iterdir()}
+        return files, json.loads(files.pop("manifest.json")) | {"source": ""}
+
+    whole = written("a", name)
+    pipe(monkeypatch, content)
+    assert written("b", "-") == whole
+    (place / "b" / "shard-00001.bin").write_bytes(b"damaged")
+    pipe(monkeypatch, content)
+    assert written("b", "-") == whole
+    (place / "b" / "shard-00001.bin").write_bytes(b"damaged")
+    pipe(monkeypatch, content.replace("number", "other"))
+    code, _, error = main("tokenize", "-", *flags, "--to", "b")
+    assert code == 2 and "and - has changed since" in error and not list((place / "b").glob(".*"))
+
+
+@pytest.mark.usefixtures("place")
+def test_a_pipe_that_holds_nothing_or_what_it_should_not(main: Main, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ("tokenize", "-", "--vocab-size", "280", "--workers", "1", "--to", "b")
+    for text, message in ((" \n", "no documents in -"), ('{"a": 1}\n', "-, line 1: no field 'text'"),
+                          ('\n{"text": "a"}\n{', "-, line 3: not JSON")):  # fmt: skip
+        pipe(monkeypatch, text)
+        code, _, error = main(*flags)
+        assert code == 2 and message in error and not Path("b").exists(), error
+    for source in ("-", "/dev/stdin"):
+        code, _, error = main("train", "tiny.yaml", "--data.source", source, "--out", "new")
+        assert code == 2 and f"{source} is a pipe, and data is read more than once" in error and "tokenize" in error
+
+
 def test_a_device_is_a_pipe() -> None:
     assert list(read_lines(Path("/dev/null"), "texts")) == []
+    assert not is_pipe(Path("/dev/shm/texts.txt")) and is_pipe(Path("/dev/fd/63"))
+
+
+@pytest.mark.usefixtures("place")
+def test_documents_of_white_space_are_counted(main: Main) -> None:
+    texts = ["The fox sat.\n" * 9, " \n", "The bear ran.\n" * 9, "\t\n", ""]
+    Path("t.txt").write_text("<|endoftext|>\n".join(texts))
+    said = "2 documents of t.txt hold only white space, and are passed over\n"
+    code, out, error = main("tokenize", "t.txt", "--vocab-size", "280", "--workers", "1", "--to", "b")
+    assert code == 0 and error == said and "of 2 documents" in out, error
+    code, out, error = main("train", "tiny.yaml", "--data.source", "t.txt", "--out", "new", "--train.steps", "1")
+    assert code == 0 and out.count(said) == 2, error  # a stage each
 
 
 @pytest.mark.usefixtures("place")

@@ -123,10 +123,15 @@ def test_what_is_done_is_kept(main: Main, place: Path, monkeypatch: pytest.Monke
         raise KeyboardInterrupt
 
     monkeypatch.setattr("opencola.commands.quality.write_texts", interrupted)
-    code, _, _ = main("quality", *QUICK, "--reference", "words.txt", "--out", "q")
-    assert code == 130
-    assert [record["temperature"] for record in read(place / "q" / "samples.jsonl")] == [None] * 5
-    assert not (place / "q" / "quality.jsonl").exists()
+    code, _, error = main("quality", *QUICK, "--reference", "words.txt", "--out", "q")
+    assert code == 130 and error.splitlines()[-1] == "what is done is in q/samples.draft.jsonl"
+    assert [record["temperature"] for record in read(place / "q" / "samples.draft.jsonl")] == [None] * 5
+    assert sorted(file.name for file in (place / "q").iterdir()) == ["quality.jsonl", "samples.draft.jsonl"]
+    assert (place / "q" / "quality.jsonl").read_text() == "of other samples\n"
+    monkeypatch.undo()
+    monkeypatch.chdir(place)
+    assert main("quality", *QUICK, "--reference", "words.txt", "--out", "q")[0] == 0
+    assert sorted(file.name for file in (place / "q").iterdir()) == ["quality.jsonl", "samples.jsonl"]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from command_line import WEIGHTS, Main, command, environment
+from results_files import answers, head, write
 
 from opencola import storage
 from opencola.checkpoints import card
@@ -146,6 +147,7 @@ def test_a_model_stays_until_another_one_is_whole(
     for name in ("metrics.json", "report.html", "evaluation.jsonl"):  # as the demo leaves them
         (out / name).write_text('{"counts": {}, "intervals": {}}')
     before = exported(out)
+    (out / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')  # of an earlier tokenizer
     interrupt(monkeypatch, main, *RUN, *flags)
     assert exported(out) == before and (out / "metrics.json").exists()
     settings = [flag for flag in flags if flag not in ("--overwrite", "--resume")]
@@ -153,7 +155,8 @@ def test_a_model_stays_until_another_one_is_whole(
     assert code == 0 and "finished before" not in said, error
     after = exported(out)
     assert after.keys() == before.keys() and after["training.json"] != before["training.json"]
-    assert not {"metrics.json", "report.html", "evaluation.jsonl", "unfinished"} & contents(out).keys()
+    obsolete = {"metrics.json", "report.html", "evaluation.jsonl", "unfinished", "tokenizer_config.json"}
+    assert not obsolete & contents(out).keys()
     recipe = yaml.safe_load((out / "recipe.yaml").read_text())
     assert card.read_facts(out)["stages"][-1]["recipe"] == recipe
     assert main(*RUN, *settings, "--resume")[1].count("finished before") == 1
@@ -279,11 +282,13 @@ def test_two_processes_on_one_folder(main: Main, place: Path, name: str) -> None
     ["evaluate --model runs/tiny --limit 1 --out runs/ar", "export --model runs/tiny --to runs/ar",
      "latents --model runs/tiny --sequences 2 --out runs/ar", "quality --model runs/tiny --num-samples 2 --out runs/ar",
      "inspect Once --model runs/tiny --samples 2 --out runs/ar", "train ar.yaml --resume",
-     "diagnose --model runs/tiny --num-stories 4 --places 1 --out runs/ar"],
+     "diagnose --model runs/tiny --num-stories 4 --places 1 --out runs/ar", "demo --overwrite --out runs/ar",
+     "report runs/ar/results.jsonl --out runs/ar", "tokenize words.txt --vocab-size 300 --to runs/ar"],
 )  # fmt: skip
 def test_a_folder_that_another_process_writes_to(
     main: Main, out: Path, argv: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    write(out / "results.jsonl", head({"mmlu": 2}), *answers("mmlu", ["on a hill"] * 2))
     there = contents(out)
 
     class Taken(storage.FileLock):

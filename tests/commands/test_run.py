@@ -48,6 +48,16 @@ def test_a_run_leaves_everything_that_it_promises(place: Path) -> None:
     assert (out / WEIGHTS).read_bytes() == (out / "prior" / WEIGHTS).read_bytes()
 
 
+def test_training_says_what_it_starts_from(main: Main) -> None:
+    code, said, error = main("train", "tiny.yaml", "--overwrite", "--train.steps", "1")
+    first, second = (line for line in said.splitlines() if "parameters to train" in line)
+    assert code == 0 and first.startswith("[1/2] vae: 1 steps, "), error
+    assert first.endswith("; starts from random weights")
+    assert second.endswith("; starts from runs/tiny/vae; prior: random weights")
+    said = main("train", "tiny.yaml", "--resume", "--train.steps", "2")[1]
+    assert said.count("parameters to train; goes on after step 1\n") == 2
+
+
 def test_what_is_known_of_the_training_goes_with_the_model(main: Main, place: Path) -> None:
     (place / "runs" / "tiny" / "metrics.json").write_text('{"x": 0.5, "counts": {"x": 7}, "intervals": {}}')
     assert main("export", "--model", "runs/tiny", "--to", "mine", "--license", "cc-by-4.0")[0] == 0

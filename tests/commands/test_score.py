@@ -63,6 +63,7 @@ def test_one_sample_without_end_of_text(main: Main, place: Path) -> None:
 
 def test_ctrl_c_keeps_what_is_done(main: Main, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (place / "t.txt").write_text("a\nb\nc\nd\ne\n")
+    (place / "x.jsonl").write_text("before")
     whole = Cola.score
 
     def interrupted(*args: Any, **fields: Any) -> Any:
@@ -71,9 +72,15 @@ def test_ctrl_c_keeps_what_is_done(main: Main, place: Path, monkeypatch: pytest.
         return whole(*args, **fields)
 
     monkeypatch.setattr(Cola, "score", interrupted)
-    code, said, _ = main("score", "t.txt", *QUICK, "--jsonl", "x.jsonl")
+    code, said, error = main("score", "t.txt", *QUICK, "--jsonl", "x.jsonl")
     assert code == 130 and "2 of 5 texts" in said
-    assert [record["text"] for record in records(place / "x.jsonl")] == ["a", "b"]
+    assert error.splitlines()[-1] == "what is done is in x.draft.jsonl"
+    assert [record["text"] for record in records(place / "x.draft.jsonl")] == ["a", "b"]
+    assert (place / "x.jsonl").read_text() == "before"
+    monkeypatch.setattr(Cola, "score", whole)
+    (place / "x.draft.jsonl").replace(place / "t.jsonl")
+    assert main("score", "t.jsonl", *QUICK, "--jsonl", "x.jsonl")[0] == 0
+    assert len(records(place / "x.jsonl")) == 2 and not (place / "x.draft.jsonl").exists()
 
 
 @pytest.mark.parametrize(
@@ -88,6 +95,7 @@ def test_ctrl_c_keeps_what_is_done(main: Main, place: Path, monkeypatch: pytest.
         ("other.jsonl", "other.jsonl, line 2: expected strings in a field 'text', or in 'prompt' and 'continuation'"),
         ("half.jsonl", "half.jsonl, line 1: not valid Unicode"),
         ("good.jsonl --jsonl ./good.jsonl", "good.jsonl holds the texts"),
+        ("x.draft.jsonl --jsonl x.jsonl", "x.draft.jsonl holds the texts"),
         ("good.jsonl --samples 0", "samples must be at least 1, but is 0"),
         ("good.jsonl --solver best", "best"),
         ("good.jsonl --model nowhere", "no such folder: nowhere"),
@@ -100,6 +108,7 @@ def test_mistakes(main: Main, place: Path, argv: str, message: str) -> None:
     (place / "other.jsonl").write_text('{"text": "a"}\n{"prompt": "a"}\n')
     (place / "half.jsonl").write_text('{"text": "\\ud800"}\n')
     (place / "good.jsonl").write_text('{"text": "a"}\n')
+    (place / "x.draft.jsonl").write_text('{"text": "a"}\n')
     code, _, error = main("score", *argv.split())
     assert code == 2
     assert re.fullmatch(rf"error: .*{message}.*\n", error), error

@@ -80,8 +80,9 @@ def test_a_way_past_the_seam_is_caught(source: str, names: list[str]) -> None:
 
 
 def test_all_operations_are_known() -> None:
-    blocks = {"modulated_norm", "gated_norm", "gated", "linear", "linear_gelu", "split_heads"}
-    assert {*OPERATIONS} == blocks | {"prefix_attention", "packed_attention", "for_few_rows"}
+    blocks = {"modulated_norm", "gated_norm", "gated", "linear_gelu", "split_heads"}
+    products = {"linear", "linear_cross_entropy", "product_of_stacks"}
+    assert {*OPERATIONS} == blocks | products | {"prefix_attention", "packed_attention", "for_few_rows"}
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from opencola.errors import UserError
-from opencola.kernels import library, matmul
-from opencola.kernels.matmul import DIRECTIONS, IMPLEMENTATIONS, Precision, candidates, products_in
+from opencola.kernels import bfloat16, elementwise, library, matmul
+from opencola.kernels.choice import Precision, products_in
+from opencola.kernels.matmul import DIRECTIONS, IMPLEMENTATIONS, candidates
 from opencola.layers import operations
 
 ALL = [(precision, name) for precision, ways in IMPLEMENTATIONS.items() for name in ways]
@@ -185,3 +186,24 @@ def test_models_multiply_by_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> N
     with library.switched_off():
         layer(x)
     assert precisions == ["float32", "float32", "bfloat16", "bfloat16"]
+
+
+@pytest.mark.usefixtures("forget")
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_products_of_stacks(kind: Precision, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(matmul.VARIABLE, "onednn")
+    monkeypatch.setattr(matmul, "LEAST", 0)
+    a, b = torch.randn(3, 10, 40), torch.randn(3, 40, 7).mT
+    with products_in(kind):
+        assert matmul.stacks_worthwhile(a, b) == (kind == "float32" or bfloat16.available())
+        out = operations.product_of_stacks(a, b)
+    share = 2**-7 if kind == "bfloat16" else 1e-6
+    sizes = a.double().abs() @ b.double().abs().mT
+    torch.testing.assert_close(out.double(), a.double() @ b.double().mT, rtol=0, atol=share * float(sizes.max()))
+
+
+@pytest.mark.usefixtures("need_kernels")
+def test_large_activations_are_as_exact_as_small_ones() -> None:
+    x = torch.cat((torch.linspace(-40, 40, 999), torch.tensor([-1e4, 1e4, torch.inf, -88.0])))
+    right = torch.nn.functional.gelu(x.double(), approximate="tanh")
+    torch.testing.assert_close(elementwise.gelu(x).double(), right, rtol=1e-6, atol=1e-9)

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from opencola.checkpoints import official
 from opencola.checkpoints.settings import save_sampling
+from opencola.errors import UserError
 from opencola.evaluation.latents import traces
 from opencola.evaluation.latents.traces import map_variables, reconstruct_stories, trace_blocks
 from opencola.evaluation.reporting.demo_page import read_stages
@@ -22,6 +24,7 @@ from opencola.flow.dit import DiTConfig
 from opencola.models.cola.model import Cola
 from opencola.models.cola.parts import ColaConfig
 from opencola.models.cola.sampling import ColaSampling
+from opencola.run import demo
 from opencola.run.demo import finish
 from opencola.text.tokenizer import Tokenizer
 from opencola.vae.gaussian import DiagonalGaussian
@@ -111,6 +114,26 @@ def test_finish_is_quiet_repeats_itself_and_counts_from_a_start(
     assert 100 <= again["seconds"] < 160 and first["seconds"] == first["evaluation_seconds"] < 60
     varying = {"seconds", "evaluation_seconds"}
     assert {k: v for k, v in first.items() if k not in varying} == {k: v for k, v in again.items() if k not in varying}
+
+
+def test_a_folder_is_the_demos_alone_from_before_it_measures(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = shutil.copytree(run, tmp_path / "alone")
+    measure, held = demo.write_stories, []
+
+    def measured(*arguments: Any) -> Any:
+        try:
+            FileLock(alone / ".lock").acquire(timeout=0)
+        except Timeout:
+            held.append(True)
+        return measure(*arguments)
+
+    monkeypatch.setattr(demo, "write_stories", measured)
+    finish(alone, num_stories=1, display=False)
+    assert held == [True] and (alone / "report.html").exists()
+    with FileLock(alone / ".lock"), pytest.raises(UserError, match="alone is in use by another process"):
+        finish(alone, num_stories=1, display=False)
 
 
 def test_finish_without_a_model_or_stories(tmp_path: Path, run: Path) -> None:

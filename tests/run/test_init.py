@@ -15,8 +15,7 @@ from opencola.models.cola.stage_one import StageOneConfig
 from opencola.models.llada.network import LLaDAConfig
 from opencola.models.plaid.network import PlaidConfig
 from opencola.run import recipe as recipes
-from opencola.run.dry_run import start
-from opencola.run.stage import load_parts
+from opencola.run.stage import load_parts, origin
 from opencola.text.tokenizer import Tokenizer
 
 TRUNK = LlamaConfig(width=8, num_layers=1, num_heads=2, ffn_dim=8)
@@ -66,5 +65,5 @@ def test_the_dry_run_says_what_is_taken(llada: Path) -> None:
     PARTS["vae"].save(PARTS["vae"].module(vae), Path("base") / PARTS["vae"].folder)
     Path("tiny.yaml").write_text(TINY.replace("init: vae", "init: ./base"))
     stages = dict(recipes.read("tiny.yaml", [], build.config_class, build.sampling_class))
-    assert start(stages["prior"]) == "base; prior: random weights"
-    assert start(stages["vae"]) == "random weights"
+    assert origin(stages["prior"]) == "base; prior: random weights"
+    assert origin(stages["vae"]) == "random weights"

@@ -1,17 +1,20 @@
 """Local files: what counts as a document, and one clear line for every file that cannot be read."""
 
 import gzip
-import io
+import random
 import re
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from opencola.text.files import read_documents, skipped
+from opencola.text.files import Blank, read_documents, skipped
+
+
+def zst(content: bytes) -> bytes:
+    packed: bytes = pa.Codec("zstd").compress(content, asbytes=True)
+    return packed
 
 
 @pytest.mark.parametrize(
@@ -55,21 +58,47 @@ def test_packed_files_are_read_and_others_are_told(tmp_path: Path) -> None:
     assert skipped(tmp_path / "c.csv") == skipped(tmp_path / "nowhere") == ""
 
 
-@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(b"some text" * 99)[:-9]], ids=["other", "cut off"])
-def test_files_that_cannot_be_unpacked(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "a.txt.gz").write_bytes(content)
-    with pytest.raises(ValueError, match=r"a\.txt\.gz: cannot be unpacked: "):
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt.gz", b"no gzip"),
+        ("a.txt.gz", gzip.compress(b"some text" * 99)[:-9]),
+        ("a.txt.zst", b"no frame"),
+        ("a.txt.zst", zst(random.randbytes(999).hex().encode())[:-99]),
+    ],
+)
+def test_files_that_cannot_be_unpacked(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name}: cannot be unpacked: "):
         read_documents(tmp_path)
 
 
-def test_zst_needs_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a.txt.zst").write_bytes(b"packed")
-    monkeypatch.setitem(sys.modules, "zstandard", None)
-    with pytest.raises(ValueError, match=r"a\.txt\.zst: \.zst needs the package zstandard: pip install"):
-        read_documents(tmp_path)
-    unpacking = SimpleNamespace(open=lambda file, mode: io.BytesIO(b"one"), ZstdError=OverflowError)
-    monkeypatch.setitem(sys.modules, "zstandard", unpacking)
-    assert read_documents(tmp_path) == ["one"]
+def test_zst_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.txt.zst").write_bytes(zst(b"one\n<|endoftext|>\n") + zst("zwei é".encode()))  # as `zstd a b` does
+    (tmp_path / "b.jsonl.ZST").write_bytes(zst(b'{"text": "three"}\n' * 9999))
+    assert read_documents(tmp_path) == ["one\n", "zwei é", *["three"] * 9999]
+
+
+@pytest.mark.parametrize(
+    ("content", "count"),
+    [
+        ("one\n<|endoftext|>\ntwo\n<|endoftext|>\n\n", 0),
+        ("<|endoftext|>\none", 0),
+        ("\f \n\f one", 1),
+        ("one<|endoftext|>\n\f\f\ntwo", 1),
+        ("one\f\f\n\ftwo\f", 2),
+    ],
+)
+def test_blank_documents_between_others_are_counted(tmp_path: Path, content: str, count: int) -> None:
+    blank = Blank()
+    (tmp_path / "a.txt").write_text(content)
+    read_documents(tmp_path, blank=blank)
+    assert blank.count == count and (f"{count} documents of x hold" in blank.said("x")) == (count > 0)
+    (tmp_path / "b.txt").write_text(" \n")
+    (tmp_path / "c.jsonl").write_text('{"text": ""}\n\n{"text": " "}\n')
+    pq.write_table(pa.table({"text": ["", "x", " "]}), tmp_path / "d.parquet")
+    read_documents(tmp_path, blank=(more := Blank()))
+    assert more.count == count + 5
 
 
 def test_parquet_reads_one_column(tmp_path: Path) -> None:

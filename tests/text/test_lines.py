@@ -14,7 +14,6 @@ from opencola.text.lines import (
     parse_json,
     read_lines,
     read_objects,
-    replace_lines,
     write_objects,
 )
 
@@ -110,11 +109,11 @@ def test_lines_are_replaced_as_a_whole(tmp_path: Path) -> None:
     file.write_text("before")
 
     def lines() -> Any:
-        yield dump({"a": "ä"})
+        yield {"a": "ä"}
         assert file.read_text() == "before"
-        yield dump({"b": 1})
+        yield {"b": 1}
 
-    replace_lines(file, lines())
+    write_objects(file, lines())
     assert file.read_text(encoding="utf-8") == '{"a": "ä"}\n{"b": 1}\n'
     assert list(tmp_path.iterdir()) == [file]
 

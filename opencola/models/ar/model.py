@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opencola.data.batch import Batch
+from opencola.layers.operations import linear_cross_entropy
 from opencola.models.ar import generate as generation
 from opencola.models.ar import score as scoring
 from opencola.models.ar.network import ARNetwork
@@ -25,9 +26,11 @@ class AR(ARNetwork):
             starts = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0))
             inputs = inputs.masked_fill(starts, self.config.bos_id)
         # a row predicts a token of its own document, so it is numbered as that token
-        logits = self.logits(inputs, documents)
-        losses = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
-        right = (logits.detach().argmax(-1) == tokens).to(losses.dtype)
+        h = self.features(inputs, documents).to(self.output.dtype)
+        losses, best = (
+            x.view_as(tokens) for x in linear_cross_entropy(h.flatten(0, 1), self.output, None, tokens.flatten())
+        )
+        right = (best == tokens).to(losses.dtype)
         accuracy = right.mean()
         if batch.scored is not None:
             losses = losses * batch.scored

@@ -70,9 +70,13 @@ class ARNetwork(nn.Module):
 
     def project(self, h: Tensor) -> Tensor:
         """Logits (..., V) of features h (..., D)."""
-        if self.head is not None:
-            return self.head(h)
-        return linear(h.to(self.embedding.weight.dtype), self.embedding.weight)
+        weight = self.output
+        return linear(h.to(weight.dtype), weight)
+
+    @property
+    def output(self) -> Tensor:
+        """The matrix (V, D) that makes logits of features."""
+        return self.embedding.weight if self.head is None else self.head.weight
 
     def logits(self, inputs: Tensor, documents: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Logits (B, R, V) of the token that follows each of inputs (B, R); the rest as in `features`."""

@@ -5,8 +5,6 @@ masked ones, weighted by 1 / t, bounds -log p(x) from above. Its maths are funct
 that they can be tested with a predictor that is known to be exact.
 """
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from opencola.data.batch import Batch
@@ -33,12 +31,12 @@ class LLaDA(LLaDANetwork):
         t, hidden = draw_mask(batch)
         if batch.documents is not None:
             seen = same_document(batch.documents)
-        logits = self(tokens.masked_fill(hidden, self.mask_id), seen)
-        losses = weighted_losses(logits, tokens, hidden, t)
+        h = self.features(tokens.masked_fill(hidden, self.mask_id), seen)
+        cross_entropy, best = self.head.cross_entropy(h[hidden], tokens[hidden])
+        losses = weighted_losses(cross_entropy, hidden, t)
         counts = batch.counts or self.counts(batch)
         total = losses.sum() / counts["tokens"].clamp(min=1)
-        right = (logits.argmax(-1) == tokens) & hidden
-        accuracy = right.sum() / hidden.sum().clamp(min=1)
+        accuracy = (best == tokens[hidden]).sum() / hidden.sum().clamp(min=1)
         return Loss(total, {"cross_entropy": total}, {"masked_accuracy": accuracy.to(total.dtype)})
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
@@ -58,13 +56,11 @@ def draw_mask(batch: Batch) -> tuple[Tensor, Tensor]:
     return t.to(batch.tokens.device), hidden if batch.scored is None else hidden & batch.scored
 
 
-def weighted_losses(logits: Tensor, tokens: Tensor, hidden: Tensor, t: Tensor) -> Tensor:
+def weighted_losses(cross_entropy: Tensor, hidden: Tensor, t: Tensor) -> Tensor:
     """Cross-entropy / t of the masked tokens, 0 of the others: (B, L), in nats (equation 3, without its 1 / L).
 
-    logits (B, L, V) given the masked text, tokens (B, L) true, hidden (B, L) bool, t (B, 1) the masking probability.
+    cross_entropy (number of masked tokens) given the masked text, hidden (B, L) bool, t (B, 1) the masking probability.
     The expectation of the sum over L, over t and masks, is at least -log p(tokens) (equation 4); no less for the exact
     conditionals, where it is equal.
     """
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    losses = F.cross_entropy(wide.flatten(0, 1), tokens.flatten(), reduction="none").view(tokens.shape)
-    return torch.where(hidden, losses, 0) / t
+    return cross_entropy.new_zeros(hidden.shape).masked_scatter(hidden, cross_entropy) / t

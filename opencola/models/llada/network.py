@@ -54,9 +54,13 @@ class LLaDANetwork(nn.Module):
 
         seen: bool, broadcastable to (B, 1, R, R), true where a row sees another; all see all when not given.
         """
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
-        logits: Tensor = self.head(self.trunk(self.embedding(tokens), positions, masked(seen)))
+        logits: Tensor = self.head(self.features(tokens, seen))
         return logits
+
+    def features(self, tokens: Tensor, seen: Tensor | None = None) -> Tensor:
+        """What the head makes logits of: (B, R, D); arguments as of a call."""
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        return self.trunk(self.embedding(tokens), positions, masked(seen))
 
     def within(self, lengths: Tensor) -> Callable[[Tensor], Tensor]:
         """The predictor of texts padded at their ends: of each only the first lengths (B,) are seen.

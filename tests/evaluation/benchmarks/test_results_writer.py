@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from opencola.evaluation.benchmarks.results_writer import DRAFT, RESULTS, ResultsWriter, delete, differences
+from opencola.evaluation.benchmarks.results_writer import DRAFT, RESULTS, ResultsWriter, differences
 
 HEADER = {"record": "run", "settings": {"steps": 16, "stop": ("ä",)}, "tasks": {"b": {}, "a": {}}}
 SIZES = {"b": 2, "a": 1}
@@ -67,7 +67,7 @@ def test_a_draft_cut_off_at_any_byte_loses_only_what_is_cut(whole: bytes, tmp_pa
         assert len((tmp_path / DRAFT).read_bytes()) == len(content)
         results.finish()
         assert (tmp_path / RESULTS).read_bytes() == whole and not (tmp_path / DRAFT).exists()
-        delete(tmp_path)
+        (tmp_path / RESULTS).unlink()
 
 
 @pytest.mark.parametrize(
@@ -88,12 +88,36 @@ def test_damaged_lines_are_made_again(whole: bytes, tmp_path: Path, damage: byte
     assert (tmp_path / RESULTS).read_bytes() == whole
 
 
+def test_earlier_results_stay_until_the_new_ones_are_whole(whole: bytes, tmp_path: Path) -> None:
+    """Of the same run, and of another: overwritten, cut off, gone on with, and only then replaced."""
+    other = HEADER | {"settings": {"steps": 8, "stop": ()}}
+    for header in (HEADER, other):
+        (tmp_path / RESULTS).write_bytes(whole)
+        results = ResultsWriter(tmp_path, header, SIZES, overwrite=True)
+        assert not results.lines
+        with results.open() as draft:
+            results.append(draft, [RECORDS[0] | {"text": "new"}])
+        assert (tmp_path / RESULTS).read_bytes() == whole
+        results = ResultsWriter(tmp_path, header, SIZES)
+        assert [json.loads(line)["text"] for line in results.lines.values()] == ["new"], "the draft alone counts"
+        with results.open() as draft:
+            results.append(draft, RECORDS[1:])
+        assert (tmp_path / RESULTS).read_bytes() == whole
+        results.finish()
+        assert b'"new"' in (tmp_path / RESULTS).read_bytes() and not (tmp_path / DRAFT).exists()
+    (tmp_path / RESULTS).write_bytes(whole)
+    ResultsWriter(tmp_path, other, SIZES, overwrite=True).open().close()
+    with pytest.raises(ValueError, match=f"{DRAFT} is of another run: settings.steps is 8 there, 16 now"):
+        ResultsWriter(tmp_path, HEADER, SIZES)
+    assert (tmp_path / RESULTS).read_bytes() == whole
+
+
 def test_a_damaged_first_line_is_an_error(whole: bytes, tmp_path: Path) -> None:
     for name in (RESULTS, DRAFT):
         (tmp_path / name).write_bytes(b"{" + whole)
         with pytest.raises(ValueError, match=rf"{name}: line 1 is damaged.*--overwrite"):
             ResultsWriter(tmp_path, HEADER, SIZES)
-        delete(tmp_path)
+        (tmp_path / name).unlink()
     (tmp_path / RESULTS).write_bytes(b"")
     with pytest.raises(ValueError, match="line 1 is damaged"):
         ResultsWriter(tmp_path, HEADER, SIZES)

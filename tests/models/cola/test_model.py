@@ -394,9 +394,9 @@ def test_conversations_in_a_row_do_not_leak_and_only_answers_pull() -> None:
     torch.testing.assert_close(losses(changed, second), losses(batch.tokens, second), rtol=1e-12, atol=0)
     assert (losses(changed, first) - losses(batch.tokens, first)).abs().min() > 1e-4
 
-    logits: list[Tensor] = []
-    decode = model.vae.decode
-    model.vae.decode = lambda *args, **options: logits.append(decode(*args, **options)) or logits[-1]  # type: ignore[func-returns-value,method-assign]
+    decoded: list[Tensor] = []
+    features = model.vae.features
+    model.vae.features = lambda *args, **options: decoded.append(features(*args, **options)) or decoded[-1]  # type: ignore[func-returns-value,method-assign]
     terms = model.loss(replace(batch, scored=scored)).terms
-    pulls = torch.autograd.grad(terms["cross_entropy"], logits)[0]
+    pulls = torch.autograd.grad(terms["cross_entropy"], decoded)[0]
     assert torch.equal(pulls[:3].abs().sum(-1) > 0, scored) and not pulls[3:].any()  # the second view is the mask's

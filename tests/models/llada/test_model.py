@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from any_order import LENGTH, MASK, MASKS, TEXTS, Arbitrary, Exact, by_order, language
 from tiny import VOCABULARY, tiny_batch, tiny_llada
 from torch import Tensor
@@ -13,6 +14,10 @@ from torch import Tensor
 from opencola.models.bounds import BoundScoring
 from opencola.models.llada.model import draw_mask, weighted_losses
 from opencola.models.llada.score import draw_hidden, masked_bound
+
+
+def losses_of(logits: Tensor, tokens: Tensor, hidden: Tensor, t: Tensor) -> Tensor:
+    return weighted_losses(F.cross_entropy(logits[hidden], tokens[hidden], reduction="none"), hidden, t)
 
 
 def expected_loss(predict: Exact | Arbitrary) -> Tensor:
@@ -24,7 +29,7 @@ def expected_loss(predict: Exact | Arbitrary) -> Tensor:
             hidden = mask.expand_as(TEXTS)
             chance = math.prod(t if m else 1 - t for m in mask.tolist())
             logits = predict(TEXTS.masked_fill(hidden, MASK))
-            losses = weighted_losses(logits, TEXTS, hidden, torch.full((len(TEXTS), 1), t))
+            losses = losses_of(logits, TEXTS, hidden, torch.full((len(TEXTS), 1), t))
             total += weight * chance * losses.sum(-1)
     return total
 
@@ -77,7 +82,7 @@ def test_a_fixed_number_of_masks_varies_less() -> None:
     uniform = torch.zeros(LENGTH).double()[None, :, None].expand(1, LENGTH, 3)
     batch = replace(tiny_batch(), tokens=TEXTS[:1].expand(2000, -1), ids=torch.arange(2000))
     t, hidden = draw_mask(batch)
-    losses = weighted_losses(uniform.expand(2000, -1, -1), batch.tokens, hidden, t.double()).sum(-1)
+    losses = losses_of(uniform.expand(2000, -1, -1), batch.tokens, hidden, t.double()).sum(-1)
     drawn = torch.stack([draw_hidden(LENGTH, 0, i) for i in range(2000)])
     scored = torch.full((2000,), LENGTH)
     bounds = masked_bound(lambda tokens: uniform.expand(len(tokens), -1, -1), batch.tokens, drawn, scored, MASK)
