@@ -9,10 +9,10 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format map docs clean
+.PHONY: help demo test test-slow test-kernels lint format map docs clean
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(STAMP)  ## Train a tiny model and watch it write
 	$(BIN)/opencola demo
@@ -22,6 +22,9 @@ test: lint  ## Lint, type-check and run the fast tests
 
 test-slow: $(STAMP)  ## Run the slow tests
 	$(PYTEST) -m slow
+
+test-kernels: $(STAMP)  ## Run the kernels' tests by clang and for other processors
+	$(PYTEST) -m slow tests/kernels/test_variants.py tests/kernels/test_wheel.py
 
 lint: $(STAMP)  ## Check style, formatting and types
 	$(BIN)/ruff check

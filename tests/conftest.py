@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from needed import lacking
 
 from opencola.kernels import library
 
@@ -54,7 +55,7 @@ def golden() -> Path:
 def need_kernels() -> None:
     """Skip where no C compiler has made the kernels; `python -m opencola.kernels` says why."""
     if library.library() is None:
-        pytest.skip("no kernels: python -m opencola.kernels says why")
+        lacking("no kernels: python -m opencola.kernels says why")
 
 
 @pytest.fixture(params=[True, False], ids=["kernels", "torch"])

@@ -2,10 +2,15 @@
 
 import sys
 
-from opencola.kernels.library import NotCompiled, load
+from opencola.errors import UserError
+from opencola.kernels.build import NotCompiled
+from opencola.kernels.library import load
 
 if __name__ == "__main__":
     try:
-        print(f"kernels: {load()[0]}")
+        print(f"kernels: {(found := load()).file} ({found.about})")
     except NotCompiled as error:
         sys.exit(f"no kernels, torch does it all: {error}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -7,12 +7,6 @@ them again, from the logarithms of their sums. */
 
 #include "tiles.h"
 
-#ifdef _OPENMP
-#include <omp.h>
-#else
-static long omp_get_thread_num(void) { return 0; }
-#endif
-
 /* Rows [sample][row][head][channel]: steps in floats, 1 between channels. */
 typedef struct {
     float *start;
@@ -244,32 +238,37 @@ static void prefetch(matrix x, long row, long channels) {
         for (long d = 0; d < channels; d += 16) __builtin_prefetch(x.start + (row + i) * x.step + d, 0, 2);
 }
 
-static void each_tile(const call *c, void (*work)(const head *, tile *)) {
+/* All tiles of one head of one sample; the rows of the next are fetched meanwhile. */
+static void each_tile(const call *c, void (*work)(const head *, tile *), long i, float *scratch) {
     const long clean = c->past_k.start ? 0 : c->clean, all = clean + c->copies * c->length, skipped = all - c->asking;
-#pragma omp parallel for num_threads(c->threads) if (c->threads > 1)
-    for (long i = 0; i < c->samples * c->heads; i++) {
-        float *scratch = c->scratch + omp_get_thread_num() * c->scratch_each;
-        const head h = make_head(c, i / c->heads, i % c->heads, scratch);
-        /* the next head's rows are fetched meanwhile */
-        const long after = least(i + 1, c->samples * c->heads - 1);
-        const head next = make_head(c, after / c->heads, after % c->heads, scratch);
-        for (long row = 0; work == backward && row < all; row++) {
-            memset(h.dk.start + row * h.dk.step, 0, sizeof(float) * c->channels);
-            memset(h.dv.start + row * h.dv.step, 0, sizeof(float) * c->channels);
-        }
-        for (long part = 0; part <= c->copies; part++) {
-            const long start = part ? clean + (part - 1) * c->length : 0, length = part ? c->length : clean;
-            for (long row = most(0, skipped - start); row < length; row += TILE) {
-                tile t = make_tile(&h, part > 0, start, part ? c->first : 0, length, row);
-                prefetch(next.k, t.at, c->channels), prefetch(next.v, t.at, c->channels);
-                t.at -= skipped;
-                prefetch(next.q, t.at, c->channels), prefetch(next.gradient, t.at, c->channels);
-                work(&h, &t);
-            }
+    const head h = make_head(c, i / c->heads, i % c->heads, scratch);
+    const long after = least(i + 1, c->samples * c->heads - 1);
+    const head next = make_head(c, after / c->heads, after % c->heads, scratch);
+    for (long row = 0; work == backward && row < all; row++) {
+        memset(h.dk.start + row * h.dk.step, 0, sizeof(float) * c->channels);
+        memset(h.dv.start + row * h.dv.step, 0, sizeof(float) * c->channels);
+    }
+    for (long part = 0; part <= c->copies; part++) {
+        const long start = part ? clean + (part - 1) * c->length : 0, length = part ? c->length : clean;
+        for (long row = most(0, skipped - start); row < length; row += TILE) {
+            tile t = make_tile(&h, part > 0, start, part ? c->first : 0, length, row);
+            prefetch(next.k, t.at, c->channels), prefetch(next.v, t.at, c->channels);
+            t.at -= skipped;
+            prefetch(next.q, t.at, c->channels), prefetch(next.gradient, t.at, c->channels);
+            work(&h, &t);
         }
     }
 }
 
-void attend_packed(const call *c) { each_tile(c, forward); }
+/* The number of a thread is ours, as the function that tells it may be that of another OpenMP in the process. */
+static void each_head(const call *c, void (*work)(const head *, tile *)) {
+    const long heads = c->samples * c->heads, share = (heads + c->threads - 1) / c->threads;
+#pragma omp parallel for num_threads(c->threads) if (c->threads > 1)
+    for (long thread = 0; thread < c->threads; thread++)
+        for (long i = thread * share; i < least((thread + 1) * share, heads); i++)
+            each_tile(c, work, i, c->scratch + thread * c->scratch_each);
+}
 
-void attend_packed_backward(const call *c) { each_tile(c, backward); }
+void attend_packed(const call *c) { each_head(c, forward); }
+
+void attend_packed_backward(const call *c) { each_head(c, backward); }

@@ -1,8 +1,9 @@
-"""Kernels in C: what torch does on a CPU in many passes over memory, in one. Without a C compiler torch does it all.
+"""Kernels in C: what torch does on a CPU in many passes over memory, in one. Where there are none, torch does it all.
 
-`python -m opencola.kernels` says whether they can be loaded. They are compiled on first use, for this processor, into
-the user's cache folder or, where that cannot be written to or loaded from, a temporary one of the user's own;
-OPENCOLA_KERNELS=0 in the environment leaves them out.
+They are compiled on first use, for this processor, into the user's cache folder or, where that cannot be written to or
+loaded from, a temporary one of the user's own. Without a C compiler it is the best of those in the wheel (`build.py`)
+that this processor can run. OPENCOLA_KERNELS in the environment says it otherwise: 0 for none, `native` for those
+compiled here only, or a variant's name. `python -m opencola.kernels` says what came of it.
 """
 
 import contextlib
@@ -11,41 +12,95 @@ import functools
 import hashlib
 import os
 import platform
-import shlex
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared")
-SOURCES = Path(__file__).parent
+from opencola.errors import UserError
+from opencola.kernels.build import (
+    FLAGS,
+    NATIVE,
+    PREBUILT,
+    SOURCES,
+    VARIANTS,
+    NotCompiled,
+    compile_kernels,
+    compiler,
+    options,
+    runnable,
+)
+
 PLAIN = (Tensor, torch.nn.Parameter)  # a subclass may have no numbers at all
 TYPES = (torch.float32, torch.complex64, torch.int64)
 TILE = 16  # of tiles.h: rows that attention takes side by side
 
 
-class NotCompiled(Exception):
-    """There are no kernels; the message says why."""
+class Loaded(NamedTuple):
+    """The kernels, their file, and which they are and why these."""
+
+    file: Path
+    kernels: ctypes.CDLL
+    about: str
 
 
-def load() -> tuple[Path, ctypes.CDLL]:
-    """The library and its file, compiled unless it is there and whole. Raises NotCompiled with the reason."""
-    if os.environ.get("OPENCOLA_KERNELS") == "0":
+def load() -> Loaded:
+    """The library, compiled unless it is there and whole.
+
+    Raises NotCompiled with the reason, and UserError for an OPENCOLA_KERNELS that is none of its values.
+    """
+    wanted, can = os.environ.get("OPENCOLA_KERNELS") or "1", runnable()
+    values = ["0", "1", NATIVE, *(name for names in VARIANTS.values() for name in names)]
+    if wanted not in values:
+        raise UserError(f"OPENCOLA_KERNELS is {wanted!r} in the environment; it may be {', '.join(values)}")
+    if wanted == "0":
         raise NotCompiled("OPENCOLA_KERNELS is 0 in the environment")
+    if wanted not in ("1", NATIVE, *can):
+        raise NotCompiled(f"OPENCOLA_KERNELS is {wanted}, and this processor can run {', '.join(can) or 'none'}")
+    if wanted not in ("1", NATIVE):
+        return _prebuilt(wanted, "OPENCOLA_KERNELS names it") or _compiled(wanted)
+    try:
+        return _compiled(NATIVE)
+    except NotCompiled as error:
+        others = (_prebuilt(name, str(error)) for name in can) if wanted == "1" else ()
+        if best := next(filter(None, others), None):
+            return best
+        raise
+
+
+def _prebuilt(variant: str, why: str) -> Loaded | None:
+    """The variant of the wheel, if it is there and can be loaded."""
+    file = PREBUILT / f"{variant}.so"
+    with contextlib.suppress(OSError):
+        return Loaded(file, _open(file), f"{variant}, of the wheel: {why}")
+    return None
+
+
+def _compiled(variant: str) -> Loaded:
     reasons = []
     for folder in folders():
         try:
             make_folder(folder)
-            file = compile_library(folder)
-            return file, ctypes.CDLL(str(file))
+            file = compile_library(folder, variant)
+            return Loaded(file, _open(file), f"{variant}, compiled by {compiler()[0]}")
         except OSError as error:  # no room, no right to write, or a folder that nothing may be loaded from
             reasons.append(f"{folder}: {error}")
     raise NotCompiled(f"{'; '.join(reasons)} (the folder is named by XDG_CACHE_HOME)")
+
+
+def _open(file: Path) -> ctypes.CDLL:
+    """Load a library, whose threads are those of torch's OpenMP or, where torch shows none, of the system's."""
+    try:
+        return ctypes.CDLL(str(file))
+    except OSError as error:
+        if "GOMP_" not in str(error):
+            raise
+    ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
+    return ctypes.CDLL(str(file))
 
 
 USER = os.getuid() if hasattr(os, "getuid") else 0
@@ -66,31 +121,24 @@ def folders() -> Iterator[Path]:
     yield Path(tempfile.gettempdir()) / f"opencola-{USER}"
 
 
-def compile_library(folder: Path) -> Path:
+def compile_library(folder: Path, variant: str) -> Path:
     """The compiled library in a folder, made unless it is there and whole.
 
     Its name ends with its checksum, so that no damaged one is ever loaded. Raises NotCompiled, and OSError where the
     folder cannot be written to.
     """
-    sources = sorted(SOURCES.glob("*.c"))
-    first, *options = shlex.split(os.environ.get("CC") or "cc")
-    compiler = [os.path.expanduser(first), *options]
-    parts = [*(path.read_bytes() for path in sorted(SOURCES.glob("*.[ch]"))), repr((compiler, FLAGS)).encode()]
-    name = "kernels-" + hashlib.sha256(b"\0".join([*parts, processor()])).hexdigest()[:16]
+    parts = [path.read_bytes() for path in sorted(SOURCES.glob("*.[ch]"))]
+    parts += [repr((compiler(), FLAGS, options(variant))).encode(), processor() if variant == NATIVE else b""]
+    name = "kernels-" + hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     for library in sorted(folder.glob(f"{name}-*.so")):
         if library.name == f"{name}-{_checksum(library)}.so":
             return library
         library.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as made:  # moved in one step: several processes may start at once
-        command = [*compiler, *FLAGS, *map(str, sources), "-o", f"{made}/kernels.so", "-lm"]
-        try:
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
-        except subprocess.CalledProcessError as error:
-            raise NotCompiled(f"{shlex.join(error.cmd)} failed:\n{error.stderr}") from error
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise NotCompiled(f"{error} (the compiler is named by CC)") from error
-        library = folder / f"{name}-{_checksum(Path(made, 'kernels.so'))}.so"
-        os.replace(f"{made}/kernels.so", library)
+        file = Path(made, "kernels.so")
+        compile_kernels(file, variant)
+        library = folder / f"{name}-{_checksum(file)}.so"
+        os.replace(file, library)
     return library
 
 
@@ -109,9 +157,15 @@ def processor() -> bytes:
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The kernels, or None where there are none."""
-    with contextlib.suppress(NotCompiled):
-        return load()[1]
-    return None
+    try:
+        kernels = load().kernels
+    except NotCompiled:
+        return None
+    if hasattr(os, "register_at_fork"):
+        # A fork has none of the threads that its parent's OpenMP knows of, and would wait for them, in torch's own
+        # operations too.
+        os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
+    return kernels
 
 
 class _Start:

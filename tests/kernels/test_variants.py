@@ -1,0 +1,90 @@
+"""The kernels' tests again, with kernels by other compilers and for other processors: a program of pytest for each."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from needed import lacking, need
+
+from opencola.kernels import build
+
+HERE = Path(__file__).parent
+OTHERS = ("choice", "library", "matmul", "variants", "wheel")
+TESTS = sorted(map(str, {*HERE.glob("test_*.py")} - {HERE / f"test_{name}.py" for name in OTHERS}))
+
+
+def passes(folder: Path, *options: str, **environment: str) -> str:
+    """Run the tests; all must pass, and none be skipped. What was printed."""
+    environment = os.environ | {"XDG_CACHE_HOME": str(folder), "PYTHONPATH": str(HERE.parent)} | environment
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *options, *TESTS]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parents[1]).stdout
+    summary = re.search(r"^(\d+) passed(, \d+ warnings?)? in .*$", said, re.MULTILINE)
+    assert summary and int(summary[1]) > 100, said
+    return said
+
+
+@pytest.mark.slow
+def test_clang(tmp_path: Path) -> None:
+    """Its threads are of another OpenMP than torch's."""
+    environment = {"CC": need("clang", "clang libomp-dev"), "OPENCOLA_KERNELS": build.NATIVE}
+    passes(tmp_path, **environment)
+    command = [sys.executable, "-m", "opencola.kernels"]
+    environment |= {"XDG_CACHE_HOME": str(tmp_path)}
+    said = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=True).stdout
+    assert said.endswith("(native, compiled by clang)\n")
+
+
+@pytest.mark.slow
+def test_the_middle_variant(tmp_path: Path) -> None:
+    """Between `native`, which all other tests run with, and the least."""
+    if (variant := "x86-64-v3") not in build.runnable():
+        lacking(f"this processor cannot run {variant}")
+    need("cc", "gcc")
+    passes(tmp_path, OPENCOLA_KERNELS=variant)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("machine", "compiler"), [("aarch64", "aarch64-linux-gnu-gcc"), ("x86_64", "cc")])
+def test_called_from_another_program(
+    machine: str, compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The least variants, for aarch64 emulated; what lies behind a tensor can neither be read nor written there."""
+    monkeypatch.setenv("CC", need(compiler, f"gcc-{machine}-linux-gnu"))
+    emulator = f"{need('qemu-aarch64', 'qemu-user')} -L /usr/aarch64-linux-gnu " if machine == "aarch64" else ""
+    driver = tmp_path / "driver"
+    link = ["-Wl,--no-as-needed", "-fopenmp", "-ldl"]
+    subprocess.run([compiler, "-O1", str(HERE / "driver.c"), *link, "-o", str(driver)], check=True)
+    build.compile_kernels(tmp_path / "kernels.so", [*build.VARIANTS[machine]][-1])
+    command = f"{emulator}{driver} {tmp_path / 'kernels.so'}"
+    said = passes(tmp_path, "-s", "-p", "elsewhere", OPENCOLA_ELSEWHERE=command)
+    calls = re.search(r"^(\d+) calls elsewhere, which ended with 0$", said, re.MULTILINE)
+    assert calls and int(calls[1]) > 100, said
+
+
+def test_the_best_variant_is_what_the_c_library_finds() -> None:
+    """Which tells it itself, from glibc 2.33 on."""
+    loader = "/lib64/ld-linux-x86-64.so.2"
+    said = subprocess.run([loader, "--help"], capture_output=True, text=True).stdout if Path(loader).exists() else ""
+    if "x86-64-v2" not in said:
+        pytest.skip("this C library does not say")
+    found = [name for name in build.runnable() if not name.endswith("bf16")]
+    assert found == re.findall(r"^  (x86-64-v\d) \(supported", said, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("machine", "cpuinfo", "variants"),
+    [
+        ("x86_64", f"processor: 0\nflags\t\t: fpu {build._V3} ibrs\n", ["x86-64-v3", "x86-64-v2"]),
+        ("x86_64", f"flags\t\t: {build._V4.replace('avx512dq', '')}\nflags: {build._V4}", ["x86-64-v3", "x86-64-v2"]),
+        ("x86_64", f"flags\t\t: {build._V4} avx512_bf16", [*build.VARIANTS["x86_64"]]),
+        ("x86_64", f"bugs: {build._V4}\nflags\t\t: fpu sse sse2", []),
+        ("x86_64", "", []),
+        ("aarch64", "processor\t: 0\nFeatures\t: fp asimd evtstrm\n", ["armv8-a"]),
+        ("riscv64", "isa: rv64imafdc\n", []),
+    ],
+)
+def test_a_processor_is_given_what_its_flags_allow(machine: str, cpuinfo: str, variants: list[str]) -> None:
+    assert build.runnable(machine, cpuinfo) == variants
