@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opencola.kernels import elementwise
+from opencola.kernels import elementwise, plain
 from opencola.kernels.choice import implemented_by
-from opencola.layers.attention import rotate_pairs
+from opencola.layers.attention import Rotary, rotate_halves, rotate_pairs
 
 
 def take(values: Tensor, index: Tensor) -> Tensor:
@@ -73,26 +73,73 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return gelu(F.linear(x, weight, bias))
 
 
+def swiglu(x: Tensor, gate_first: bool) -> Tensor:
+    """value * silu(gate), the halves of x (..., 2 D)."""
+    gate, value = x.chunk(2, dim=-1) if gate_first else x.chunk(2, dim=-1)[::-1]
+    return value * F.silu(gate)
+
+
+@implemented_by(lambda x, weight, bias, gate_first: plain.swiglu(F.linear(x, weight), bias, gate_first))
+def linear_swiglu(x: Tensor, weight: Tensor, bias: Tensor | None, gate_first: bool) -> Tensor:
+    """`swiglu` of the linear layer of x (..., in) with weight (2 D, in)."""
+    return swiglu(F.linear(x, weight, bias), gate_first)
+
+
 class Linear(nn.Linear):
     """Linear layer that takes wider inputs than its weights: norms give float32, and weights may be bfloat16."""
 
-    def forward(self, x: Tensor, activation: Literal["none", "gelu"] = "none") -> Tensor:
-        """x (..., in) -> (..., out); gelu is the tanh form."""
+    def forward(
+        self, x: Tensor, activation: Literal["none", "gelu", "swiglu gate first", "swiglu value first"] = "none"
+    ) -> Tensor:
+        """x (..., in) -> (..., out), or half of that with swiglu; gelu is the tanh form."""
         wider = torch.promote_types(x.dtype, self.weight.dtype) != self.weight.dtype
         x = x.to(self.weight.dtype) if wider else x
-        return super().forward(x) if activation == "none" else linear_gelu(x, self.weight, self.bias)
+        if activation == "none":
+            return super().forward(x)
+        if activation == "gelu":
+            return linear_gelu(x, self.weight, self.bias)
+        return linear_swiglu(x, self.weight, self.bias, activation == "swiglu gate first")
 
     def product(self, x: Tensor) -> Tensor:
         """Without the bias."""
         return F.linear(x, self.weight)
 
 
+@implemented_by(plain.layer_norm)
+def plain_norm(
+    x: Tensor, eps: float, gain: Tensor | None = None, bias: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
+    """`layer_norm` of x (..., D), plus residual (..., D)."""
+    normal = layer_norm(x, eps, gain, bias)
+    return normal if residual is None else normal + residual
+
+
+@implemented_by(plain.residual_rms_norm)
+def residual_rms_norm(h: Tensor, y: Tensor | None, eps: float, gain: Tensor) -> tuple[Tensor, Tensor]:
+    """h + y, or h where y is None, and its RMSNorm over the last axis with gain (D), in at least float32."""
+    h = h if y is None else h + y
+    wide = torch.promote_types(h.dtype, torch.float32)
+    return h, F.rms_norm(h.to(wide), h.shape[-1:], gain.to(wide), eps)
+
+
 class LayerNorm(nn.LayerNorm):
     """LayerNorm computed in at least float32, also with parameters of less."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last axis of x."""
-        return layer_norm(x, self.eps, self.weight, self.bias)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Normalise the last axis of x, and add the residual."""
+        return plain_norm(x, self.eps, self.weight, self.bias, residual)
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm, of a sum, computed in at least float32, also with a gain of less."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps, self.weight = eps, nn.Parameter(torch.ones(width))
+
+    def forward(self, h: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        """h + y, or h where y is None, and that normalised over its last axis."""
+        return residual_rms_norm(h, y, self.eps, self.weight)
 
 
 @implemented_by(
@@ -117,3 +164,19 @@ def split_heads(
     q, k = (layer_norm(x, eps, gain, bias) for x, gain, bias in ((q, *norms[:2]), (k, *norms[2:])))
     q, k = rotate_pairs(q, turn).to(v.dtype), rotate_pairs(k, turn).to(v.dtype)
     return q.transpose(1, 2)[:, skip:], k.transpose(1, 2), v.transpose(1, 2)
+
+
+@implemented_by(plain.rotated_heads)
+def rotated_heads(
+    qkv: Tensor, heads: int, kv_heads: int, table: Rotary, norms: tuple[Tensor | None, ...] | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv (B, R, (H + 2 Hkv) Dh) -> turned q (B, R, H, Dh) and k, and v, both (B, R, Hkv, Dh).
+
+    norms: gain and bias of the norm of a row's q, all heads together, and of its k; None: they are not normalised.
+    """
+    width = qkv.shape[-1] // (heads + 2 * kv_heads)
+    q, k, v = qkv.split([n * width for n in (heads, kv_heads, kv_heads)], dim=-1)
+    if norms is not None:
+        q, k = layer_norm(q, eps, *norms[:2]), layer_norm(k, eps, *norms[2:])
+    q, k, v = (x.unflatten(-1, (-1, width)) for x in (q, k, v))
+    return rotate_halves(q, table).to(v.dtype), rotate_halves(k, table).to(v.dtype), v
