@@ -79,7 +79,7 @@ def recipe_first(argv: Sequence[str]) -> Sequence[str]:
 
     def takes_value(word: str) -> bool:
         name = word.lstrip("-").removeprefix("no-").replace("-", "_")
-        return word.startswith("--") and "=" not in word and name not in switches
+        return word.startswith("--") and word != "--" and "=" not in word and name not in switches
 
     free = [
         place

@@ -43,8 +43,8 @@ class RunLog:
     ) -> None:
         """Append to the files in `folder`, of which only what was written up to the state's step is kept.
 
-        display: show a progress bar on standard error; main: off in all processes but one, which then make the same
-        records (`step` gives them out) but write and show nothing. The kept records are in `records`.
+        display: show a progress bar on standard error, if that is a terminal; main: off in all processes but one, which
+        then make the same records (`step` gives them out) but write and show nothing. The kept ones are in `records`.
         """
         kept = {name: kept_records(folder / name, state.step) for name in ("metrics.jsonl", "samples.jsonl")}
         self.records: list[dict[str, Any]] = kept["metrics.jsonl"]
@@ -61,14 +61,17 @@ class RunLog:
         self._cut: int | None = None
         self._has_counted = any(record.get("loss") is not None for record in self.records)
         self._last = (state.num_tokens, state.seconds)
+        console = Console(stderr=True)
+        # where nothing can be taken back, a bar would stand in front of the error that ends it
+        display = display and main and console.is_interactive
         self._bar = Progress(
             TextColumn("step {task.fields[step]}"),
             BarColumn(),
             TaskProgressColumn(),
             TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=not (display and main),
+            console=console,
+            disable=not display,
         )
         self._task = self._bar.add_task("train", total=1.0, step=state.step, figures="")
 

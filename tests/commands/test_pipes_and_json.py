@@ -31,8 +31,9 @@ def test_pipes_are_read(main: Main, monkeypatch: pytest.MonkeyPatch) -> None:
     assert code == 0 and "[0] The fox" in said and "[1] The bear" in said, error
     pipe(monkeypatch, 'The fox ran.\n{"prompt": "The", "continuation": " fox"}\n')
     code, said, error = main("score", "-", *TINY, "--solver", "euler", "--samples", "1", "--json")
-    first, second, _ = map(json.loads, said.splitlines())
+    first, second, whole = map(json.loads, said.splitlines())
     assert code == 0 and first["text"] == "The fox ran." and second["continuation"] == " fox", error
+    assert whole["id"] == "all"
 
 
 @pytest.mark.parametrize("name", ["t.txt", "t.jsonl"])
@@ -164,6 +165,7 @@ def test_progress_goes_to_standard_error(argv: tuple[str, ...], main: Main, monk
     """As on a terminal, where bars are drawn."""
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TTY_INTERACTIVE", "1")
+    monkeypatch.setenv("TERM", "xterm")
     code, said, error = main(*argv)
     assert code == 0, error
     assert "\u2501" not in said and "0:00:0" not in said and "\033[?25l" not in said
