@@ -154,6 +154,12 @@ def test_any_strides_and_an_expanded_gradient() -> None:
     assert torch.equal(attend(0, *one)[:, :, 0], expected[:, :, 0])
 
 
+def test_there_may_be_no_samples() -> None:
+    qkv = rows(0, 28, 2, 16, seed=6)
+    out = packed(12, 16, 4, 1)(0, *qkv)
+    assert out.shape == (0, 28, 2, 16) and torch.autograd.grad(out.sum(), qkv)[0].shape == qkv.shape
+
+
 def test_large_scores_stay_finite_and_what_is_not_finite_stays_so() -> None:
     attend, qkv = packed(12, 16, 4, 1), rows(1, 28, 1, 16, seed=7)
     qkv = (100 * qkv).detach().requires_grad_()

@@ -80,6 +80,34 @@ def test_attention_is_the_same_with_two_threads() -> None:
     assert torch.equal(one, two)
 
 
+def test_there_may_be_no_rows() -> None:
+    index, weight = torch.zeros(0, dtype=torch.long), pack(torch.randn(5, 3))
+    assert product(torch.empty(0, 3), weight, torch.ones(5), 5, index, gelu=True).shape == (0, 5)
+    norm = (torch.ones(2, 3), torch.ones(2, 3), 1e-3)
+    assert product(torch.empty(2, 0, 3), weight, None, 5, index.view(2, 0), norm=norm).shape == (2, 0, 5)
+    for batch, rows in ((0, 4), (2, 0)):
+        q, k, limits = torch.randn(batch, rows, 3, 16), torch.randn(batch, 7, 3, 16), torch.ones(batch, rows).long()
+        prefix_attention(q, k, k, limits, torch.empty_like(q))
+
+
+def test_numbers_may_lie_at_any_address_and_be_denormal() -> None:
+    def shifted(x: Tensor) -> Tensor:
+        return torch.empty(1 + x.numel())[1:].view_as(x).copy_(x)
+
+    x, weight, bias, index = torch.randn(9, 40), torch.randn(33, 40), torch.randn(33), torch.zeros(9, dtype=torch.long)
+    expected = product(x, pack(weight), bias, 33, index)
+    assert torch.equal(product(shifted(x), shifted(pack(shifted(weight))), shifted(bias), 33, index), expected)
+    q, k, v, limits = torch.randn(2, 20, 3, 16), *torch.randn(2, 2, 20, 3, 16), torch.full((2, 20), 20)
+    outs = [torch.empty_like(q), shifted(torch.empty_like(q))]
+    prefix_attention(q, k, v, limits, outs[0])
+    prefix_attention(shifted(q), shifted(k), shifted(v), limits, outs[1])
+    assert torch.equal(*outs)
+    tiny = torch.full((1, 1), 2.0**-140)
+    assert product(tiny, pack(torch.full((1, 1), 2.0**100)), None, 1, index[:1]).item() == 2.0**-40
+    prefix_attention(q, k, v * 0 + 2.0**-140, limits, outs[0])
+    torch.testing.assert_close(outs[0], torch.full_like(q, 2.0**-140), rtol=0, atol=20 * 2.0**-149)
+
+
 def test_scores_may_be_large() -> None:
     q, k, v = torch.full((1, 8, 1, 16), 60.0), torch.randn(1, 6, 1, 16) * 60, torch.randn(1, 6, 1, 16)
     out = torch.empty(1, 8, 1, 16)

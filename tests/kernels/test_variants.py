@@ -12,7 +12,7 @@ from needed import lacking, need
 from opencola.kernels import build
 
 HERE = Path(__file__).parent
-OTHERS = ("choice", "library", "matmul", "variants", "wheel")
+OTHERS = ("bfloat16", "choice", "library", "matmul", "variants", "wheel")
 TESTS = sorted(map(str, {*HERE.glob("test_*.py")} - {HERE / f"test_{name}.py" for name in OTHERS}))
 
 

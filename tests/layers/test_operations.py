@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from opencola.kernels import elementwise
 from opencola.kernels.choice import Operation
 from opencola.layers import operations
 from opencola.layers.attention import rotary, turns
@@ -141,6 +142,68 @@ def test_kernels_compute_what_torch_defines(name: str, batch: int, rows: int, wi
             torch.testing.assert_close(other.double(), right, rtol=0, atol=1e-5 * float(1 + right.abs().max()))
     for value, right in zip(silent if isinstance(silent, tuple) else (silent,), exact, strict=False):
         torch.testing.assert_close(value.double(), right, rtol=0, atol=1e-5 * float(1 + right.abs().max()))
+
+
+def both(name: str, batch: int, rows: int, width: int, change: Callable[[list[Tensor]], list[Tensor]]) -> list[Any]:
+    """Values and gradients by the kernel and by torch, of tensors that are changed before."""
+    operation, arguments, shapes = cases(batch, rows, width, 3)[name]
+    torch.manual_seed(6)
+    tensors = [x.requires_grad_() for x in change([torch.randn(shape) for shape in shapes])]
+    runs = (operation, operation.reference)
+    return [values_and_gradients(lambda *x, run=run: run(*arguments(*x)), tensors) for run in runs]
+
+
+@pytest.mark.parametrize(("batch", "rows"), [(0, 3), (2, 0)])
+@pytest.mark.parametrize("name", cases(1, 1, 2, 1))
+def test_there_may_be_no_rows(name: str, batch: int, rows: int) -> None:
+    for value, right in zip(*both(name, batch, rows, 6, list), strict=True):
+        assert value.shape == right.shape and not value.any() and not right.any()
+
+
+@pytest.mark.parametrize("name", cases(1, 1, 2, 1))
+def test_numbers_may_lie_at_any_address(name: str) -> None:
+    def shifted(tensors: list[Tensor]) -> list[Tensor]:
+        moved = [torch.empty(1 + x.numel())[1:].view_as(x).copy_(x) for x in tensors]
+        assert all(x.data_ptr() % 16 == 4 for x in moved)
+        return moved
+
+    (found, _), (expected, _) = (both(name, 2, 5, 20, change) for change in (shifted, list))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", cases(1, 1, 2, 1))
+def test_two_threads_compute_what_one_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row's numbers alike; sums over rows in another order."""
+    monkeypatch.setattr(elementwise, "SMALL", 0)
+    one, _ = both(name, 3, 50, 10, list)
+    torch.set_num_threads(2)
+    try:
+        two, _ = both(name, 3, 50, 10, list)
+    finally:
+        torch.set_num_threads(1)
+    torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-5)
+    if name not in ("gated", "linear_gelu"):  # which hold torch's products
+        of_rows = [(x, y) for x, y in zip(one, two, strict=True) if 3 in x.shape[:1] and x.dim() > 2]
+        assert len(of_rows) > 1 and all(torch.equal(x, y) for x, y in of_rows)
+
+
+@pytest.mark.parametrize("odd", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", cases(1, 1, 2, 1))
+def test_what_is_not_finite_is_so_where_torch_has_it(name: str, odd: float) -> None:
+    def spoil(tensors: list[Tensor]) -> list[Tensor]:
+        tensors[0][0, 1, 3] = odd
+        return tensors
+
+    for value, right in zip(*both(name, 2, 3, 20, spoil), strict=True):
+        assert torch.equal(value.isfinite(), right.isfinite())
+        assert name.startswith(("linear", "gated")) or torch.equal(value.isnan(), right.isnan())
+
+
+def test_denormal_numbers_are_numbers() -> None:
+    x = torch.tensor([1e-39, -3e-40, 1e-44, 0.0]).repeat(5)
+    torch.testing.assert_close(elementwise.gelu(x), x / 2, rtol=0, atol=1e-45)
+    one, index = torch.ones(1, 20), torch.zeros(1, 1, dtype=torch.long)
+    assert torch.equal(elementwise.gated(x[None, None], one, x[None, None], index)[0, 0], 2 * x)
 
 
 def test_every_operation_has_a_case() -> None:
