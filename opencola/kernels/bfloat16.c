@@ -20,15 +20,13 @@
 #endif
 
 enum {
-    SIDE = 16,              /* of a square of the result */
-    TERMS = 2 * SIDE,       /* of a tile */
-    TILE = SIDE * TERMS,    /* numbers of a tile */
-#ifndef STEPS
-    STEPS = 16,             /* tiles in a row for which two rows of the right side stay in the first cache */
-#endif
-#ifndef ROWS
-    ROWS = 256             /* rows for which the left side stays in the second */
-#endif
+    SIDE = 16,           /* of a square of the result */
+    TERMS = 2 * SIDE,    /* of a tile */
+    TILE = SIDE * TERMS, /* numbers of a tile */
+    STEPS = 12,          /* tiles in a row for which two rows of either side stay in the first cache */
+    ROWS = 64,           /* of the left side that are brought into order at a time */
+    SPAN = 32,           /* tiles in a row after which sums may leave the second cache */
+    RIGHT = 1 << 19      /* numbers of the right side that stay in the second cache */
 };
 
 typedef uint16_t half; /* a bfloat16 */
@@ -107,23 +105,23 @@ INLINE void pack_tile(Matrix m, long row, long term, int pairs, half *to) {
 INLINE void pack_strips(Matrix m, long row, long end, long term, long steps, int pairs, half *to) {
     long strips = (end - row + SIDE - 1) / SIDE;
     if (m.term == 1) {
-        m.term = 1;
         for (long i = 0; i < strips; i++)
             for (long k = 0; k < steps; k++)
                 pack_tile(m, row + i * SIDE, term + k * TERMS, pairs, to + (i * steps + k) * TILE);
-    } else { /* in the order of memory, again */
-        m.row = 1;
-        for (long k = 0; k < steps; k++)
-            for (long i = 0; i < strips; i++)
-                pack_tile(m, row + i * SIDE, term + k * TERMS, pairs, to + (i * steps + k) * TILE);
+        return;
     }
+    m.row = 1; /* which the compiler should know, as it does of m.term above */
+    for (long k = 0; k < steps; k++) /* in the order of memory, again */
+        for (long i = 0; i < strips; i++)
+            pack_tile(m, row + i * SIDE, term + k * TERMS, pairs, to + (i * steps + k) * TILE);
 }
 
 #if TILES
 #define KEPT __asm__ volatile("" ::: "memory") /* GCC does not know that tiles read memory */
 
 /* out, `high` by `wide` squares, gets the products of as many strips, or is added to. */
-INLINE void tiles_square(const half *a, const half *b, float *out, long stride, long steps, int high, int wide, int add) {
+INLINE void tiles_square(const half *a, const half *b, float *out, long stride, long steps, int high, int wide,
+                         int add) {
     long strip = steps * TILE, bytes = sizeof(float) * stride;
     KEPT;
     if (add) {
@@ -141,14 +139,10 @@ INLINE void tiles_square(const half *a, const half *b, float *out, long stride, 
         _tile_loadd(6, b, 2 * TERMS);
         _tile_loadd(4, a, 2 * TERMS);
         _tile_dpbf16ps(0, 4, 6);
-        if (wide > 1) {
-            _tile_loadd(7, b + strip, 2 * TERMS);
-            _tile_dpbf16ps(1, 4, 7);
-        }
-        if (high > 1) {
-            _tile_loadd(5, a + strip, 2 * TERMS);
-            _tile_dpbf16ps(2, 5, 6);
-        }
+        if (wide > 1) _tile_loadd(7, b + strip, 2 * TERMS);
+        if (wide > 1) _tile_dpbf16ps(1, 4, 7);
+        if (high > 1) _tile_loadd(5, a + strip, 2 * TERMS);
+        if (high > 1) _tile_dpbf16ps(2, 5, 6);
         if (high > 1 && wide > 1) _tile_dpbf16ps(3, 5, 7);
     }
     _tile_stored(0, out, bytes);
@@ -169,7 +163,9 @@ static void tiles_begin(void) {
     _tile_loadconfig(&shape);
 }
 
-/* Whether the kernel lets this process use tiles; what it says once holds for all threads and for forks. */
+static void tiles_end(void) { _tile_release(); } /* others have another shape of theirs */
+
+/* Whether the system lets this process use tiles; what it says once holds for all threads and for forks. */
 static int tiles_allowed(void) {
     enum { REQUEST = 0x1023, TILE_DATA = 18 };
     static int known = -1;
@@ -177,13 +173,16 @@ static int tiles_allowed(void) {
     return known;
 }
 #else
-INLINE void tiles_square(const half *a, const half *b, float *out, long stride, long steps, int high, int wide, int add) {}
+INLINE void tiles_square(const half *a, const half *b, float *out, long stride, long steps, int high, int wide,
+                         int add) {}
 static void tiles_begin(void) {}
+static void tiles_end(void) {}
 static int tiles_allowed(void) { return 0; }
 #endif
 
 /* As tiles_square, with `rows` rows. */
-INLINE void vectors_square(const half *a, const half *b, float *out, long stride, long steps, long rows, int wide, int add) {
+INLINE void vectors_square(const half *a, const half *b, float *out, long stride, long steps, long rows, int wide,
+                           int add) {
     enum { HIGH = 8 };
     for (long row = 0; row < rows; row += HIGH, out += HIGH * stride) {
         __m512 sums[HIGH][2] = {};
@@ -224,8 +223,8 @@ INLINE void square(const half *a, const half *b, float *out, long stride, long s
 }
 
 /* out (rows, columns) of a row's stride gets the products of packed strips, or is added to. */
-static void multiply(const half *a, const half *b, float *out, long stride, long steps, long rows, long columns, int add,
-                     int tiles) {
+static void multiply(const half *a, const half *b, float *out, long stride, long steps, long rows, long columns,
+                     int add, int tiles) {
     float edge[TERMS * TERMS] __attribute__((aligned(64)));
     for (long c = 0; c < columns; c += TERMS)
         for (long r = 0; r < rows; r += TERMS) {
@@ -246,48 +245,59 @@ static void multiply(const half *a, const half *b, float *out, long stride, long
 /* What there is: 0 nothing, 1 vectors of pairs, 2 tiles. */
 long bfloat16_ways(void) { return tiles_allowed() ? 2 : 1; }
 
-/* out (batch, rows, columns) = a (batch, rows, depth) times b (batch, columns, depth) transposed, of any strides of which
-   one of the last two is 1. Nothing is empty. */
+/* Pieces of at most `size` that are as equal as multiples of `unit` can be. */
+INLINE long even(long total, long size, long unit) {
+    long pieces = (total + size - 1) / size;
+    return ((total + pieces - 1) / pieces + unit - 1) / unit * unit;
+}
+
+/* out (batch, rows, columns) = a (batch, rows, depth) times b (batch, columns, depth) transposed, both of any strides of
+   which one of the last two is 1. Nothing is empty. */
 void bfloat16_product(const float *a, const float *b, float *out, long batch, long rows, long columns, long depth,
                       long a_step, long a_row, long a_term, long b_step, long b_row, long b_term, long tiles,
                       long threads) {
-    long all_steps = (depth + TERMS - 1) / TERMS, chunks = (all_steps + STEPS - 1) / STEPS;
-    long most_steps = (all_steps + chunks - 1) / chunks;
-    long parts = rows > TERMS * (threads - 1) ? 1 : threads; /* of the columns, where there are few rows */
-    long blocks = parts > 1 ? 1 : ((rows + ROWS - 1) / ROWS + threads - 1) / threads * threads;
-    long high = ((rows + blocks - 1) / blocks + TERMS - 1) / TERMS * TERMS;
-    long strips = (columns + SIDE - 1) / SIDE, wide = ((strips + parts - 1) / parts + 1) / 2 * TERMS;
-    long share = (strips + threads - 1) / threads * SIDE;
-    half *right = aligned_alloc(64, sizeof(half) * strips * most_steps * TILE);
+    static _Thread_local half *kept; /* for the next call: to get its pages anew would take as long as small products */
+    if (!kept) kept = aligned_alloc(64, sizeof(half) * RIGHT);
+    half *right = kept;
     if (!tiles_allowed()) tiles = 0;
+    long span = even((depth + TERMS - 1) / TERMS, SPAN, 1) * TERMS;
+    long group = even(columns, RIGHT / span / TERMS * TERMS, TERMS);
+    long parts = rows > TERMS * (threads - 1) ? 1 : threads; /* of the columns, where there are few rows */
+    long high = even(rows, parts > 1 ? ROWS : least(ROWS, (rows + threads - 1) / threads), TERMS);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        half *left = aligned_alloc(64, sizeof(half) * high * most_steps * TERMS);
-#if TILES
+        half left[ROWS * STEPS * TERMS] __attribute__((aligned(64)));
         if (tiles) tiles_begin();
-#endif
-        for (long i = 0; i < batch; i++)
-            for (long step = 0; step < all_steps; step += most_steps) {
-                long steps = least(most_steps, all_steps - step), term = step * TERMS;
-                Matrix x = {a + i * a_step, a_row, a_term, rows, depth}, y = {b + i * b_step, b_row, b_term, columns, depth};
+        for (long i = 0; i < batch; i++) {
+            Matrix x = {a + i * a_step, a_row, a_term, rows, depth};
+            Matrix y = {b + i * b_step, b_row, b_term, columns, depth};
+            for (long term = 0; term < depth; term += span)
+                for (long column = 0; column < columns; column += group) {
+                    long steps = (least(span, depth - term) + TERMS - 1) / TERMS, chunk = even(steps, STEPS, 1);
+                    long width = least(group, columns - column), padded = (width + SIDE - 1) / SIDE * SIDE;
+                    long share = even(width, (width + threads - 1) / threads, SIDE);
+                    long part = even(width, (width + parts - 1) / parts, TERMS);
 #pragma omp for schedule(static)
-                for (long first = 0; first < columns; first += share)
-                    pack_strips(y, first, least(first + share, columns), term, steps, 1, right + first * steps * TERMS);
+                    for (long c = 0; c < width; c += share)
+                        for (long k = 0; k < steps; k += chunk) {
+                            long some = least(chunk, steps - k);
+                            pack_strips(y, column + c, column + least(c + share, width), term + k * TERMS, some, 1,
+                                        right + (k * padded + c * some) * TERMS);
+                        }
 #pragma omp for schedule(static) collapse(2)
-                for (long row = 0; row < rows; row += high)
-                    for (long column = 0; column < columns; column += wide) {
-                        long height = least(high, rows - row), width = least(wide, columns - column);
-                        float *to = out + (i * rows + row) * columns + column;
-                        pack_strips(x, row, row + height, term, steps, 0, left);
-                        multiply(left, right + column * steps * TERMS, to, columns, steps, height, width, step > 0, tiles);
-                    }
-            }
-#if TILES
-        if (tiles) _tile_release();
-#endif
-        free(left);
+                    for (long row = 0; row < rows; row += high)
+                        for (long c = 0; c < width; c += part)
+                            for (long k = 0; k < steps; k += chunk) {
+                                long some = least(chunk, steps - k), height = least(high, rows - row);
+                                float *to = out + (i * rows + row) * columns + column + c;
+                                pack_strips(x, row, row + height, term + k * TERMS, some, 0, left);
+                                multiply(left, right + (k * padded + c * some) * TERMS, to, columns, some, height,
+                                         least(part, width - c), term + k > 0, tiles);
+                            }
+                }
+        }
+        if (tiles) tiles_end();
     }
-    free(right);
 }
 
 #else

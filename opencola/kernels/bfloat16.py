@@ -29,9 +29,9 @@ def available() -> bool:
 def product(a: Tensor, b: Tensor, *, tiles: bool = True) -> Tensor:
     """a bᵀ: a (..., M, K), b (..., N, K), float32 on a CPU, the same leading dimensions -> (..., M, N), contiguous.
 
-    Both are rounded to bfloat16, to nearest even; denormal numbers count as zeros. Sums are float32, in one order each,
-    however many rows or threads there are. Transposed views are read as they are. tiles: False does without tiles, for
-    tests.
+    Both are rounded to bfloat16, to nearest even; denormal numbers count as zeros. Sums are float32, each in one order,
+    however many rows or threads there are. Transposed views are read as they are. tiles: False does without them even
+    where they are, for tests.
     """
     (*lead, rows, depth), columns = a.shape, b.shape[-2]
     if b.shape[:-2] != a.shape[:-2] or b.shape[-1] != depth:
