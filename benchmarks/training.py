@@ -6,10 +6,12 @@
 """
 
 from benchmarks.common import model, print_row, rows, training_flops, training_step
+from opencola.train.memory import keep_freed
 
 
 def main() -> None:
     """Time the rows that the command line asks for."""
+    keep_freed()
     for options, size, batch in rows("Training speed.", [8]):
         cola = model(options, size)
         step = training_step(cola, batch, 256, options.bf16)

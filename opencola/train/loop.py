@@ -22,6 +22,7 @@ from opencola.ranges import Count, NotNegative, Positive, Size
 from opencola.train import checkpoint, distributed
 from opencola.train.checkpoint import CHECKPOINTS, Batches, Saver, TrainState
 from opencola.train.divergence import Divergence
+from opencola.train.memory import keep_freed
 from opencola.train.optimizer import EMA, OptimizerConfig, build, learning_rate_factor, set_learning_rates
 from opencola.train.samples import Show, undisturbed
 from opencola.train.sinks import Name, open_trackers
@@ -134,6 +135,8 @@ def proceed(
     module, corpus, optimizers = state.model, state.corpus, state.optimizers
     model = cast(Trainable, module)
     device = next(module.parameters()).device
+    if device.type == "cpu":
+        keep_freed()
     begin = time.perf_counter() - state.seconds
     module.train()
     main = distributed.is_main()
