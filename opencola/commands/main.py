@@ -46,6 +46,7 @@ COMMANDS = (
     "quality",
     "diagnose",
     "export",
+    "kernels",
 )
 
 

@@ -3,7 +3,7 @@
 They are compiled on first use, for this processor, into the user's cache folder or, where that cannot be written to or
 loaded from, a temporary one of the user's own. Without a C compiler it is the best of those in the wheel (`build.py`)
 that this processor can run. OPENCOLA_KERNELS in the environment says it otherwise: 0 for none, `native` for those
-compiled here only, or a variant's name. `python -m opencola.kernels` says what came of it.
+compiled here only, or a variant's name. `opencola kernels` says what came of it.
 """
 
 import contextlib

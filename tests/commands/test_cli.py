@@ -153,3 +153,15 @@ def test_a_seed_that_is_too_large_and_a_prompt_like_a_flag(main: Main) -> None:
         2,
         "error: dopri5 finds no step: the velocity is not finite, or the tolerance 1e-30 is too small\n",
     )
+
+
+def test_kernels_and_rates_are_shown(main: Main) -> None:
+    code, said, error = main("kernels")
+    assert code == 0 and "kernels" in said.splitlines()[0], error
+    assert "float32 forward large" in said and "bfloat16 weight small" in said
+    code, said, error = main("kernels", "--json")
+    lines = [json.loads(line) for line in said.splitlines()]
+    assert code == 0 and len(lines) == 12, error
+    for line in lines:
+        assert line["used"] in line["gflops"] and min(line["gflops"].values()) > 0
+    assert main("kernels", "--threads", "0")[0] == 2
