@@ -1,7 +1,9 @@
 """Models by name: a folder, or a repository of the Hugging Face Hub (`OWNER/NAME`), to load from and to upload to."""
 
+import hashlib
 import re
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,10 +51,12 @@ def from_pretrained(
 
     revision: branch, tag or commit of the repository; token: of the Hub, where the one that `hf auth login` keeps is
     not wanted. Raises FileNotFoundError where there is none, OSError where the Hub does not answer, and UserError for
-    damaged files and for models that our classes cannot be.
+    damaged files, for models that our classes cannot be, and for a tokenizer of more ids than its model knows.
     """
     folder = locate(name, revision, token)
-    return Pretrained(parts.load(folder, dtype).eval(), Tokenizer.load(folder), settings.load_sampling(folder))
+    loaded = Pretrained(parts.load(folder, dtype).eval(), Tokenizer.load(folder), settings.load_sampling(folder))
+    check_vocabulary(loaded.tokenizer, loaded.model.vocab_size, name)
+    return loaded
 
 
 def locate(
@@ -81,7 +85,6 @@ def locate(
 def load(model: Path) -> tuple[WholeModel, Tokenizer]:
     """A model and its tokenizer. Raises FileNotFoundError, with what to do, where there is none."""
     loaded = from_pretrained(model)
-    check_vocabulary(loaded.tokenizer, loaded.model.vocab_size, model)
     return loaded.model.to(device()), loaded.tokenizer
 
 
@@ -93,10 +96,22 @@ def load_cola(model: Path) -> tuple[Cola, Tokenizer]:
     return loaded, tokenizer
 
 
-def check_vocabulary(tokenizer: Tokenizer, known: int, model: Path) -> None:
+def check_vocabulary(tokenizer: Tokenizer, known: int, model: str | Path) -> None:
     """Raise UserError where a tokenizer has ids that the model beside it does not know."""
     if tokenizer.vocab_size > known:
         raise UserError(f"the tokenizer in {model} has {tokenizer.vocab_size} ids, but its model knows {known}")
+
+
+def hash_model(folder: Path) -> str:
+    """SHA-256 over the names and the SHA-256 of a model's files: weights, their configurations, the tokenizer."""
+    told = {settings.EXTRAS, card.FACTS, card.CARD}  # settings are in the results, and words change nothing
+    names = [file.relative_to(folder).as_posix() for file in folder.rglob("*")]
+    kept = [name for name in names if name not in told and any(fnmatchcase(name, pattern) for pattern in FILES)]
+    lines = []
+    for name in sorted(kept):
+        with (folder / name).open("rb") as content:
+            lines.append(f"{name} {hashlib.file_digest(content, 'sha256').hexdigest()}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def title(model: Path) -> str:

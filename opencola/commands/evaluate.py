@@ -17,13 +17,12 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
 
-from opencola.checkpoints import card, hub, parts, settings
+from opencola.checkpoints import hub, parts
 from opencola.commands import terminal
 from opencola.errors import UserError
 from opencola.evaluation.benchmarks import answering
@@ -103,6 +102,9 @@ class EvaluateFlags(flags.OutputFlags, terminal.ModelFlags, Generic[Settings]):
     """Number of prompts to answer at a time: speed and memory; no record depends on it."""
     processes: Count = 1
     """Number of processes among which the work is divided; at least 1."""
+    allow_not_finite: bool = False
+    """Go on where what the model writes or scores is not finite, which is an error without it: such records count as
+    not right, say so in their field not_finite, and are counted at the end."""
     overwrite: bool = False
     """Start anew, whatever results are there; they stay until the new ones are whole. To go on after an interruption,
     leave it out."""
@@ -135,7 +137,7 @@ def command(argv: Sequence[str]) -> None:
     header = {
         "record": "run",
         "model": hub.title(options.model),
-        "model_hash": hash_model(folder),
+        "model_hash": hub.hash_model(folder),
         "family": family,
         "tasks": facts,
         "settings": asdict(options.sampling),
@@ -148,7 +150,11 @@ def command(argv: Sequence[str]) -> None:
         sizes = {job.name: len(job.prompts) for job in jobs.values()}
         results = ResultsWriter(options.out, header, sizes, options.overwrite)
         run(jobs, results, options)
-    (put_lines if options.json else show)(list(results.records()))
+    records = list(results.records())
+    if options.json:
+        append_objects(sys.stdout, answering.figures(records))
+    else:
+        show(records)
     options.say(f"All records are in {options.out / RESULTS}.")
 
 
@@ -227,18 +233,6 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def hash_model(folder: Path) -> str:
-    """SHA-256 over the names and the SHA-256 of a model's files: weights, their configurations, the tokenizer."""
-    told = {settings.EXTRAS, card.FACTS, card.CARD}  # settings are in the results, and words change nothing
-    names = [file.relative_to(folder).as_posix() for file in folder.rglob("*")]
-    kept = [name for name in names if name not in told and any(fnmatchcase(name, pattern) for pattern in hub.FILES)]
-    lines = []
-    for name in sorted(kept):
-        with (folder / name).open("rb") as content:
-            lines.append(f"{name} {hashlib.file_digest(content, 'sha256').hexdigest()}")
-    return digest("\n".join(lines))
-
-
 def prepare(options: EvaluateFlags[Any]) -> Callable[[ItemBatch], Answers]:
     """What a process does with a batch, its model loaded."""
     if options.processes > 1:
@@ -254,7 +248,7 @@ def prepare(options: EvaluateFlags[Any]) -> Callable[[ItemBatch], Answers]:
         def write(prompts: Sequence[str], ids: Sequence[int]) -> list[str]:
             return whole_texts(model, tokenizer, prompts, settings, ids)
 
-        return answering.answer(batch, write, score)
+        return answering.answer(batch, write, score, options.allow_not_finite)
 
     return work
 
@@ -281,12 +275,6 @@ def score_options(
     return [nats.item() for nats in score.total]
 
 
-def put_lines(records: Sequence[dict[str, Any]]) -> None:
-    """The same shares as JSON lines."""
-    shares = answering.summary(records).items()
-    append_objects(sys.stdout, ({"task": task, "measure": title, **asdict(share)} for (task, title), share in shares))
-
-
 def show(records: Sequence[dict[str, Any]]) -> None:
     """The share of right records of each task as a table, and the benchmarks' average."""
     grid = table("task", "", "%", "95 % interval", "records", words=(0, 1))
@@ -295,6 +283,8 @@ def show(records: Sequence[dict[str, Any]]) -> None:
         interval = f"{100 * share.low:.2f} to {100 * share.high:.2f}"
         grid.add_row(task, title, f"{100 * share.value:.2f}", interval, str(share.count))
     put(grid)
-    right = [share for (task, title), share in shares.items() if task in BENCHMARKS and title == answering.RIGHT]
-    if right:
-        print(f"tasks average: {100 * tasks_average(right):.2f} ({len(right)} of the {len(BENCHMARKS)} benchmarks)")
+    if right := answering.of_benchmarks(shares):
+        average = 100 * tasks_average([*right.values()])
+        print(f"tasks average: {average:.2f} ({len(right)} of the {len(BENCHMARKS)} benchmarks)")
+    if bad := sum(answering.count_not_finite(records).values()):
+        print(f"{bad} of {len(records)} records are not finite, and count as not right")

@@ -91,15 +91,19 @@ def command(argv: Sequence[str]) -> None:
         records = [{**asdict(token), **facts} for token in seen]
         write_objects(draft / FIGURES, records)
         (draft / DRAWING).write_text(standalone(drawing), encoding="utf-8")
+    elbo = inspection.elbo(len(ids))
+    bound, error = float(elbo.mean()), standard_error(elbo)
+    perplexity = float(torch.exp(-elbo.mean() / len(ids)))
     if options.json:
         append_objects(sys.stdout, records)
+        whole = {"number": None, "text": options.text, "elbo": bound, "standard_error": error, "perplexity": perplexity}
+        append_objects(sys.stdout, [{**whole, "estimator": options.density.label(), **facts}])
     else:
         show(seen)
-    elbo = inspection.elbo(len(ids))
-    options.say(
-        f"ELBO {float(elbo.mean()):.1f} nats (standard error {standard_error(elbo):.1f}), "
-        f"perplexity {float(torch.exp(-elbo.mean() / len(ids))):.4g}: {len(elbo)} samples, {options.density.label()}."
-    )
+        print(
+            f"ELBO {bound:.1f} nats (standard error {error:.1f}), perplexity {perplexity:.4g}: {len(elbo)} samples, "
+            f"{options.density.label()}."
+        )
     drawn_in = f"the latents of {len(drawn)} tokens in {options.out / DRAWING}"
     options.say(f"All figures are in {options.out / FIGURES}, {drawn_in}.")
 

@@ -66,8 +66,7 @@ def command(argv: Sequence[str]) -> None:
     model.requires_grad_(False)  # a graph of the latents only
     records: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack:
-        if not options.json:
-            stack.callback(show, records, len(pairs))  # what is done, after Ctrl-C too
+        stack.callback(put_total if options.json else show, records, len(pairs))  # what is done, after Ctrl-C too
         file = None
         if options.jsonl is not None:
             file = stack.enter_context(growing(options.jsonl))
@@ -87,20 +86,31 @@ def command(argv: Sequence[str]) -> None:
             bar.advance(task, len(ids))
 
 
+def sums_of(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The sums over all texts, where there are several to sum."""
+    bad = sum(record["log_probability"] is None for record in records)
+    return [total(records)] if len(records) > max(1, bad) else []
+
+
+def put_total(records: Sequence[dict[str, Any]], asked: int) -> None:
+    """The sums as a JSON line, with how many texts they are of, and of how many that were asked for."""
+    append_objects(sys.stdout, ({**sums, "num_texts": len(records), "asked": asked} for sums in sums_of(records)))
+
+
 def show(records: Sequence[dict[str, Any]], asked: int) -> None:
     """Print the figures as a table, and their sums."""
     if not records:
         return
     labels = {(record["kind"], record["estimator"]) for record in records}
-    sums = {"elbo": "ELBO"} if "elbo" in records[0] else {}
+    others = {"elbo": "ELBO"} if "elbo" in records[0] else {}
     terms = list(records[0]["parts"])
     for kind, label in sorted(labels):
-        what = f"; {' + '.join(terms)} = {sums.get('elbo', 'log p')}" if terms else ""
+        what = f"; {' + '.join(terms)} = {others.get('elbo', 'log p')}" if terms else ""
         print(f"log p in nats, {kind}: {label}{what}")
-    grid = table("id", "tokens", "log p", "±", *sums.values(), *terms, "ppl", "bits/byte", words=())
+    grid = table("id", "tokens", "log p", "±", *others.values(), *terms, "ppl", "bits/byte", words=())
     bad = sum(record["log_probability"] is None for record in records)
-    for record in [*records, *([total(records)] if len(records) > max(1, bad) else [])]:
-        values = [record["log_probability"], record["standard_error"], *(record[name] for name in sums)]
+    for record in [*records, *sums_of(records)]:
+        values = [record["log_probability"], record["standard_error"], *(record[name] for name in others)]
         values += [*record["parts"].values(), record["perplexity"], record["bits_per_byte"]]
         shown = ["-" if value is None else f"{value:,.2f}" for value in values]
         grid.add_row(str(record["id"]), str(record["num_tokens"]), *shown)

@@ -11,13 +11,15 @@ examples:
   opencola train paper --dry-run --devices 8
 """
 
+import contextlib
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated
 
 import tyro
 
+from opencola.errors import UserError
 from opencola.ranges import Count, Range, check
 from opencola.run import flags
 from opencola.run.flags import RunFlags
@@ -49,13 +51,13 @@ class TrainFlags(RunFlags):
 
 def command(argv: Sequence[str]) -> None:
     """Run `opencola train`."""
-    recipe = next(iter(argv), "-")
-    if {"-h", "--help"} & {*argv} and not recipe.startswith("-"):
+    words = recipe_first(argv)
+    if {"-h", "--help"} & {*words} and not words[0].startswith("-"):
         from opencola.run import start
 
-        start.read(recipe, ["--help"])
+        start.read(words[0], ["--help"])
     options, settings = flags.parse(
-        TrainFlags, argv, prog="opencola train", description=__doc__, return_unknown_args=True
+        TrainFlags, words, prog="opencola train", description=__doc__, return_unknown_args=True
     )
     from opencola.run import dry_run, start  # loads torch: not for the help text
 
@@ -63,3 +65,36 @@ def command(argv: Sequence[str]) -> None:
         stages = start.read(options.recipe, settings)
         return dry_run.dry_run(stages, options.stage, options.devices, options.gpu, options.utilisation, options.json)
     start.train(options.recipe, settings, options, shlex.join(["opencola", "train", *argv]), options.stage)
+
+
+def recipe_first(argv: Sequence[str]) -> Sequence[str]:
+    """A command line with its recipe in front, which may stand behind flags.
+
+    It is the first word that names a recipe, of those that are neither flags nor the value of one. Which flags there
+    are depends on it, but all that are not these take a value at least. Raises UserError where there is no such word.
+    """
+    if argv and not argv[0].startswith("-"):
+        return argv
+    switches = {"help", "h", *(field.name for field in fields(TrainFlags) if field.default is False)}
+
+    def takes_value(word: str) -> bool:
+        name = word.lstrip("-").removeprefix("no-").replace("-", "_")
+        return word.startswith("--") and word != "--" and "=" not in word and name not in switches
+
+    free = [
+        place
+        for place, word in enumerate(argv)
+        if not word.startswith("-") and not (place and takes_value(argv[place - 1]))
+    ]
+    if not free:
+        if {"-h", "--help"} & {*argv}:
+            return argv
+        raise UserError("missing: RECIPE")
+    from opencola.run import recipe as recipes  # loads torch
+
+    chosen = free[0]
+    for place in reversed(free):
+        with contextlib.suppress(FileNotFoundError):
+            recipes.find(argv[place])
+            chosen = place
+    return [argv[chosen], *argv[:chosen], *argv[chosen + 1 :]]

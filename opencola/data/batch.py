@@ -34,7 +34,7 @@ class Batch:
         """(B, L) bool: tokens that count in the loss."""
         return torch.ones_like(self.tokens, dtype=torch.bool) if self.scored is None else self.scored
 
-    def weight(self) -> torch.Tensor:
+    def scored_share(self) -> torch.Tensor:
         """The share of the tokens that counts in the loss: a scalar from 0 to 1, 1 where all do."""
         if self.scored is None:
             return torch.ones((), device=self.tokens.device)
@@ -63,3 +63,8 @@ class Batch:
     def _tensors(self) -> dict[str, torch.Tensor]:
         values = {name: getattr(self, name) for name in ("tokens", "ids", "documents", "scored")}
         return {name: value for name, value in values.items() if value is not None}
+
+
+def divisor(count: torch.Tensor) -> torch.Tensor:
+    """A count, maybe a mean of those of parts, to divide a sum over as many things by: 1 in place of 0."""
+    return torch.where(count > 0, count, torch.ones_like(count))

@@ -7,9 +7,9 @@ from typing import Any, Generic, Literal, ParamSpec, TypeVar
 
 from torch import Tensor
 
-from opencola.kernels.library import plain, usable
+from opencola.kernels.library import on_cpu, usable
 
-__all__ = ["Precision", "implemented_by", "on_cuda", "plain", "precision", "products_in", "usable"]
+__all__ = ["Precision", "implemented_by", "on_cpu", "on_cuda", "precision", "products_in", "usable"]
 Precision = Literal["float32", "bfloat16"]
 
 P = ParamSpec("P")
@@ -58,7 +58,7 @@ def implemented_by(
     """Decorate a function in torch, the definition of an operation, with a kernel of the same arguments and results.
 
     takes: whether the kernel can take the operation's tensors, given all of them, those in tuples too; for kernels in C
-    `usable`, for other code for a CPU `plain`, for CUDA `on_cuda`. worthwhile: whether it is faster, asked with the
+    `usable`, for other code for a CPU `on_cpu`, for CUDA `on_cuda`. worthwhile: whether it is faster, asked with the
     arguments of the call. With several decorators the upper one is asked first.
     """
     return lambda function: Operation(function, kernel, takes, worthwhile)

@@ -15,17 +15,19 @@ from opencola.kernels.library import function
 SMALL = 1 << 15  # numbers; fewer are not worth a second thread
 
 
-def _threads(x: Tensor) -> int:
+def threads_for(x: Tensor) -> int:
+    """How many a tensor's numbers are worth."""
     return 1 if x.numel() < SMALL else torch.get_num_threads()
 
 
-def _wanted(*inputs: Tensor | None) -> bool:
+def wanted(*inputs: Tensor | None) -> bool:
+    """Whether gradients are."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 
 
 def gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     """GELU in its tanh form of x + bias; x (..., D), bias (D)."""
-    if _wanted(x, bias):
+    if wanted(x, bias):
         out: Tensor = _Gelu.apply(x, bias)
         return out
     return _gelu(x.contiguous(), bias)
@@ -34,7 +36,7 @@ def gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
 def _gelu(x: Tensor, bias: Tensor | None) -> Tensor:
     width, y = x.shape[-1], torch.empty_like(x)
     if width:
-        function("gelu", "ttt ll l")(x, bias, y, x.numel() // width, width, _threads(x))
+        function("gelu", "ttt ll l")(x, bias, y, x.numel() // width, width, threads_for(x))
     return y
 
 
@@ -49,7 +51,7 @@ class _Gelu(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, bias = ctx.saved_tensors
-        dy, dx, width, threads = dy.contiguous(), torch.empty_like(x), x.shape[-1], _threads(x)
+        dy, dx, width, threads = dy.contiguous(), torch.empty_like(x), x.shape[-1], threads_for(x)
         sums = x.new_zeros(threads, 2, width) if ctx.needs_input_grad[1] else None
         rows = x.numel() // max(width, 1)
         function("gelu_backward", "ttttt ll l")(dy, x, bias, dx, sums, rows, width, threads)
@@ -109,7 +111,7 @@ def _residual_norm(
     if len(counts) > 1:
         raise ValueError(f"gate, shift and scale are of different numbers of times: {sorted(counts)}")
     places = None if counts == {1} else index.expand(h.shape[:-1]).contiguous()
-    if _wanted(h, y, bias, gate, shift, scale):
+    if wanted(h, y, bias, gate, shift, scale):
         both: tuple[Any, Any] = _ResidualNorm.apply(h, y, bias, gate, shift, scale, places, eps)
         return both
     return _residual_norm_forward(h, y, bias, gate, shift, scale, places, eps, None)
@@ -130,7 +132,7 @@ def _residual_norm_forward(
     shift, scale = _alike(shift, scale)
     out, u = None if y is None else torch.empty_like(h), None if shift is None else torch.empty_like(h)
     to_norm = (shift, scale, _stride(scale), index, u, stats)
-    sizes = (h.numel() // h.shape[-1], h.shape[-1], eps, _threads(h))
+    sizes = (h.numel() // h.shape[-1], h.shape[-1], eps, threads_for(h))
     function("residual_norm", "ttttlt ttlt tt llf l")(h, y, bias, gate, _stride(gate), out, *to_norm, *sizes)
     return out, u
 
@@ -169,7 +171,7 @@ class _ResidualNorm(torch.autograd.Function):
             return (None,) * 8
         out, gate, scale = out.contiguous(), _rows(gate), _rows(scale)
         dout, du, y = (None if x is None else x.contiguous() for x in (dout, du, y))
-        width, threads, needs = out.shape[-1], _threads(out), ctx.needs_input_grad
+        width, threads, needs = out.shape[-1], threads_for(out), ctx.needs_input_grad
         count = next(len(x) for x in (gate, scale) if x is not None)
         dh, dy = dout if du is None else torch.empty_like(out), torch.empty_like(out) if needs[1] else None
         sums = out.new_zeros(threads, 4, count + 1, width) if any(needs[2:6]) else None
@@ -194,7 +196,7 @@ def split_heads(
     qkv (B, R, 3 H Dh); norms: gain and bias (Dh) of the norm of q's heads, and of k's; turn complex64 (R, 1, Dh / 2) or
     (1 or B, R, 1, Dh / 2): factors of their pairs.
     """
-    if _wanted(qkv, *norms):
+    if wanted(qkv, *norms):
         several = _SplitHeads.apply(qkv, *norms, heads, turn, eps, skip)
     else:
         several = _split_heads(qkv, norms, heads, turn, eps, skip, None)
@@ -215,7 +217,7 @@ def _split_heads(
     head_dim = width // (3 * heads)
     q = qkv.new_empty(batch, heads, rows - skip, head_dim)
     k, v = (qkv.new_empty(batch, heads, rows, head_dim) for _ in range(2))
-    to = (q, k, v, stats, batch, rows, skip, heads, head_dim, eps, _threads(qkv))
+    to = (q, k, v, stats, batch, rows, skip, heads, head_dim, eps, threads_for(qkv))
     function("split_heads", "t tttt tl tttt lllllf l")(qkv, *norms, factors, stride, *to)
     return q, k, v
 
@@ -237,7 +239,7 @@ class _SplitHeads(torch.autograd.Function):
         qkv, q_gain, k_gain, turn, stats = ctx.saved_tensors
         dq, dk, dv = (x.contiguous() for x in of)
         batch, heads, rows, head_dim = dk.shape
-        qkv, (factors, stride), threads = qkv.contiguous(), _turn(turn), _threads(qkv)
+        qkv, (factors, stride), threads = qkv.contiguous(), _turn(turn), threads_for(qkv)
         dqkv = torch.empty_like(qkv)
         sums = qkv.new_zeros(threads, 2, 4, head_dim) if any(ctx.needs_input_grad[1:5]) else None
         given = (dq, dk, dv, qkv, q_gain, k_gain, factors, stride, stats)

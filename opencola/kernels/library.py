@@ -207,10 +207,10 @@ def switched_off() -> Iterator[None]:
 
 def usable(*tensors: Tensor) -> bool:
     """Whether kernels are there and can take these. Only `choice.py` asks."""
-    return plain(*tensors) and library() is not None
+    return on_cpu(*tensors) and library() is not None
 
 
-def plain(*tensors: Tensor) -> bool:
+def on_cpu(*tensors: Tensor) -> bool:
     """Whether these are plain numbers on a CPU, outside autocast, torch.compile and forward-mode AD.
 
     Numbers are float32 or pairs of it, indices int64. Only `choice.py` asks.

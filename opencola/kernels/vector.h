@@ -37,14 +37,22 @@ INLINE vec all(float x) { return x - (vec){}; }
 /* The first n of WIDTH floats, zeros behind them. */
 INLINE vec load_some(const float *from, long n) {
     if (n >= WIDTH) return load(from);
+#if defined(__AVX512F__)
+    return (vec)_mm512_maskz_loadu_ps((1u << n) - 1, from);
+#else
     vec x = {};
     memcpy(&x, from, sizeof(float) * n);
     return x;
+#endif
 }
 
 INLINE void store_some(float *to, vec x, long n) {
     if (n >= WIDTH) store(to, x);
+#if defined(__AVX512F__)
+    else _mm512_mask_storeu_ps(to, (1u << n) - 1, (__m512)x);
+#else
     else memcpy(to, &x, sizeof(float) * n);
+#endif
 }
 
 INLINE float sum(vec x) {
@@ -105,13 +113,17 @@ INLINE vec reciprocal(vec x) {
 #endif
 }
 
+/* 0 below SMALLEST, as `exponential`. */
+INLINE vec sigmoid(vec x) {
+    const ints tiny = x < all(SMALLEST);
+    /* a reciprocal that is not used must not be below the smallest normal number either */
+    const vec y = reciprocal(all(1.0f) + exponential(-choose(tiny, all(SMALLEST), x)));
+    return choose(tiny, (vec){}, y);
+}
+
 /* GELU in its tanh form is x s(x) with this s = sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3). */
 INLINE vec gelu_gate(vec x) {
-    vec u2 = x * (all(1.5957691216f) + all(0.0713548162f) * x * x);
-    ints tiny = u2 < all(SMALLEST);
-    /* a reciprocal of what is not used must not be below the smallest normal number either */
-    vec gate = reciprocal(all(1.0f) + exponential(-choose(tiny, all(SMALLEST), u2)));
-    return choose(tiny, (vec){}, gate);
+    return sigmoid(x * (all(1.5957691216f) + all(0.0713548162f) * x * x));
 }
 
 /* Mean and 1 / sqrt(variance + eps) of n floats. */
@@ -135,6 +147,19 @@ INLINE void normalise(const float *x, float mean, float rstd, const float *scale
 }
 
 enum { BLOCK = 64 }; /* rows whose sums are added up aside, so that no small number meets a large sum */
+
+/* to (n) = the sum of `count` parts, each BLOCK rows' sums, `step` floats from one to the next. In double precision, so
+   that thousands of them may be added; always in one order. */
+INLINE void add_up(const float *parts, long count, long step, long n, float *to) {
+    enum { PIECE = 64 };
+    for (long start = 0; start < n; start += PIECE) {
+        double total[PIECE] = {};
+        long some = least(PIECE, n - start);
+        for (long c = 0; c < count; c++)
+            for (long i = 0; i < some; i++) total[i] += parts[c * step + start + i];
+        for (long i = 0; i < some; i++) to[start + i] = total[i];
+    }
+}
 
 /* to += from, from = 0 */
 INLINE void flush(float *to, float *from, long n) {

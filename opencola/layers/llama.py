@@ -5,14 +5,12 @@ What a row sees is the caller's `attend`: causal for AR, everything for LLaDA an
 
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opencola.errors import UserError
-from opencola.layers.attention import Attend, Rotary, rotary, rotate_halves
+from opencola.layers.attention import Attend, Rotary, rotary
 from opencola.layers.cache import KVCache
-from opencola.layers.operations import Linear
+from opencola.layers.operations import Linear, RMSNorm, rotated_heads
 from opencola.layers.transformer import initialise
 from opencola.ranges import Count, Positive, check
 
@@ -54,41 +52,31 @@ class LlamaConfig:
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
 
-class RMSNorm(nn.RMSNorm):
-    """RMSNorm computed in at least float32, also with parameters of less."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last axis of x."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return F.rms_norm(x.to(wide), self.normalized_shape, self.weight.to(wide), self.eps)
-
-
 class LlamaBlock(nn.Module):
     """x + attention(norm(x)), then x + SwiGLU(norm(x))."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        width = config.width
-        self.head_dim = config.head_dim
-        self.groups = config.num_heads // config.kv_heads
-        self.splits = [width, config.kv_heads * config.head_dim, config.kv_heads * config.head_dim]
+        width, kv_width = config.width, config.kv_heads * config.head_dim
+        self.heads, self.kv_heads, self.eps = config.num_heads, config.kv_heads, config.norm_eps
         self.norm_attention = RMSNorm(width, config.norm_eps)
-        self.qkv = Linear(width, sum(self.splits), bias=False)
+        self.qkv = Linear(width, width + 2 * kv_width, bias=False)
         self.attention_out = Linear(width, width, bias=False)
         self.norm_mlp = RMSNorm(width, config.norm_eps)
         self.mlp_in = Linear(width, 2 * config.ffn_dim, bias=False)  # gate half first, value half second
         self.mlp_out = Linear(config.ffn_dim, width, bias=False)
 
-    def forward(self, h: Tensor, layer: int, table: Rotary, attend: Attend) -> Tensor:
-        """h (B, R, D) -> (B, R, D); `layer` is this block's number for `attend`."""
-        parts = self.qkv(self.norm_attention(h)).split(self.splits, dim=-1)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
-        q, k = rotate_halves(q, table).to(v.dtype), rotate_halves(k, table).to(v.dtype)
-        if self.groups > 1:
-            k, v = (x.repeat_interleave(self.groups, dim=2) for x in (k, v))
-        h = h + self.attention_out(attend(layer, q, k, v).flatten(-2))
-        gate, value = self.mlp_in(self.norm_mlp(h)).chunk(2, dim=-1)
-        return h + self.mlp_out(F.silu(gate) * value)
+    def forward(self, h: Tensor, y: Tensor | None, layer: int, table: Rotary, attend: Attend) -> tuple[Tensor, Tensor]:
+        """h and what is to be added to it, y (none at first), both (B, R, D) -> the same behind the block.
+
+        `layer` is this block's number for `attend`.
+        """
+        h, u = self.norm_attention(h, y)
+        q, k, v = rotated_heads(self.qkv(u), self.heads, self.kv_heads, table, None, self.eps)
+        if self.kv_heads < self.heads:
+            k, v = (x.repeat_interleave(self.heads // self.kv_heads, dim=2) for x in (k, v))
+        h, u = self.norm_mlp(h, self.attention_out(attend(layer, q, k, v).flatten(-2)))
+        return h, self.mlp_out(self.mlp_in(u, "swiglu gate first"))
 
 
 class Llama(nn.Module):
@@ -105,9 +93,11 @@ class Llama(nn.Module):
         """Normalised features (B, R, D) of rows h (B, R, D) at positions (R,) or (B, R)."""
         config = self.config
         table = rotary(positions, config.head_dim, config.rope_base, h.dtype)
+        y = None
         for layer, block in enumerate(self.blocks):
-            h = block(h, layer, table, attend)
-        return self.final_norm(h)
+            h, y = block(h, y, layer, table, attend)
+        normalised: Tensor = self.final_norm(h, y)[1]
+        return normalised
 
     def empty_cache(self, batch: int, capacity: int) -> KVCache:
         """Cache for `capacity` rows a sample."""

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opencola.kernels import elementwise, matmul, vocabulary
-from opencola.kernels.choice import implemented_by, plain
-from opencola.layers.attention import rotate_pairs
+from opencola.kernels import elementwise, matmul, plain, vocabulary
+from opencola.kernels.choice import implemented_by, on_cpu
+from opencola.layers.attention import Rotary, rotate_halves, rotate_pairs
 
 
 def take(values: Tensor, index: Tensor) -> Tensor:
@@ -67,13 +67,13 @@ def gelu(x: Tensor) -> Tensor:
     return (x * x).mul_(0.044715 * c).add_(c).mul_(x).sigmoid_().mul_(x)
 
 
-@implemented_by(matmul.linear, takes=plain, worthwhile=matmul.worthwhile)
+@implemented_by(matmul.linear, takes=on_cpu, worthwhile=matmul.worthwhile)
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., in) times weight (out, in), plus bias (out)."""
     return F.linear(x, weight, bias)
 
 
-@implemented_by(matmul.product_of_stacks, takes=plain, worthwhile=matmul.stacks_worthwhile)
+@implemented_by(matmul.product_of_stacks, takes=on_cpu, worthwhile=matmul.stacks_worthwhile)
 def product_of_stacks(a: Tensor, b: Tensor) -> Tensor:
     """a (S, M, K) times the transposes of b (S, N, K): (S, M, N). By kernels without gradients."""
     return a @ b.mT
@@ -85,14 +85,32 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return gelu(linear(x, weight, bias))
 
 
+def swiglu(x: Tensor, gate_first: bool) -> Tensor:
+    """value * silu(gate), the halves of x (..., 2 D)."""
+    gate, value = x.chunk(2, dim=-1) if gate_first else x.chunk(2, dim=-1)[::-1]
+    return value * F.silu(gate)
+
+
+@implemented_by(lambda x, weight, bias, gate_first: plain.swiglu(linear(x, weight), bias, gate_first))
+def linear_swiglu(x: Tensor, weight: Tensor, bias: Tensor | None, gate_first: bool) -> Tensor:
+    """`swiglu` of the linear layer of x (..., in) with weight (2 D, in)."""
+    return swiglu(linear(x, weight, bias), gate_first)
+
+
 class Linear(nn.Linear):
     """Linear layer that takes wider inputs than its weights: norms give float32, and weights may be bfloat16."""
 
-    def forward(self, x: Tensor, activation: Literal["none", "gelu"] = "none") -> Tensor:
-        """x (..., in) -> (..., out); gelu is the tanh form."""
+    def forward(
+        self, x: Tensor, activation: Literal["none", "gelu", "swiglu gate first", "swiglu value first"] = "none"
+    ) -> Tensor:
+        """x (..., in) -> (..., out), or half of that with swiglu; gelu is the tanh form."""
         wider = torch.promote_types(x.dtype, self.weight.dtype) != self.weight.dtype
         x = x.to(self.weight.dtype) if wider else x
-        return (linear if activation == "none" else linear_gelu)(x, self.weight, self.bias)
+        if activation == "none":
+            return linear(x, self.weight, self.bias)
+        if activation == "gelu":
+            return linear_gelu(x, self.weight, self.bias)
+        return linear_swiglu(x, self.weight, self.bias, activation == "swiglu gate first")
 
     def product(self, x: Tensor) -> Tensor:
         """Without the bias."""
@@ -117,12 +135,41 @@ def linear_cross_entropy(h: Tensor, weight: Tensor, bias: Tensor | None, targets
     return F.cross_entropy(logits, targets, reduction="none"), logits.detach().argmax(-1)
 
 
+@implemented_by(plain.layer_norm)
+def plain_norm(
+    x: Tensor, eps: float, gain: Tensor | None = None, bias: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
+    """`layer_norm` of x (..., D), plus residual (..., D)."""
+    normal = layer_norm(x, eps, gain, bias)
+    return normal if residual is None else normal + residual
+
+
+@implemented_by(plain.residual_rms_norm)
+def residual_rms_norm(h: Tensor, y: Tensor | None, eps: float, gain: Tensor) -> tuple[Tensor, Tensor]:
+    """h + y, or h where y is None, and its RMSNorm over the last axis with gain (D), in at least float32."""
+    h = h if y is None else h + y
+    wide = torch.promote_types(h.dtype, torch.float32)
+    return h, F.rms_norm(h.to(wide), h.shape[-1:], gain.to(wide), eps)
+
+
 class LayerNorm(nn.LayerNorm):
     """LayerNorm computed in at least float32, also with parameters of less."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last axis of x."""
-        return layer_norm(x, self.eps, self.weight, self.bias)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Normalise the last axis of x, and add the residual."""
+        return plain_norm(x, self.eps, self.weight, self.bias, residual)
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm, of a sum, computed in at least float32, also with a gain of less."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps, self.weight = eps, nn.Parameter(torch.ones(width))
+
+    def forward(self, h: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        """h + y, or h where y is None, and that normalised over its last axis."""
+        return residual_rms_norm(h, y, self.eps, self.weight)
 
 
 @implemented_by(
@@ -147,3 +194,19 @@ def split_heads(
     q, k = (layer_norm(x, eps, gain, bias) for x, gain, bias in ((q, *norms[:2]), (k, *norms[2:])))
     q, k = rotate_pairs(q, turn).to(v.dtype), rotate_pairs(k, turn).to(v.dtype)
     return q.transpose(1, 2)[:, skip:], k.transpose(1, 2), v.transpose(1, 2)
+
+
+@implemented_by(plain.rotated_heads)
+def rotated_heads(
+    qkv: Tensor, heads: int, kv_heads: int, table: Rotary, norms: tuple[Tensor | None, ...] | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv (B, R, (H + 2 Hkv) Dh) -> turned q (B, R, H, Dh) and k, and v, both (B, R, Hkv, Dh).
+
+    norms: gain and bias of the norm of a row's q, all heads together, and of its k; None: they are not normalised.
+    """
+    width = qkv.shape[-1] // (heads + 2 * kv_heads)
+    q, k, v = qkv.split([n * width for n in (heads, kv_heads, kv_heads)], dim=-1)
+    if norms is not None:
+        q, k = layer_norm(q, eps, *norms[:2]), layer_norm(k, eps, *norms[2:])
+    q, k, v = (x.unflatten(-1, (-1, width)) for x in (q, k, v))
+    return rotate_halves(q, table).to(v.dtype), rotate_halves(k, table).to(v.dtype), v

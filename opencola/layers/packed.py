@@ -1,5 +1,7 @@
 """Attention of the packed training rows [clean | noisy copy 1 | ...] (model.md §3): only pairs that may see each other.
 
+And of clean rows alone, which is block-causal attention (`block_causal`).
+
 Who sees whom is said by `masks.PackedRows`; spans of rows and keys, biases and tiles are derived from it.
 Where the clean rows stay the same from call to call, their keys and values are a `Past`, and noisy rows come alone.
 """
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from opencola.kernels.attention import attend_packed
 from opencola.kernels.choice import implemented_by, on_cuda
-from opencola.layers.attention import Attend
+from opencola.layers.attention import Attend, attention
 from opencola.layers.masks import PackedRows
 
 _compiled = functools.cache(torch.compile)
@@ -38,9 +40,22 @@ def packed(
     documents (B, N), int64. span: rows that meet one range of clean keys, as far as any of them sees. past: of the
     clean rows, which then are not among the rows.
     """
-    numbers = None if documents is None else documents.unique(return_inverse=True)[1].int()
-    shared = Shared(PackedRows(num_clean, num_latents, block_size, copies, first, history, numbers), span)
+    rows = PackedRows(num_clean, num_latents, block_size, copies, first, history, _numbers(documents))
+    shared = Shared(rows, span)
     return lambda layer, q, k, v: packed_attention(q, k, v, None if past is None else past[layer], shared)
+
+
+def block_causal(num_rows: int, block_size: int, documents: Tensor | None = None) -> Attend:
+    """Pattern of rows that see their own block of block_size rows, and those before.
+
+    documents (B, R), int64: each row's, beyond which it sees nothing.
+    """
+    shared = Shared(PackedRows(num_rows, num_rows, block_size, copies=0, documents=_numbers(documents)))
+    return lambda layer, q, k, v: block_causal_attention(q, k, v, shared)
+
+
+def _numbers(documents: Tensor | None) -> Tensor | None:
+    return None if documents is None else documents.unique(return_inverse=True)[1].int()
 
 
 class Shared:
@@ -50,6 +65,7 @@ class Shared:
         self.rows = rows
         self.plan = functools.cache(functools.partial(make_plan, rows, span))
         self.block_mask = functools.cache(functools.partial(_block_mask, rows))
+        self.mask = functools.cache(functools.partial(_dense_mask, rows))
 
 
 def flexible(q: Tensor, k: Tensor, v: Tensor, past: tuple[Tensor, Tensor] | None, shared: Shared) -> Tensor:
@@ -70,6 +86,26 @@ def _block_mask(rows: PackedRows, queries: int, keys: int, device: torch.device)
     skipped = keys - queries  # the clean rows do not ask in the last layer, nor where they are past
     visible: Callable[..., Tensor] = lambda b, h, query, key: rows.visible(b, query + skipped, key)  # noqa: E731
     return create_block_mask(visible, rows.samples, None, queries, keys, device=str(device))
+
+
+def _dense_mask(rows: PackedRows, device: torch.device) -> Tensor:
+    """What sees what, (R, R), or (B, 1, R, R) where samples differ."""
+    sample = torch.arange(rows.samples or 1, device=device)[:, None, None]
+    row = torch.arange(rows.num_rows, device=device)
+    seen = rows.visible(sample, row[:, None], row)
+    return seen if rows.samples is None else seen[:, None]
+
+
+def _by_kernel(q: Tensor, k: Tensor, v: Tensor, shared: Shared) -> Tensor:
+    if k.shape[2] < q.shape[2]:
+        k, v = (x.expand(-1, -1, q.shape[2], -1) for x in (k, v))
+    return attend_packed(q, k, v, None, **vars(shared.rows))
+
+
+@implemented_by(_by_kernel)
+def block_causal_attention(q: Tensor, k: Tensor, v: Tensor, shared: Shared) -> Tensor:
+    """Rows q (B, R, H, Dh) and k, v (B, R, H or 1, Dh), clean ones only -> like q."""
+    return attention(q, k, v, shared.mask(q.device))
 
 
 @implemented_by(lambda q, k, v, past, shared: attend_packed(q, k, v, past, **vars(shared.rows)))

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opencola.layers.attention import Attend, Rotary, rotate_halves
-from opencola.layers.operations import LayerNorm, Linear, gated, gated_norm, modulated_norm, split_heads
+from opencola.layers.attention import Attend, Rotary
+from opencola.layers.operations import LayerNorm, Linear, gated, gated_norm, modulated_norm, rotated_heads, split_heads
 from opencola.ranges import Count, Positive, check
 
 Activation = Literal["swiglu", "gelu", "silu"]
@@ -44,11 +44,11 @@ class Block(nn.Module):
     def __init__(self, config: BlockConfig) -> None:
         super().__init__()
         width, eps = config.width, config.norm_eps
-        kv_width = width // config.num_heads if config.multi_query else width
+        self.kv_heads = 1 if config.multi_query else config.num_heads
+        kv_width = self.kv_heads * width // config.num_heads
         self.config = config
-        self.splits = [width, kv_width, kv_width]
         self.norm_attention = LayerNorm(width, eps, elementwise_affine=config.norm_affine)
-        self.qkv = Linear(width, sum(self.splits), bias=config.qkv_bias)
+        self.qkv = Linear(width, width + 2 * kv_width, bias=config.qkv_bias)
         qk_norm = config.qk_norm
         self.norm_q = LayerNorm(width, eps, config.qk_norm_affine) if qk_norm else nn.Identity()
         self.norm_k = LayerNorm(kv_width, eps, config.qk_norm_affine) if qk_norm else nn.Identity()
@@ -64,24 +64,27 @@ class Block(nn.Module):
         qkv = self.qkv(x if config.post_norm else self.norm_attention(x))
         if config.clip_qkv is not None:
             qkv = qkv.clamp(-config.clip_qkv, config.clip_qkv)
-        q, k, v = qkv.split(self.splits, dim=-1)
-        q, k = self.norm_q(q), self.norm_k(k)
-        q, k, v = (part.unflatten(-1, (-1, config.width // config.num_heads)) for part in (q, k, v))
-        q, k = rotate_halves(q, table).to(v.dtype), rotate_halves(k, table).to(v.dtype)
+        q, k, v = rotated_heads(qkv, config.num_heads, self.kv_heads, table, self.head_norms, config.norm_eps)
         attended = self.attention_out(attend(layer, q, k, v).flatten(-2))
         if config.post_norm:
             # the release normalises the residual stream here, not the attention output; its weights depend on it (Q1)
-            x = self.norm_attention(x) + attended
-            return x + self.norm_mlp(self.mlp_out(self.activation(self.mlp_in(x))))
+            x = self.norm_attention(x, attended)
+            return self.norm_mlp(self.mlp_out(self.hidden(x)), x)
         x = x + attended
-        return x + self.mlp_out(self.activation(self.mlp_in(self.norm_mlp(x))))
+        return x + self.mlp_out(self.hidden(self.norm_mlp(x)))
 
-    def activation(self, x: Tensor) -> Tensor:
-        """SwiGLU (value half first, gate half second), exact GELU or SiLU."""
+    def hidden(self, x: Tensor) -> Tensor:
+        """SwiGLU (value half first, gate half second), exact GELU or SiLU of the first layer of the MLP."""
         if self.config.activation == "swiglu":
-            value, gate = x.chunk(2, dim=-1)
-            return value * F.silu(gate)
+            return self.mlp_in(x, "swiglu value first")
+        x = self.mlp_in(x)
         return F.gelu(x) if self.config.activation == "gelu" else F.silu(x)
+
+    @property
+    def head_norms(self) -> tuple[Tensor | None, ...] | None:
+        """Gain and bias of the queries' norm, and of the keys', each none where not learned; None without norms."""
+        norms = [norm for norm in (self.norm_q, self.norm_k) if isinstance(norm, LayerNorm)]
+        return tuple(p for norm in norms for p in (norm.weight, norm.bias)) or None
 
 
 class AdaptiveBlock(nn.Module):

@@ -15,35 +15,38 @@ from opencola.models.stopping import StopRule, TokenBlock
 
 @dataclass(frozen=True)
 class Loss:
-    """A training loss: `total` is the sum of the weighted `terms`; `metrics` are detached figures to report."""
+    """A training loss: `total` is the sum of the weighted `terms`; `metrics` are detached figures to report.
+
+    counts: what terms and metrics are means over, by their names; those of all batches of a size that are left out are
+    over equally many things. Of a term it is what the loss was divided by, of a metric what this very part has.
+    """
 
     total: Tensor
     terms: dict[str, Tensor]
     metrics: dict[str, Tensor]
+    counts: dict[str, Tensor] = field(default_factory=dict)
 
     def detach(self) -> "Loss":
         """The same figures, free of the graph that they came from."""
         terms, metrics = ({name: value.detach() for name, value in d.items()} for d in (self.terms, self.metrics))
-        return Loss(self.total.detach(), terms, metrics)
+        return Loss(self.total.detach(), terms, metrics, self.counts)
 
     @classmethod
-    def mean(cls, losses: Sequence["Loss"], weights: Sequence[Tensor] | None = None) -> "Loss":
-        """Of the parts of a batch, whose losses are divided by common counts already.
-
-        weights: of their metrics, as `Batch.weight`; equal ones if None.
-        """
-        shares = torch.ones(len(losses)) if weights is None else torch.stack(list(weights))
+    def mean(cls, losses: Sequence["Loss"]) -> "Loss":
+        """Of the parts of a batch, whose terms are divided by common counts already; metrics weigh their own."""
 
         def of(values: Iterable[Tensor]) -> Tensor:
             return torch.stack(list(values)).mean(0)
 
-        def weighted(values: Iterable[Tensor]) -> Tensor:
-            stacked = torch.stack(list(values))
-            return torch.tensordot(shares.to(stacked), stacked, 1) / shares.to(stacked).sum()
+        def weighted(name: str) -> Tensor:
+            values = torch.stack([loss.metrics[name] for loss in losses])
+            shares = torch.stack([loss.counts.get(name, torch.ones(())) for loss in losses]).to(values)
+            return torch.tensordot(shares, values, 1) / shares.sum().clamp(min=1)
 
         terms = {name: of(loss.terms[name] for loss in losses) for name in losses[0].terms}
-        metrics = {name: weighted(loss.metrics[name] for loss in losses) for name in losses[0].metrics}
-        return cls(of(loss.total for loss in losses), terms, metrics)
+        metrics = {name: weighted(name) for name in losses[0].metrics}
+        counts = {name: of(loss.counts[name].double() for loss in losses) for name in losses[0].counts}
+        return cls(of(loss.total for loss in losses), terms, metrics, counts)
 
 
 @dataclass(frozen=True)

@@ -48,9 +48,38 @@ class OutputFlags:
 def parse(target: Any, args: Sequence[str], **options: Any) -> Any:
     """`tyro.cli(target, args=args, **options)`, with mistakes as UserError of one line; --help still exits.
 
-    A number out of its range (`opencola.ranges`) is named by its flag. In paths, `~` is the home folder.
+    A number out of its range (`opencola.ranges`) is named by its flag. In paths, `~` is the home folder. What is no
+    flag may stand behind flags of many values, too, as the last word.
     """
-    args = [value(word) if re.match(r"--?\S*\s", word) and not FLAG.fullmatch(word) else word for word in args]
+    args = marked(args)
+    try:
+        return _parse(target, args, **options)
+    except UserError as error:
+        first = next((place for place, word in enumerate(args) if word.startswith("-")), len(args))
+        *words, last = args or ["-"]
+        # a flag must not lose its only value
+        is_value = words[-1:] and words[-1].startswith("-") and not str(error).startswith("Unrecognized options:")
+        if options.get("return_unknown_args") or last.startswith("-") or is_value:
+            raise
+        with contextlib.suppress(UserError):
+            return _parse(target, [*words[:first], last, *words[first:]], **options)
+        raise
+
+
+def marked(args: Sequence[str]) -> list[str]:
+    """A command line with the mark of `value` before what can only be one: a word with spaces, and `--` behind a flag
+    or at the end, where there is nothing to set apart."""
+    places = range(1, len(args))
+    alone = {place for place in places if place == len(args) - 1 or re.fullmatch(r"--[^=]+", args[place - 1])}
+    return [
+        value(word)
+        if (word == "--" and place in alone) or (re.match(r"--?\S*\s", word) and not FLAG.fullmatch(word))
+        else word
+        for place, word in enumerate(args)
+    ]
+
+
+def _parse(target: Any, args: Sequence[str], **options: Any) -> Any:
     said = io.StringIO()
     try:
         with contextlib.ExitStack() as stack:
@@ -127,7 +156,7 @@ def advice(line: str, args: Sequence[str]) -> str:
         return ""
     for flag, word in itertools.pairwise(args):
         unknown = line.startswith("Unrecognized options:") and word in line
-        pair = word.startswith("--") and flag.startswith("--") and "=" not in flag
+        pair = word.startswith("-") and flag.startswith("--") and "=" not in flag
         if pair and (unknown or f"argument '{flag}'" in line):
             return f"; if {word} is a value: {flag}={word}"
     return ""

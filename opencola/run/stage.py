@@ -26,8 +26,8 @@ from opencola.text.tokenizer import FILE_NAME, Tokenizer
 from opencola.train import distributed
 from opencola.train.checkpoint import CHECKPOINTS, TrainState, latest, num_bytes
 from opencola.train.loop import proceed, start
+from opencola.train.means import Means, named
 from opencola.train.samples import Show
-from opencola.train.tracker import Means
 
 VALID_BATCHES = 50
 OF_RUN = (RECIPE, METRICS, "samples.jsonl", CHECKPOINTS, "tensorboard", "wandb")
@@ -231,12 +231,10 @@ def validate(model: build.Model, corpus: Corpus) -> dict[str, Any]:
     for number, batch in enumerate(itertools.islice(corpus, VALID_BATCHES), 1):
         batch = batch.to(device())
         loss = model.loss(replace(batch, counts=distributed.counts_of_step([model.counts(batch)])))
-        terms = {f"loss/{name}": term for name, term in loss.terms.items()}
-        for name, value in (*terms.items(), ("loss", loss.total)):
+        for name, value in (*named(loss.terms).items(), ("loss", loss.total)):
             if not value.isfinite():
                 raise NotFiniteError(f"{name} is {value.item()} in batch {number} of the validation corpus")
-        means.add({"loss": loss.total, **terms}, distributed.mean({"weight": batch.weight()})["weight"])
-        means.add(loss.metrics, batch.weight())
+        means.add_loss(loss)
     figures = means.take()
     if figures["loss"] is None:
         raise UserError(f"no token of {VALID_BATCHES} batches of the validation corpus counts: raise data.length")

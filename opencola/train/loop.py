@@ -193,7 +193,7 @@ def backward(model: Trainable, batch: Batch, config: TrainConfig) -> Loss:
             loss = model.loss(replace(part, counts=counts))
         (loss.total / len(parts)).backward()
         losses.append(loss.detach())
-    return losses[0] if len(losses) == 1 else Loss.mean(losses, [part.weight() for part in parts])
+    return losses[0] if len(losses) == 1 else Loss.mean(losses)
 
 
 def progress_of(state: TrainState, config: TrainConfig) -> float:

@@ -1,6 +1,5 @@
 """Making a run's records: means over steps, on file (`metrics.jsonl`, `samples.jsonl`), on screen, and to the sinks."""
 
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from opencola.models.language_model import Loss, Sample
 from opencola.text.lines import append_objects, read_objects, write_objects
 from opencola.train.checkpoint import TrainState
 from opencola.train.distributed import mean, num_processes
+from opencola.train.means import Means
 from opencola.train.sinks import Tracker, Value
 
 Record = dict[str, Value]
@@ -26,9 +27,9 @@ class RunLog:
     """Records of a run, every `log_every` steps, on file, to trackers and on the screen; a context manager.
 
     A record holds step, tokens (seen so far), seconds, tokens_per_second, learning_rate/<optimizer>, and, averaged over
-    the steps since the last record, loss, loss/<term>, the loss's metrics by name, and gradient_norm. A step's loss,
-    terms and metrics weigh what it has of tokens that count. Where documents can lose their ends, documents_cut is the
-    number of those that did since the last record, and scored the share of tokens that count.
+    the steps since the last record, loss, loss/<term>, the loss's metrics by name, and gradient_norm. A step's terms
+    and metrics weigh what it has of that which they are means over (see `means`). Where documents can lose their ends,
+    documents_cut is the number of those that did since the last record, and scored the share of tokens that count.
     """
 
     def __init__(
@@ -42,8 +43,8 @@ class RunLog:
     ) -> None:
         """Append to the files in `folder`, of which only what was written up to the state's step is kept.
 
-        display: show a progress bar; main: off in all processes but one, which then make the same records (`step` gives
-        them out) but write and show nothing. The kept records are in `records`.
+        display: show a progress bar on standard error, if that is a terminal; main: off in all processes but one, which
+        then make the same records (`step` gives them out) but write and show nothing. The kept ones are in `records`.
         """
         kept = {name: kept_records(folder / name, state.step) for name in ("metrics.jsonl", "samples.jsonl")}
         self.records: list[dict[str, Any]] = kept["metrics.jsonl"]
@@ -60,13 +61,17 @@ class RunLog:
         self._cut: int | None = None
         self._has_counted = any(record.get("loss") is not None for record in self.records)
         self._last = (state.num_tokens, state.seconds)
+        console = Console(stderr=True)
+        # where nothing can be taken back, a bar would stand in front of the error that ends it
+        display = display and main and console.is_interactive
         self._bar = Progress(
             TextColumn("step {task.fields[step]}"),
             BarColumn(),
             TaskProgressColumn(),
             TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(),
-            disable=not (display and main),
+            console=console,
+            disable=not display,
         )
         self._task = self._bar.add_task("train", total=1.0, step=state.step, figures="")
 
@@ -87,13 +92,10 @@ class RunLog:
 
         Returns the record, or None. Raises UserError where none of the tokens of the run so far counts.
         """
-        terms = {f"loss/{name}": term for name, term in loss.terms.items()}
-        weight = mean({"weight": batch.weight()})["weight"] if batch.scored is not None else batch.weight()
-        self._means.add({"loss": loss.total, **terms}, weight)  # divided by what all processes count
-        self._means.add(loss.metrics, batch.weight())
+        self._means.add_loss(loss)
         self._means.add({"gradient_norm": norm})
         if batch.scored is not None:
-            self._means.add({"scored": weight})
+            self._means.add({"scored": batch.scored_share()})
         if batch.cut is not None:
             self._cut = (self._cut or 0) + batch.cut
         self._bar.update(self._task, completed=min(1.0, progress), step=state.step)
@@ -137,38 +139,3 @@ def kept_records(file: Path, step: int) -> list[dict[str, Any]]:
     """The records of a file, if there is one, of steps up to this one; a line without its end is none."""
     records = read_objects(file, ended=True) if file.exists() else ()
     return [record for _, record in records if record["step"] <= step]
-
-
-class Means:
-    """Weighted means of named tensors over the steps that had them; entries that are not a number are left out."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, Tensor] = {}
-
-    def add(self, values: dict[str, Tensor], weight: Tensor | float = 1.0) -> None:
-        """Take in a step's values: scalars or vectors, on any device (nothing is copied to the host here).
-
-        weight: how much of the step counts, as `Batch.weight`.
-        """
-        for name, value in values.items():
-            value = value.detach().float()
-            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + weight * value.nan_to_num()
-            self._counts[name] = self._counts.get(name, torch.zeros_like(value)) + weight * ~value.isnan()
-
-    def take(self) -> dict[str, Value]:
-        """The means over all processes, as plain numbers and lists, and start anew.
-
-        None stands for no value, as JSON has no NaN.
-        """
-        sums, counts = mean(self._sums), mean(self._counts)
-        means = {name: plain((sums[name] / counts[name]).tolist()) for name in sums}
-        self._sums, self._counts = {}, {}
-        return means
-
-
-def plain(value: Any) -> Value:
-    """Numbers, or nested lists of them, with None for those that are not finite."""
-    if isinstance(value, list):
-        return [plain(entry) for entry in value]
-    return value if math.isfinite(value) else None

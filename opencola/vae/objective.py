@@ -1,11 +1,12 @@
 """The Text VAE's losses: stage 1 of model.md §2, and the terms that stage 2 shares with it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from opencola.data.batch import Batch
+from opencola.data.batch import Batch, divisor
 from opencola.layers import randomness
 from opencola.ranges import NotNegative, Share, check
 from opencola.vae.gaussian import DiagonalGaussian
@@ -53,6 +54,13 @@ def scored_counts(batch: Batch, objective: VAEObjective) -> dict[str, Tensor]:
     return counts
 
 
+def counted(batch: Batch, counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the figures of a loss are means over, by their names, where a batch's divisors are `counts`."""
+    terms = {"cross_entropy": "tokens", "mask": "mask", "flow_matching": "flow_matching"}
+    divisors = {term: counts[name] for term, name in terms.items() if name in counts}
+    return divisors | {"reconstruction_accuracy": batch.is_scored().sum()}
+
+
 def reconstruct(vae: TextVAE, batch: Batch, objective: VAEObjective) -> Reconstruction:
     """Encode, sample, decode and score a batch, with the masked second view when lambda_mask is not 0 (model.md §2)."""
     tokens, views = batch.tokens, 2 if objective.lambda_mask else 1
@@ -74,9 +82,9 @@ def reconstruct(vae: TextVAE, batch: Batch, objective: VAEObjective) -> Reconstr
         accuracy = (right * batch.scored).sum() / batch.scored.sum().clamp(min=1)
     masked_loss = losses.new_zeros(())
     if objective.lambda_mask:
-        masked_loss = (losses[1] * masked).sum() / counts["mask"].clamp(min=1)
+        masked_loss = (losses[1] * masked).sum() / divisor(counts["mask"])
     posterior = DiagonalGaussian(both.mean[: len(tokens)], both.logvar[: len(tokens)])
-    cross_entropy = losses[0].sum() / counts["tokens"].clamp(min=1)
+    cross_entropy = losses[0].sum() / divisor(counts["tokens"])
     return Reconstruction(posterior, z[: len(tokens)], cross_entropy, masked_loss, accuracy)
 
 

@@ -12,6 +12,7 @@ from opencola.layers import masks
 from opencola.layers.attention import Attend, masked, rotary
 from opencola.layers.cache import KVCache
 from opencola.layers.operations import LayerNorm, Linear
+from opencola.layers.packed import block_causal
 from opencola.layers.transformer import Activation, Block, BlockConfig, initialise
 from opencola.ranges import Count, Finite, Positive, Size, check
 from opencola.vae.gaussian import DiagonalGaussian
@@ -226,6 +227,10 @@ class TextVAE(nn.Module):
 
     def _pattern(self, rows: int, lengths: Tensor | None, documents: Tensor | None, device: torch.device) -> Attend:
         config = self.config
+        if documents is not None:
+            documents = documents[:, :: config.patch_size]
+        if config.attention != "full" and lengths is None:
+            return block_causal(rows, config.visible_block, documents)
         if config.attention == "full":
             mask = torch.ones(rows, rows, dtype=torch.bool, device=device)
         else:
@@ -235,6 +240,5 @@ class TextVAE(nn.Module):
             real = (key < lengths[:, None]) | (key == 0)  # key 0 stays, so that no row is left without a key
             mask = (mask & real[:, None, :])[:, None]
         if documents is not None:
-            of_rows = documents[:, :: config.patch_size]
-            mask = mask & (of_rows[:, :, None] == of_rows[:, None, :])[:, None]
+            mask = mask & masks.same_document(documents)
         return masked(mask)

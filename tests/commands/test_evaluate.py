@@ -16,7 +16,6 @@ import pytest
 from command_line import WEIGHTS, Main, command, environment
 
 from opencola.checkpoints import hub
-from opencola.commands import evaluate
 from opencola.evaluation.benchmarks.results_writer import ResultsWriter
 from opencola.evaluation.benchmarks.tasks import TASKS, find_task, read_demonstrations, read_questions
 from opencola.models.cola.sampling import ColaSampling
@@ -119,21 +118,21 @@ def test_the_file_depends_neither_on_batches_nor_on_processes(main: Main, place:
 
 def test_the_models_hash_is_of_weights_and_tokenizer(place: Path) -> None:
     model = place / "runs/tiny"
-    before = evaluate.hash_model(model)
+    before = hub.hash_model(model)
     shutil.copytree(model, place / "copy")
     (place / "copy/README.md").write_text("other words")
     (place / "copy/opencola.json").unlink()
-    assert evaluate.hash_model(place / "copy") == before
+    assert hub.hash_model(place / "copy") == before
     with (place / "copy" / WEIGHTS).open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         last = file.read(1)[0]
         file.seek(-1, os.SEEK_END)
         file.write(bytes([last ^ 1]))
-    assert evaluate.hash_model(place / "copy") != before
+    assert hub.hash_model(place / "copy") != before
     shutil.copy(model / WEIGHTS, place / "copy" / WEIGHTS)
-    assert evaluate.hash_model(place / "copy") == before
+    assert hub.hash_model(place / "copy") == before
     (place / "copy/tokenizer.json").write_text((model / "tokenizer.json").read_text() + " ")
-    assert evaluate.hash_model(place / "copy") != before
+    assert hub.hash_model(place / "copy") != before
 
 
 def kill_and_go_on(main: Main, place: Path, kills: int) -> int:
@@ -220,6 +219,22 @@ def test_another_run_is_refused_unless_it_is_to_be_overwritten(
     assert (place / "x" / RESULTS).read_bytes() == before
     assert main(*flags, "--steps", "3")[0] == 0  # as was said
     assert rows(place / "x")[0]["settings"]["steps"] == 3
+
+
+@pytest.mark.usefixtures("data")
+def test_what_is_not_finite_stops_it_or_is_counted(main: Main, place: Path) -> None:
+    flags = ("evaluate", *QUICK, "--tasks", "obqa", "--data", "data", "--limit", "3", "--dtype", "fp32", "--out", "x")
+    code, said, error = main(*flags, "--guidance", "3e38")
+    assert (code, said) == (2, "") and re.search(r"error: sample \d, .*not finite", error)
+    code, said, error = main(*flags, "--guidance", "3e38", "--allow-not-finite")
+    assert code == 0 and said.count("3 of 3 records are not finite, and count as not right\n") == 1, error
+    _, *records = rows(place / "x")
+    assert [(r["generation"], r["correct"], "not finite" in r["not_finite"]) for r in records] == [
+        ("", False, True)
+    ] * 3
+    code, said, _ = main("report", "x/results.jsonl", "--out", "y")
+    assert code == 0 and "Records of runs/tiny are not finite, and count as not right: OBQA 3." in said
+    assert '"not_finite": 3' in (place / "y/summary.jsonl").read_text()
 
 
 @pytest.mark.parametrize(

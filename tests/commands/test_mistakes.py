@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 from command_line import TINY, Main, opencola
 
+from opencola import from_pretrained
+from opencola import load as opencola_load
 from opencola.checkpoints import official
+from opencola.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -126,6 +129,9 @@ def test_a_model_with_the_tokenizer_of_a_larger_one(main: Main, place: Path) -> 
     official.Tokenizer.train(words * 9, 400).save("runs/tiny")
     code, _, error = main("generate", "--model", "runs/tiny", "--prompt", "a")
     assert (code, error) == (2, "error: the tokenizer in runs/tiny has 400 ids, but its model knows 300\n")
+    for load in (opencola_load, from_pretrained):
+        with pytest.raises(UserError, match="the tokenizer in runs/tiny has 400 ids, but its model knows 300"):
+            load("runs/tiny")
 
 
 def test_bugs_are_not_dressed_up_as_mistakes(main: Main, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,10 @@
 
 import io
 import json
+import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command_line import Main
@@ -13,6 +15,7 @@ from opencola.evaluation import screen
 from opencola.models import build
 from opencola.run import recipe
 from opencola.text.lines import is_pipe, read_lines
+from opencola.worlds import story_tasks
 
 TINY = ("--model", "runs/tiny", "--steps", "2")
 
@@ -28,8 +31,9 @@ def test_pipes_are_read(main: Main, monkeypatch: pytest.MonkeyPatch) -> None:
     assert code == 0 and "[0] The fox" in said and "[1] The bear" in said, error
     pipe(monkeypatch, 'The fox ran.\n{"prompt": "The", "continuation": " fox"}\n')
     code, said, error = main("score", "-", *TINY, "--solver", "euler", "--samples", "1", "--json")
-    first, second = map(json.loads, said.splitlines())
+    first, second, whole = map(json.loads, said.splitlines())
     assert code == 0 and first["text"] == "The fox ran." and second["continuation"] == " fox", error
+    assert whole["id"] == "all"
 
 
 @pytest.mark.parametrize("name", ["t.txt", "t.jsonl"])
@@ -91,20 +95,81 @@ def test_documents_of_white_space_are_counted(main: Main) -> None:
     assert code == 0 and out.count(said) == 2, error  # a stage each
 
 
+SHORT = (*TINY, "--max-new-tokens", "2")
+PRINTS = {
+    "latents": (("--model", "runs/tiny", "--sequences", "2"), "latents.jsonl"),
+    "inspect": (("The fox", *TINY, "--samples", "2"), "inspect.jsonl"),
+    "diagnose": ((*SHORT, "--num-stories", "4", "--places", "2"), "diagnose.jsonl"),
+    "quality": ((*SHORT, "--num-samples", "4", "--temperatures", "0", "1"), "quality.jsonl"),
+    "report": (("results.jsonl",), "summary.jsonl"),
+    "evaluate": ((*SHORT, "--limit", "2", "--tasks", "last_word", "lambada", "--data", "."), None),
+    "score": (("pairs.jsonl", *TINY, "--solver", "euler"), None),
+    "train": (("tiny.yaml", "--dry-run"), None),
+}
+
+
+def said_by(main: Main, command: str, place: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The objects on standard output of a command with --json, of which every line is one, and those in its file."""
+    lines = [json.dumps(record) + "\n" for record in story_tasks.records("lambada", 3, 0)]
+    (place / "lambada.jsonl").write_text("".join(lines))
+    (place / "pairs.jsonl").write_text('{"text": "The fox"}\n{"prompt": "The", "continuation": " hill ran."}\n')
+    argv, file = PRINTS[command]
+    if command == "report":
+        assert main("evaluate", *PRINTS["evaluate"][0], "--out", ".")[0] == 0
+    code, said, error = main(command, *argv, *(() if command in ("score", "train") else ("--out", "o")), "--json")
+    assert code == 0, error
+    assert said.endswith("\n") and said.count("\n") == len(said.splitlines())
+    objects = [json.loads(line, parse_constant=pytest.fail) for line in said.splitlines()]
+    assert objects and all(isinstance(value, dict) for value in objects)
+    kept = [json.loads(line) for line in (place / "o" / file).read_text().splitlines()] if file else []
+    return objects, kept
+
+
+@pytest.mark.parametrize("command", PRINTS)
+def test_json_is_all_that_is_printed_and_is_what_the_file_holds(command: str, main: Main, place: Path) -> None:
+    objects, kept = said_by(main, command, place)
+    if command == "inspect":
+        *objects, whole = objects
+        assert whole["number"] is None and whole["text"] == "The fox" and whole["elbo"] < 0
+        assert whole["perplexity"] == pytest.approx(math.exp(-whole["elbo"] / len(objects)))
+    if kept:
+        assert objects == kept
+    if command == "evaluate":
+        *shares, average = objects
+        assert [line["task"] for line in shares] == ["last_word", "lambada"] and average["task"] is None
+        assert average["value"] == shares[1]["value"] and average["tasks"] == ["lambada"]
+    if command == "score":
+        first, second, whole = objects
+        assert whole["log_probability"] == first["log_probability"] + second["log_probability"]
+        assert whole["num_tokens"] == first["num_tokens"] + second["num_tokens"]
+        assert (whole["id"], whole["num_texts"], whole["asked"]) == ("all", 2, 2) and whole["perplexity"] > 1
+
+
 @pytest.mark.usefixtures("place")
 @pytest.mark.parametrize(
     "argv",
     [
+        ("train", "tiny.yaml", "--out", "new"),
+        ("tokenize", "words.txt", "--to", "t", "--vocab-size", "300"),
+        ("evaluate", *SHORT, "--limit", "2"),
+        ("export", "--model", "runs/tiny", "--to", "x"),
+        ("quality", *SHORT, "--num-samples", "4", "--temperatures", "1"),
         ("latents", "--model", "runs/tiny", "--sequences", "2"),
-        ("evaluate", *TINY, "--limit", "1", "--max-new-tokens", "2"),
-        ("train", "tiny.yaml", "--dry-run"),
+        ("inspect", "The fox", *TINY, "--samples", "2"),
+        ("diagnose", *SHORT, "--num-stories", "4", "--places", "2"),
+        ("generate", *SHORT, "--prompt", "The"),
     ],
     ids=lambda argv: argv[0],
 )
-def test_json_is_all_that_is_printed(argv: tuple[str, ...], main: Main) -> None:
-    code, said, error = main(*argv, "--json")
+def test_progress_goes_to_standard_error(argv: tuple[str, ...], main: Main, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a terminal, where bars are drawn."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TTY_INTERACTIVE", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    code, said, error = main(*argv)
     assert code == 0, error
-    assert said and all(isinstance(json.loads(line), dict) for line in said.splitlines())
+    assert "\u2501" not in said and "0:00:0" not in said and "\033[?25l" not in said
+    assert "\u2501" in error or argv[0] in ("export", "generate", "inspect")
 
 
 def test_figures_are_whole_at_any_width(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

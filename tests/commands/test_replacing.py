@@ -18,6 +18,7 @@ from results_files import answers, head, write
 
 from opencola import storage
 from opencola.checkpoints import card
+from opencola.commands import generate
 from opencola.run import stage
 from opencola.train.loop import Interrupted
 
@@ -243,6 +244,28 @@ def test_what_is_measured_is_written_whole_or_not_at_all(
         code, _, error = main(*argv.split(), *model, "--out", folder)
         assert code == 2 and error.endswith("error: [Errno 28] No space left on device\n"), error
     assert contents(place / "there") == dict.fromkeys(names, b"before") and not (place / "new").exists()
+
+
+def test_texts_replace_earlier_ones_when_all_are_written(
+    main: Main, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "x.jsonl").write_text("before")
+    write_all = generate.generate_text
+
+    def interrupted(*arguments: Any) -> Any:
+        if arguments[-1] == [1]:
+            raise KeyboardInterrupt
+        return write_all(*arguments)
+
+    argv = ("generate", "--model", "runs/tiny", "--steps", "1", "--max-new-tokens", "2", "--batch-size", "1")
+    argv += ("--prompt", "The fox", "The bear", "--jsonl", "x.jsonl")
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "generate_text", interrupted)
+        code, _, error = main(*argv)
+    assert code == 130 and error == "\nwhat is done is in x.draft.jsonl\n"
+    assert (place / "x.jsonl").read_text() == "before" and "The fox" in (place / "x.draft.jsonl").read_text()
+    assert main(*argv)[0] == 0
+    assert (place / "x.jsonl").read_text().count("\n") == 2 and not (place / "x.draft.jsonl").exists()
 
 
 TWO = {

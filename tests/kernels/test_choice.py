@@ -81,8 +81,10 @@ def test_a_way_past_the_seam_is_caught(source: str, names: list[str]) -> None:
 
 def test_all_operations_are_known() -> None:
     blocks = {"modulated_norm", "gated_norm", "gated", "linear_gelu", "split_heads"}
+    blocks |= {"plain_norm", "residual_rms_norm", "linear_swiglu", "rotated_heads"}
     products = {"linear", "linear_cross_entropy", "product_of_stacks"}
-    assert {*OPERATIONS} == blocks | products | {"prefix_attention", "packed_attention", "for_few_rows"}
+    attentions = {"prefix_attention", "packed_attention", "block_causal_attention"}
+    assert {*OPERATIONS} == blocks | products | attentions | {"for_few_rows"}
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

@@ -11,7 +11,18 @@ from opencola.kernels import elementwise
 from opencola.kernels.choice import Operation
 from opencola.layers import operations
 from opencola.layers.attention import rotary, turns
-from opencola.layers.operations import Linear, gated, gated_norm, linear_gelu, modulated_norm, split_heads
+from opencola.layers.operations import (
+    Linear,
+    gated,
+    gated_norm,
+    linear_gelu,
+    linear_swiglu,
+    modulated_norm,
+    plain_norm,
+    residual_rms_norm,
+    rotated_heads,
+    split_heads,
+)
 
 pytestmark = pytest.mark.usefixtures("need_kernels")
 EPS = 1e-5
@@ -37,6 +48,10 @@ def cases(batch: int, rows: int, width: int, times: int) -> dict[str, Case]:
     def split(qkv: Tensor, *norms: Tensor) -> tuple[Any, ...]:
         return qkv, 3, norms, turn.to(torch.promote_types(qkv.dtype, torch.complex64)), EPS, rows // 2
 
+    def rotated(qkv: Tensor, *norms: Tensor) -> tuple[Any, ...]:
+        return qkv, 3, 1, rotary(torch.arange(rows), 2 * width, 1e4, qkv.dtype), norms or None, EPS
+
+    of_row, wide = (width,), (batch, rows, 5 * 2 * width)
     return {
         "modulated_norm": (modulated_norm, lambda h, s, c: (h, s, c, index, EPS), [of_rows, of_times, of_times]),
         "modulated_norm with gain": (
@@ -56,6 +71,30 @@ def cases(batch: int, rows: int, width: int, times: int) -> dict[str, Case]:
         ),
         "linear_gelu": (linear_gelu, lambda x, w, b: (x, w, b), [of_rows, (2 * width, width), (2 * width,)]),
         "split_heads": (split_heads, split, heads),
+        "plain_norm": (plain_norm, lambda x: (x, EPS), [of_rows]),
+        "plain_norm of all": (
+            plain_norm,
+            lambda x, gain, bias, r: (x, EPS, gain, bias, r),
+            [of_rows, of_row, of_row, of_rows],
+        ),
+        "residual_rms_norm": (residual_rms_norm, lambda h, gain: (h, None, EPS, gain), [of_rows, of_row]),
+        "residual_rms_norm of both": (
+            residual_rms_norm,
+            lambda h, y, gain: (h, y, EPS, gain),
+            [of_rows, of_rows, of_row],
+        ),
+        "linear_swiglu": (
+            linear_swiglu,
+            lambda x, w, b: (x, w, b, False),
+            [of_rows, (2 * width, width), (2 * width,)],
+        ),
+        "linear_swiglu without bias": (
+            linear_swiglu,
+            lambda x, w: (x, w, None, True),
+            [of_rows, (2 * width, width)],
+        ),
+        "rotated_heads": (rotated_heads, rotated, [wide]),
+        "rotated_heads with norms": (rotated_heads, rotated, [wide, *[(6 * width,)] * 2, *[(2 * width,)] * 2]),
     }
 
 

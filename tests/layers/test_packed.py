@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from opencola.layers import masks
 from opencola.layers.attention import Attend, masked
 from opencola.layers.masks import PackedRows, clean_beside_noisy, dense
-from opencola.layers.packed import Past, Shared, flexible, packed
+from opencola.layers.packed import Past, Shared, block_causal, flexible, packed
 
 
 def by_flex(
@@ -125,3 +126,32 @@ def test_noisy_rows_behind_past_ones_are_those_of_the_whole_pattern(
     by_past, expected = (torch.autograd.grad((x * weight).sum(), qkv)[0] for x in (out, whole[:, asking]))
     torch.testing.assert_close(by_past[:, :, asking], expected[:, :, asking], rtol=0, atol=1e-12)
     assert (by_past[:, :, :num_clean] == 0).all()
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize(("rows", "block_size"), [(12, 1), (37, 5), (16, 16), (8, 20), (1, 1)])
+def test_clean_rows_alone_are_block_causal(
+    rows: int, block_size: int, kv_heads: int, documents: bool, with_kernels: bool
+) -> None:
+    q, k, v = (torch.randn(3, rows, heads, 16, requires_grad=True) for heads in (2, kv_heads, kv_heads))
+    seen = dense(masks.block_causal(block_size), rows, rows).expand(3, 1, -1, -1)
+    numbers = torch.randint(0, 3, (3, rows)).cumsum(1) * 2**32 if documents else None  # equal in the lower 32 bits
+    if numbers is not None:
+        seen = seen & masks.same_document(numbers)
+    found = block_causal(rows, block_size, numbers)(0, q, k, v)
+    expected = masked(seen)(0, *(x.double() for x in (q, k, v)))
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
+    weight = torch.randn_like(found)
+    of_found = torch.autograd.grad((found * weight).sum(), (q, k, v))
+    of_expected = torch.autograd.grad((expected * weight).sum(), (q, k, v))
+    for gradient, right in zip(of_found, of_expected, strict=True):
+        torch.testing.assert_close(gradient, right, rtol=0, atol=2e-5)
+
+
+@pytest.mark.usefixtures("need_kernels")
+def test_block_causal_rows_are_the_same_in_longer_sequences() -> None:
+    q, k, v = torch.randn(3, 2, 70, 2, 16)
+    whole = block_causal(70, 1)(0, q, k, v)
+    for rows in (1, 15, 16, 33, 69):
+        assert torch.equal(block_causal(rows, 1)(0, q[:, :rows], k[:, :rows], v[:, :rows]), whole[:, :rows])

@@ -59,6 +59,9 @@ def test_a_recipe_may_say_any_text(stop: list[str]) -> None:
         (["--sampling.stop=--"], ("--",)),
         (["--sampling.stop=--seed"], ("--seed",)),
         (["--sampling.stop", "--foo bar", "-x y", "b"], ("--foo bar", "-x y", "b")),
+        (["--sampling.stop", "--"], ("--",)),
+        (["--sampling.stop", "--", "x", "--seed", "3"], ("--", "x")),
+        (["--seed", "3", "--sampling.stop", "x", "--"], ("x", "--")),
     ],
 )
 def test_a_flag_may_say_it_too(argv: list[str], stop: tuple[str, ...]) -> None:
@@ -73,8 +76,9 @@ def test_what_looks_like_a_flag_is_taken_for_one_and_it_is_said_how_to_give_it()
         flags.parse(Sampling, ["--stop", "--foo"])
     with pytest.raises(UserError, match=f"^{said.replace('--stop', '--sampling.stop')}$"):
         read(PLAIN, "--sampling.stop", "--foo")
-    with pytest.raises(UserError, match="if --foo is a value: --out=--foo$"):
-        read(PLAIN, "--out", "--foo")
+    for word in ("--foo", "-x"):
+        with pytest.raises(UserError, match=f"if {word} is a value: --out={word}$"):
+            read(PLAIN, "--out", word)
     with pytest.raises(UserError, match=r"^Unrecognized options: --stepz$"):
         read(PLAIN, "--seed", "1", "--stepz", "3")
 

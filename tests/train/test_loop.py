@@ -144,7 +144,8 @@ def test_means_weigh_what_counts_and_the_rest_is_told(tmp_path: Path) -> None:
         for counted, value in ((16, 1.0), (0, 0.0), (4, 6.0)):
             state.step, state.seconds = state.step + 1, state.seconds + 1
             scored = (torch.arange(16) < counted).view(2, 8)
-            loss = Loss(torch.tensor(value), {"ce": torch.tensor(value)}, {"accuracy": torch.tensor(value)})
+            counts = dict.fromkeys(("ce", "accuracy"), torch.tensor(counted))
+            loss = Loss(torch.tensor(value), {"ce": torch.tensor(value)}, {"accuracy": torch.tensor(value)}, counts)
             shown = replace(batch, scored=scored, cut=2)
             record = report.step(state, 0.5, loss, torch.tensor(value), {}, shown)
     assert record is not None
@@ -156,7 +157,7 @@ def test_means_weigh_what_counts_and_the_rest_is_told(tmp_path: Path) -> None:
 def test_a_run_in_which_nothing_counts_stops(tmp_path: Path) -> None:
     state = TrainState(torch.nn.Linear(1, 1), [], None, Nothing())
     nothing = Batch(torch.zeros(2, 8, dtype=torch.long), torch.arange(2), 0, 0, scored=torch.zeros(2, 8).bool())
-    loss = Loss(torch.zeros(()), {"ce": torch.zeros(())}, {})
+    loss = Loss(torch.zeros(()), {"ce": torch.zeros(())}, {}, {"ce": torch.tensor(0)})
     with (
         RunLog(tmp_path, state, 1, display=False) as report,
         pytest.raises(ValueError, match="no token of the first 1 steps counts in the loss"),

@@ -6,16 +6,18 @@ nor what was done before, change a record.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeVar
 
-from opencola.errors import UserError
-from opencola.evaluation.benchmarks.tasks import Question, Task
-from opencola.evaluation.statistics import Share, share
+from opencola.errors import NotFiniteError, UserError
+from opencola.evaluation.benchmarks.tasks import TASKS, Question, Task
+from opencola.evaluation.statistics import Share, share, tasks_average
 from opencola.evaluation.writing import Continuation, LastWord, Writer
 from opencola.worlds.stories import Story
 
+T = TypeVar("T")
 AnswerWriter = Callable[[Sequence[str], Sequence[int]], list[str]]
 """Prompts and their ids -> what the model writes after each, unchanged."""
 Scorer = Callable[[Sequence[tuple[str, str]], Sequence[int]], list[float]]
@@ -23,6 +25,8 @@ Scorer = Callable[[Sequence[tuple[str, str]], Sequence[int]], list[float]]
 
 RIGHT = "right"
 """What the model wrote was: of a story, consistent as a whole."""
+NOT_FINITE = "not_finite"
+"""Field of the records of which something is not finite: what."""
 DIGITS = 6
 """Decimals of a log-probability in a record: in float64 the last ones depend on what was computed together."""
 
@@ -63,7 +67,9 @@ class Answers:
     batch: ItemBatch
     texts: list[str]
     nats: list[list[float]] | None
-    """Of every item's options; None where they were not scored."""
+    """Of every item's options, none where they are not finite; None where they were not scored."""
+    faults: Mapping[int, str] = field(default_factory=dict)
+    """What was not finite, by the item's id, where that is allowed."""
 
 
 def make_batches(job: Job, size: int) -> list[ItemBatch]:
@@ -82,27 +88,69 @@ def make_batches(job: Job, size: int) -> list[ItemBatch]:
     ]
 
 
-def answer(batch: ItemBatch, write: AnswerWriter, score: Scorer | None = None) -> Answers:
+def answer(
+    batch: ItemBatch, write: AnswerWriter, score: Scorer | None = None, allow_not_finite: bool = False
+) -> Answers:
     """Have a model write after all prompts and, with `score`, score a space and each option in their place.
 
-    All options of a record are scored under its own id: what is drawn is the same for all of them.
+    All options of a record are scored under its own id: what is drawn is the same for all of them. allow_not_finite:
+    where that is raised, the items are done one by one, and those at fault have written "", or have no scores.
     """
-    texts = write(batch.prompts, batch.ids)
+    choices = batch.choices or ()
+
+    def written(places: Sequence[int]) -> list[str]:
+        return write([batch.prompts[place] for place in places], [batch.ids[place] for place in places])
+
+    def scored(places: Sequence[int]) -> list[list[float]]:
+        assert score is not None
+        pairs = [(batch.prompts[place], f" {choice}") for place in places for choice in choices[place]]
+        nats = iter(score(pairs, [batch.ids[place] for place in places for _ in choices[place]]))
+        return [[next(nats) for _ in choices[place]] for place in places]
+
+    faults: dict[int, str] = {}
+    texts = _each(written, batch.ids, "", faults if allow_not_finite else None)
     if score is None or batch.choices is None:
-        return Answers(batch, texts, None)
-    asked = list(zip(batch.ids, batch.prompts, batch.choices, strict=True))
-    pairs = [(prompt, f" {choice}") for _, prompt, choices in asked for choice in choices]
-    nats = iter(score(pairs, [i for i, _, choices in asked for _ in choices]))
-    return Answers(batch, texts, [[next(nats) for _ in choices] for choices in batch.choices])
+        return Answers(batch, texts, None, faults)
+    return Answers(batch, texts, _each(scored, batch.ids, [], faults if allow_not_finite else None), faults)
+
+
+def _each(
+    act: Callable[[Sequence[int]], list[T]], ids: Sequence[int], none: T, faults: dict[int, str] | None
+) -> list[T]:
+    """What `act` makes of all places; with `faults`, one by one where that is not finite, and `none` with the fault."""
+    places = range(len(ids))
+    try:
+        return act(places)
+    except NotFiniteError:
+        if faults is None:
+            raise
+    made: list[T] = []
+    for place in places:
+        try:
+            made += act([place])
+        except NotFiniteError as error:
+            made.append(none)
+            faults[ids[place]] = str(error)
+    return made
 
 
 def to_records(job: Job, answers: Answers) -> list[dict[str, Any]]:
     """The records of a batch's items, as they stand in the file of results."""
     nats = answers.nats if answers.nats is not None else [None] * len(answers.texts)
     return [
-        {"record": job.kind, "task": job.name, "index": i, **job.judge(i, text, sums)}
+        {"record": job.kind, "task": job.name, "index": i, **job.judge(i, text, sums), **fault_of(answers, i)}
         for i, text, sums in zip(answers.batch.ids, answers.texts, nats, strict=True)
     ]
+
+
+def fault_of(answers: Answers, item: int) -> dict[str, str]:
+    """The field of a record that is not finite; others lack it."""
+    return {NOT_FINITE: answers.faults[item]} if item in answers.faults else {}
+
+
+def count_not_finite(records: Sequence[Mapping[str, Any]]) -> Counter[str]:
+    """How many records of each task are not finite."""
+    return Counter(record["task"] for record in records if NOT_FINITE in record)
 
 
 def benchmark(task: Task, records: Sequence[Question], demonstrations: Sequence[Question]) -> Job:
@@ -135,12 +183,17 @@ def benchmark(task: Task, records: Sequence[Question], demonstrations: Sequence[
 def choose(sums: Sequence[float], choices: Sequence[str], gold: int | None) -> dict[str, Any]:
     """The option of the largest log-probability, and that of the largest one per byte of its text; the first of equals.
 
-    gold: the right option, None where that is not known. Raises UserError for a figure that is not finite.
+    gold: the right option, None where that is not known. No sums at all stand for what is not finite: nothing is
+    chosen. Raises UserError for a figure that is not finite.
     """
+    sizes = [len(choice.encode()) for choice in choices]
+    if not sums:
+        right = None if gold is None else False
+        none = {"choice_sum": None, "choice_per_byte": None, "correct_sum": right, "correct_per_byte": right}
+        return {"sum": [None] * len(choices), "bytes": sizes, **none}
     if not all(map(math.isfinite, sums)):
         raise UserError(f"log-probabilities {list(sums)} are not all finite: the weights are damaged, or diverged")
     sums = [round(nats, DIGITS) for nats in sums]
-    sizes = [len(choice.encode()) for choice in choices]
     per_byte = [nats / max(1, size) for nats, size in zip(sums, sizes, strict=True)]
     by_sum, by_byte = sums.index(max(sums)), per_byte.index(max(per_byte))
     return {
@@ -179,3 +232,18 @@ def summary(records: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], Share
         for title, value in right.items():
             right_by.setdefault((record["task"], title), []).extend([value] if value is not None else [])
     return {key: share(sum(values), len(values)) for key, values in right_by.items()}
+
+
+def of_benchmarks(shares: Mapping[tuple[str, str], Share]) -> dict[str, Share]:
+    """The shares that are averaged over benchmarks, by task."""
+    names = {task.name for task in TASKS}
+    return {task: share for (task, title), share in shares.items() if task in names and title == RIGHT}
+
+
+def figures(records: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The shares of `summary` as objects for JSON, and the benchmarks' average last, where there are any."""
+    shares, bad = summary(records), count_not_finite(records)
+    for (task, title), value in shares.items():
+        yield {"task": task, "measure": title, **asdict(value), NOT_FINITE: bad[task]}
+    if right := of_benchmarks(shares):
+        yield {"task": None, "measure": "tasks average", "value": tasks_average([*right.values()]), "tasks": [*right]}

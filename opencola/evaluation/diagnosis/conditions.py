@@ -55,7 +55,7 @@ class Bench:
 
     def pad_id(self, sampling: ColaSampling) -> int:
         """The padding token, where padding is seen; other settings do without."""
-        return self.tokenizer.pad_id if sampling.first_block in ("left_pad", "right_pad") else 0
+        return self.tokenizer.pad_id if sampling.shows_padding else 0
 
 
 def prepare(

@@ -1,12 +1,14 @@
 """Results files, as `opencola evaluate` writes them: one JSON object a line, first the run, then its records."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import UnionType
 from typing import Any
 
 from opencola.errors import UserError
+from opencola.evaluation.benchmarks.answering import NOT_FINITE
 from opencola.evaluation.benchmarks.tasks import TASKS
 from opencola.evaluation.writing import Continuation, LastWord, Sentence
 from opencola.text.lines import read_objects
@@ -57,6 +59,8 @@ class Results:
     stories: Sequence[Continuation]
     last_words: Sequence[LastWord]
     samples: Sequence[WrittenSample]
+    not_finite: Mapping[str, int] = field(default_factory=dict)
+    """Records of which something is not finite, by task, where there are any."""
 
     @property
     def counts(self) -> dict[str, tuple[int, int]]:
@@ -80,6 +84,7 @@ def read_results(file: Path) -> Results:
     """
     run: dict[str, Any] | None = None
     by_task: dict[str, dict[tuple[float, int], Any]] = {}
+    not_finite: Counter[str] = Counter()
     for place, row in read_objects(file, ended=True):
         if run is None:
             run = _run(row, place)
@@ -98,6 +103,7 @@ def read_results(file: Path) -> Results:
         if key in by_task[task]:
             raise UserError(f"{place}: field 'index' is {key[1]}, as in an earlier record of {task}")
         by_task[task][key] = record
+        not_finite[task] += NOT_FINITE in row
     if run is None:
         raise UserError(f"{file}: no results")
     ordered = {task: tuple(records[key] for key in sorted(records)) for task, records in by_task.items()}
@@ -105,7 +111,10 @@ def read_results(file: Path) -> Results:
         file,
         run,
         {name: ordered[name] for name in _names() if name in ordered},
-        *(ordered.get(task, ()) for task in (STORIES, LAST_WORD, SAMPLES)),
+        ordered.get(STORIES, ()),
+        ordered.get(LAST_WORD, ()),
+        ordered.get(SAMPLES, ()),
+        +not_finite,
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
+from opencola.evaluation.benchmarks.answering import NOT_FINITE
 from opencola.evaluation.benchmarks.tasks import TASKS, Task, find_task
 from opencola.evaluation.reporting.results import LAST_WORD, SAMPLES, STORIES, Answer, Results, WrittenSample
 from opencola.evaluation.statistics import Paired, Scores, Share, compare, perplexity, score, share, tasks_average
@@ -162,7 +163,8 @@ def rows(summaries: Sequence[Summary]) -> Iterator[dict[str, Any]]:
     for summary in summaries:
         head = {"model": summary.name, "file": str(summary.results.file)}
         for task, (there, asked) in summary.results.counts.items():
-            yield {**head, "task": task, "figure": "records", "unit": "", "value": there, "asked": asked}
+            bad = {NOT_FINITE: summary.results.not_finite[task]} if task in summary.results.not_finite else {}
+            yield {**head, "task": task, "figure": "records", "unit": "", "value": there, "asked": asked, **bad}
         for part in summary.tasks:
             scores = part.scores
             shares = {
@@ -210,12 +212,14 @@ def _percent(of_all: Share) -> dict[str, Any]:
 
 
 def warnings(summaries: Sequence[Summary]) -> list[str]:
-    """What a reader must know first, in plain words: which runs are not finished, and what they lack."""
+    """What a reader must know first, in plain words: which runs are not finished or not finite."""
     texts = []
     for summary in summaries:
         lacking = [f"{title(task)} {n:,} of {asked:,}" for task, (n, asked) in summary.results.unfinished.items()]
         if lacking:
             texts.append(f"{summary.name} is not finished; records: {', '.join(lacking)}.")
+        if bad := [f"{title(task)} {count:,}" for task, count in summary.results.not_finite.items()]:
+            texts.append(f"Records of {summary.name} are not finite, and count as not right: {', '.join(bad)}.")
     return texts
 
 

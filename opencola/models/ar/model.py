@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from opencola.data.batch import Batch
+from opencola.data.batch import Batch, divisor
 from opencola.layers.operations import linear_cross_entropy
 from opencola.models.ar import generate as generation
 from opencola.models.ar import score as scoring
@@ -35,8 +35,9 @@ class AR(ARNetwork):
         if batch.scored is not None:
             losses = losses * batch.scored
             accuracy = (right * batch.scored).sum() / batch.scored.sum().clamp(min=1)
-        total = losses.sum() / counts["tokens"].clamp(min=1)
-        return Loss(total, {"cross_entropy": total}, {"token_accuracy": accuracy})
+        total = losses.sum() / divisor(counts["tokens"])
+        own = {"cross_entropy": counts["tokens"], "token_accuracy": batch.is_scored().sum()}
+        return Loss(total, {"cross_entropy": total}, {"token_accuracy": accuracy}, own)
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """Scored tokens."""

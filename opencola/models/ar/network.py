@@ -7,11 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from opencola.errors import UserError
-from opencola.layers import masks
-from opencola.layers.attention import masked
 from opencola.layers.cache import ROUND, KVCache
 from opencola.layers.llama import Llama, LlamaConfig
 from opencola.layers.operations import Linear, linear
+from opencola.layers.packed import block_causal
 from opencola.ranges import Count, Size, check
 
 
@@ -63,10 +62,7 @@ class ARNetwork(nn.Module):
         h = self.embedding(inputs)
         if cache is not None:
             return self.trunk(h, cache.positions(rows), cache.attend(rows, 1))
-        mask = masks.dense(masks.block_causal(1), rows, rows, inputs.device)
-        if documents is not None:
-            mask = mask & masks.same_document(documents)
-        return self.trunk(h, torch.arange(rows, device=inputs.device), masked(mask))
+        return self.trunk(h, torch.arange(rows, device=inputs.device), block_causal(rows, 1, documents))
 
     def project(self, h: Tensor) -> Tensor:
         """Logits (..., V) of features h (..., D)."""

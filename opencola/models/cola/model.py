@@ -1,11 +1,12 @@
 """Cola DLM: the Text VAE and the block-causal prior, and their joint training (model.md §§3-4)."""
 
 import copy
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from opencola.data.batch import Batch
+from opencola.data.batch import Batch, divisor
 from opencola.flow.path import interpolate, target_velocity
 from opencola.layers import randomness
 from opencola.models.cola import generate as generation
@@ -13,7 +14,7 @@ from opencola.models.cola import score as scoring
 from opencola.models.cola.parts import ColaConfig, ColaParts
 from opencola.models.language_model import Loss
 from opencola.vae.gaussian import DiagonalGaussian
-from opencola.vae.objective import latent_metrics, reconstruct, scored_counts
+from opencola.vae.objective import counted, latent_metrics, reconstruct, scored_counts
 from opencola.vae.text_vae import TextVAE
 
 
@@ -56,6 +57,8 @@ class Cola(ColaParts):
     def loss(self, batch: Batch) -> Loss:
         """lambda_vae (CE + beta E[log q] + lambda_mask L_mask) + lambda_fm L_FM + lambda_ref KL(q || q_ref)."""
         objective, prior = self.config.objective, self.config.prior
+        counts = batch.counts or self.counts(batch)
+        batch = replace(batch, counts=counts)
         terms: dict[str, Tensor] = {}
         if self.vae_learns(batch.step):
             result = reconstruct(self.vae, batch, objective)
@@ -75,7 +78,7 @@ class Cola(ColaParts):
             metrics = {"vae_logsnr": posterior.logsnr(), "latent_scale": z.flatten(0, 1).std(0)}
         z_0 = self.vae.normalise(z)
         terms["flow_matching"] = prior.lambda_fm * self.flow_matching(z_0, batch)
-        return Loss(sum(terms.values(), start=z_0.new_zeros(())), terms, metrics)
+        return Loss(sum(terms.values(), start=z_0.new_zeros(())), terms, metrics, counted(batch, counts))
 
     def _frozen_posterior(self, batch: Batch) -> tuple[DiagonalGaussian, Tensor]:
         with torch.no_grad():
@@ -131,4 +134,4 @@ def masked_mean_square(velocity: Tensor, target: Tensor, scored: Tensor, count: 
     count: number to divide by, where these rows are part of a larger batch.
     """
     error = (velocity - target).square().mean(-1)
-    return (error * scored).sum() / (scored.sum() if count is None else count).clamp(min=1)
+    return (error * scored).sum() / divisor(scored.sum() if count is None else count)

@@ -7,7 +7,7 @@ that they can be tested with a predictor that is known to be exact.
 
 from torch import Tensor
 
-from opencola.data.batch import Batch
+from opencola.data.batch import Batch, divisor
 from opencola.layers import randomness
 from opencola.layers.masks import same_document
 from opencola.models.language_model import Loss
@@ -35,9 +35,10 @@ class LLaDA(LLaDANetwork):
         cross_entropy, best = self.head.cross_entropy(h[hidden], tokens[hidden])
         losses = weighted_losses(cross_entropy, hidden, t)
         counts = batch.counts or self.counts(batch)
-        total = losses.sum() / counts["tokens"].clamp(min=1)
+        total = losses.sum() / divisor(counts["tokens"])
         accuracy = (best == tokens[hidden]).sum() / hidden.sum().clamp(min=1)
-        return Loss(total, {"cross_entropy": total}, {"masked_accuracy": accuracy.to(total.dtype)})
+        own = {"cross_entropy": counts["tokens"], "masked_accuracy": hidden.sum()}
+        return Loss(total, {"cross_entropy": total}, {"masked_accuracy": accuracy.to(total.dtype)}, own)
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """Scored tokens, masked or not: the weights make up for those that are not."""

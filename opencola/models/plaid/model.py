@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from opencola.data.batch import Batch
+from opencola.data.batch import Batch, divisor
 from opencola.layers import randomness
 from opencola.models.language_model import Loss
 from opencola.models.plaid import generate as generation
@@ -35,10 +35,10 @@ class Plaid(PlaidNetwork):
         row = batch.tokens.shape[1], self.config.embedding_dim
         noise = randomness.normal((2, *row), batch.seed, "diffusion", batch.ids).transpose(0, 1).to(like)
         values = self.terms(batch.tokens, scored, t, noise, conditioned, batch.documents)
-        tokens = (batch.counts or self.counts(batch))["tokens"].clamp(min=1)
-        terms = {name: value.sum() / tokens for name, value in values.items()}
+        tokens = (batch.counts or self.counts(batch))["tokens"]
+        terms = {name: value.sum() / divisor(tokens) for name, value in values.items()}
         ends = {f"gamma_{end}": self.schedule.gamma(like.new_tensor(float(end))).detach() for end in (0, 1)}
-        return Loss(sum(terms.values(), start=like.new_zeros(())), terms, ends)
+        return Loss(sum(terms.values(), start=like.new_zeros(())), terms, ends, dict.fromkeys(terms, tokens))
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """Scored tokens."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from opencola.errors import NotFiniteError
 from opencola.evaluation.benchmarks.answering import (
     Answers,
     Ask,
@@ -15,6 +16,7 @@ from opencola.evaluation.benchmarks.answering import (
     answer,
     benchmark,
     choose,
+    figures,
     make_batches,
     summary,
     to_records,
@@ -98,6 +100,37 @@ def test_likelihoods_are_of_a_space_and_the_option_under_the_records_id() -> Non
         "correct_sum": False, "correct_per_byte": False,
     }  # fmt: skip
     assert (third["correct_sum"], third["correct_per_byte"]) == (None, None)
+
+
+def test_what_is_not_finite_is_found_item_by_item_and_counted() -> None:
+    def write(prompts: Sequence[str], ids: Sequence[int]) -> list[str]:
+        if 1 in ids:
+            raise NotFiniteError(f"sample 1 of {len(ids)}")
+        return [f"\n{'blue sky' if i == 0 else 'other'}" for i in ids]
+
+    def score(pairs: Sequence[tuple[str, str]], ids: Sequence[int]) -> list[float]:
+        if 2 in ids:
+            raise NotFiniteError(f"record 2 of {len({*ids})}")
+        return [-float(len(option)) for _, option in pairs]
+
+    job = benchmark(OBQA, RECORDS, SHOTS)
+    whole = [answer(batch, write, score, True) for batch in make_batches(job, 3)]
+    first, second, third = sorted(to_records(job, whole[0]), key=lambda record: record["index"])
+    assert "not_finite" not in first and first["correct"] and first["likelihood"]["choice_sum"] == 2
+    assert (second["generation"], second["correct"], second["not_finite"]) == ("", False, "sample 1 of 1")
+    assert second["likelihood"]["sum"] == [-4.0, -5.0, -3.0, -6.0]
+    assert (third["generation"], third["not_finite"]) == ("\nother", "record 2 of 1")
+    assert third["likelihood"] == {
+        "sum": [None] * 4, "bytes": [3, 4, 2, 5], "choice_sum": None, "choice_per_byte": None, "correct_sum": None,
+        "correct_per_byte": None,
+    }  # fmt: skip
+    assert choose([], ["a", "b"], 1)["correct_sum"] is False
+    lines = list(figures([first, second, third]))
+    assert [line["not_finite"] for line in lines[:-1]] == [2] * 3
+    assert lines[-1] == {"task": None, "measure": "tasks average", "value": 1 / 3, "tasks": ["obqa"]}
+    for asked, message in ((score, "sample 1 of 3"), (None, "sample 1 of 3")):
+        with pytest.raises(NotFiniteError, match=message):
+            answer(make_batches(job, 3)[0], write, asked)
 
 
 def test_choices_of_empty_options_and_of_figures_that_are_none() -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from opencola.flow.dit import DiTConfig
 from opencola.models.cola.model import Cola
 from opencola.models.cola.parts import ColaConfig, PriorObjective
 from opencola.models.cola.sampling import ColaSampling
+from opencola.models.text_stream import generate_text
 from opencola.text.tokenizer import Tokenizer
 from opencola.vae.objective import VAEObjective
 from opencola.vae.text_vae import TextVAEConfig
@@ -145,9 +147,8 @@ TASK = Task("cycle", TURNS, tuple(text[:5] for text in TURNS), can_begin, TURNS.
 LETTERS = Tokenizer.train(TURNS, 258)
 
 
-@pytest.fixture(scope="module")
-def cyclic() -> Cola:
-    """A model of blocks of four that has learnt to go round."""
+def untrained() -> Cola:
+    """A model of blocks of four."""
     sizes = TextVAEConfig(
         vocab_size=LETTERS.vocab_size, latent_dim=8, width=32, ffn_dim=64, num_heads=2, encoder_layers=0,
         decoder_layers=1,
@@ -157,7 +158,30 @@ def cyclic() -> Cola:
     )
     prior = PriorObjective(strategy="scratch", lambda_ref=0.0, prompt_in_block=0.5)
     torch.manual_seed(0)
-    model = Cola(ColaConfig(sizes, dit, VAEObjective(lambda_mask=0.0, beta=1e-3), prior))
+    return Cola(ColaConfig(sizes, dit, VAEObjective(lambda_mask=0.0, beta=1e-3), prior))
+
+
+@pytest.mark.parametrize("changes", [{"compatibility": "release"}, {"first_block": "left_pad"}, {}])
+def test_prompts_are_filled_up_as_in_generation(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sampling, filled = untrained().eval(), ColaSampling(steps=1, guidance=1.0, max_new_tokens=4), []
+    sampling = replace(sampling, **changes)
+    bench = prepare(model, LETTERS, TASK, sampling, 2)
+    generate = Cola.generate
+
+    def watched(*args: Any, pad_id: int, **options: Any) -> Any:
+        filled.append(pad_id)
+        return generate(*args, pad_id=pad_id, **options)
+
+    monkeypatch.setattr(Cola, "generate", watched)
+    bench.blocks(model, bench.cuts[:2], sampling)
+    next(generate_text(model, LETTERS, ["abc"], sampling))
+    assert filled == [LETTERS.pad_id if changes else 0] * 2
+
+
+@pytest.fixture(scope="module")
+def cyclic() -> Cola:
+    """That model, having learnt to go round."""
+    model = untrained()
     steps = 500
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
