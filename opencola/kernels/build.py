@@ -52,14 +52,14 @@ def runnable(machine: str | None = None, cpuinfo: str | None = None) -> list[str
 
 def options(variant: str) -> list[str]:
     """The compiler's, for a variant or for NATIVE, this processor alone."""
-    every = {name: options for variants in VARIANTS.values() for name, (options, _) in variants.items()}
+    every = {name: given for variants in VARIANTS.values() for name, (given, _) in variants.items()}
     return every.get(variant, f"-march={variant}").split()
 
 
 def compiler() -> list[str]:
     """The C compiler's command: CC of the environment, or cc."""
-    first, *options = shlex.split(os.environ.get("CC") or "cc")
-    return [os.path.expanduser(first), *options]
+    first, *others = shlex.split(os.environ.get("CC") or "cc")
+    return [os.path.expanduser(first), *others]
 
 
 def compile_kernels(to: Path, variant: str) -> None:
@@ -85,7 +85,7 @@ def compile_variants(folder: Path) -> tuple[list[Path], str]:
         made = file.read_bytes()
         if b"__kmpc_" in made:
             raise NotCompiled(f"{compiler()[0]} wants an OpenMP that is not torch's: gcc does not")
-        needed = max(needed, *(int(number) for number in re.findall(rb"\0GLIBC_2\.(\d+)", made)))
+        needed = max([needed, *map(int, re.findall(rb"\0GLIBC_2\.(\d+)", made))])
     return files, f"manylinux_2_{needed}_{machine}"
 
 
