@@ -9,7 +9,7 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-kernels lint format map docs clean
+.PHONY: help demo test test-slow test-kernels lint format map docs gpu-bundle clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,22 @@ map:  ## Make the guide's map of the files again
 docs: $(DOCS_STAMP)  ## Build the site into site/ and check its links
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 	@echo "site/index.html"
+
+# For CPython 3.12 on x86-64 Linux. Left out: torch and what comes with it, and what only draws or reads .parquet files.
+GPU_WHEELS := filelock huggingface_hub hypothesis numpy pytest pyyaml rich safetensors tokenizers tyro
+GPU_PIP := PIP_CONSTRAINT=constraints.txt $(PYTHON) -m pip download --quiet --dest build/gpu/wheels \
+	--only-binary=:all: --python-version 3.12 --implementation cp \
+	$(patsubst %,--platform %_x86_64,manylinux_2_28 manylinux_2_27 manylinux_2_17 manylinux2014)
+gpu-bundle:  ## Lay ready in build/gpu what a GPU's machine without a network needs to be checked
+	rm -rf build/gpu
+	mkdir -p build/gpu/source
+	cp -R opencola benchmarks tests recipes pyproject.toml build/gpu/source
+	find build/gpu -name __pycache__ -type d -prune -exec rm -rf {} +
+	if [ -d "$$OPENCOLA_SHARED/golden" ]; then cp -R "$$OPENCOLA_SHARED/golden" build/gpu; fi
+	$(GPU_PIP) $(GPU_WHEELS)
+	$(GPU_PIP) --no-deps torchdiffeq
+	echo 'exec bash "$$(dirname "$$0")/source/benchmarks/gpu/run.sh" "$$@"' > build/gpu/run.sh
+	@du -sh build/gpu
 
 clean:  ## Remove the virtualenv, caches and build outputs (not your runs)
 	rm -rf .venv build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis

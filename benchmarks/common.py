@@ -12,8 +12,9 @@ import torch
 from benchmarks.floor import best_seconds, probe
 from opencola.checkpoints import official
 from opencola.data.batch import Batch
-from opencola.flow.dit import DiTConfig
+from opencola.flow.dit import BlockCausalDiT, DiTConfig
 from opencola.kernels import library
+from opencola.layers.compiling import compile_blocks
 from opencola.models.cola.model import Cola
 from opencola.models.cola.parts import ColaConfig, PriorObjective
 from opencola.text.lines import dump, read_objects
@@ -86,9 +87,16 @@ def model(options: argparse.Namespace, size: str) -> Cola:
         cola.dit = official.load_dit(options.dit)
     if options.vae:
         cola.vae = official.load_vae(options.vae)
-    for block in cola.dit.blocks if options.compile else ():
-        block.compile()
+    if options.compile:
+        compile_blocks(cola.dit.blocks)
     return cola
+
+
+def without_zeros(dit: BlockCausalDiT) -> None:
+    """Random weights where a new DiT has zeros, so that it moves its input and a gradient reaches all of it."""
+    for name, weight in dit.named_parameters():
+        if name.endswith(("modulation.weight", "velocity_out.weight")):
+            torch.nn.init.normal_(weight, std=0.02)
 
 
 def training_step(cola: Cola, batch: int, length: int, bf16: bool = False) -> Callable[[], None]:

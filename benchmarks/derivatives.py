@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from benchmarks.common import without_zeros
 from benchmarks.floor import best_seconds
 from opencola.flow.dit import BlockCausalDiT, DiTConfig
 from opencola.layers.attention import Attend
@@ -57,9 +58,7 @@ def ways(num_latents: int, samples: int, block_size: int) -> dict[str, Callable[
     """The three of them, of the same random weights, latents and probe."""
     torch.manual_seed(0)
     dit = BlockCausalDiT(DiTConfig(block_size=block_size, num_heads=8, head_dim=16, rope_dim=12)).requires_grad_(False)
-    for name, weight in dit.named_parameters():  # the velocity of an untrained one is zero
-        if name.endswith(("modulation.weight", "velocity_out.weight")):
-            torch.nn.init.normal_(weight, std=0.02)
+    without_zeros(dit)
     z = torch.randn(samples, num_latents, dit.config.latent_dim)
     probe = torch.randn_like(z).sign()
     num_clean = num_latents - block_size

@@ -21,6 +21,17 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--device cuda`: tests that take the fixture `device` run there; the others stay on the CPU."""
+    parser.addoption("--device", default="cpu", help="device of the tests that can run on any (default: cpu)")
+
+
+@pytest.fixture(scope="session")
+def device(pytestconfig: pytest.Config) -> torch.device:
+    """Where models and tensors are to be put by tests that can run on any device."""
+    return torch.device(pytestconfig.getoption("device"))
+
+
 @pytest.fixture(autouse=True)
 def known_seeds() -> None:
     """Start each test from the same global random state, so that no test depends on which ones ran before it."""

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import data, derivatives, generation, growth, likelihood, quality
 from benchmarks import floor as floor_module
-from benchmarks.common import COMPARED, SIZES, generation_flops, training_flops
+from benchmarks.common import COMPARED, SIZES, generation_flops, training_flops, without_zeros
 from benchmarks.floor import Floor
 from opencola.data.batch import Batch
 from opencola.kernels import library, matmul
@@ -29,9 +29,7 @@ def test_the_floor_of_generation_is_what_is_computed_and_little_less(monkeypatch
 def test_the_floor_of_training_is_what_is_computed_and_little_less() -> None:
     cola = Cola(SIZES["S"])
     data = Batch(torch.zeros(1, 256, dtype=torch.long), torch.arange(1), seed=0, step=0)
-    for name, weight in cola.dit.named_parameters():  # a velocity of zero would stop the gradient
-        if name.endswith("weight") and not weight.any():
-            torch.nn.init.normal_(weight, std=0.02)
+    without_zeros(cola.dit)  # a velocity of zero would stop the gradient
     with library.switched_off(), FlopCounterMode(display=False) as counter:  # which sees torch's operations only
         cola.flow_matching(torch.randn(1, 256, 16), data).backward()
     assert 0.95 < counter.get_total_flops() / training_flops(cola, 1, 256) < 1.1

@@ -118,6 +118,12 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, past: tuple[Tensor, Tensor
     return out.unflatten(0, (len(q), -1)).transpose(1, 2)
 
 
+def leave_uncompiled() -> None:
+    """Have torch.compile call `packed_attention` instead of tracing what it does; see `randomness.leave_uncompiled`."""
+    global packed_attention
+    packed_attention = torch.compiler.disable(packed_attention)
+
+
 @dataclass(frozen=True)
 class Plan:
     """Visible pairs as those of a row with clean keys of other blocks, span by span, and those with its own block."""

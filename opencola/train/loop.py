@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from opencola.data.batch import Batch
 from opencola.errors import UserError
-from opencola.layers import randomness
+from opencola.layers.compiling import compile_blocks
 from opencola.layers.device import bfloat16
 from opencola.layers.finite import is_finite
 from opencola.models.language_model import Loss, Trainable
@@ -106,9 +106,7 @@ def start(model: Trainable, corpus: Batches, config: TrainConfig, last: Path | N
     assert isinstance(model, nn.Module)
     device = next(model.parameters()).device
     if config.compile:
-        randomness.leave_uncompiled()
-        for block in distributed.repeated_blocks(model):
-            block.compile()
+        compile_blocks(distributed.repeated_blocks(model))
     distributed.shard(model, distributed.mesh(config.replicate, config.shard, device))
     optimizers = build(model, model.learning_rate_ratios(), config)
     state = TrainState(model, optimizers, EMA(model, config.ema) if config.ema else None, corpus)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -33,21 +34,21 @@ def meta(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def stored(folder: Path) -> Stored:
+def stored(folder: Path, device: torch.device) -> Stored:
     """The tensors of one of the folder's files: ``stored("vae_encode")["mean_0"]``."""
-    return lambda name: load_file(folder / f"{name}.safetensors")
+    return lambda name: load_file(folder / f"{name}.safetensors", str(device))
 
 
 @pytest.fixture
-def cola(folder: Path) -> Cola:
-    return official.load(folder)
+def cola(folder: Path, device: torch.device) -> Cola:
+    return official.load(folder).to(device)
 
 
 @pytest.fixture
-def vae(folder: Path) -> TextVAE:
-    return official.load_vae(folder / "cola_vae").requires_grad_(False)
+def vae(folder: Path, device: torch.device) -> TextVAE:
+    return official.load_vae(folder / "cola_vae").requires_grad_(False).to(device)
 
 
 @pytest.fixture
-def dit(folder: Path) -> BlockCausalDiT:
-    return official.load_dit(folder / "cola_dit")
+def dit(folder: Path, device: torch.device) -> BlockCausalDiT:
+    return official.load_dit(folder / "cola_dit").to(device)

@@ -21,17 +21,22 @@ def velocity(dit: BlockCausalDiT, z: Tensor, t: Tensor, positions: Tensor, atten
     return dit(z, dit.modulation(times), index, dit.turns(positions), attend)
 
 
+def positions_of(dit: BlockCausalDiT, x: Tensor) -> tuple[Tensor, Attend]:
+    """Places of rows x (1, R, d), and the block-causal pattern."""
+    place, size = torch.arange(x.shape[1], device=x.device), dit.config.block_size
+    return place, masked(masks.dense(masks.block_causal(size), len(place), len(place), x.device))
+
+
 @torch.no_grad()
 def test_prefix(dit, stored) -> None:
     expected = stored("dit_prefix")
     for i in SAMPLES:
         x = expected[f"x_{i}"][None]
-        place = torch.arange(x.shape[1])
-        attend = masked(masks.dense(masks.block_causal(dit.config.block_size), len(place), len(place)))
+        place, attend = positions_of(dit, x)
         cases = {
-            "t0": torch.zeros(len(place)),
+            "t0": torch.zeros_like(place),
             "tok": expected[f"t_{i}"],
-            "scalar437.5": torch.full(place.shape, 437.5),
+            "scalar437.5": torch.full_like(place, 437.5, dtype=torch.float32),
         }
         cases["persample"] = expected["t_per_sample"][i].expand(len(place))
         for name, t in cases.items():
@@ -45,10 +50,9 @@ def test_scalar_time(dit, stored) -> None:
     expected = stored("dit_prefix")
     for i in SAMPLES:
         x = expected[f"x_{i}"][None]
-        place = torch.arange(x.shape[1])
-        attend = masked(masks.dense(masks.block_causal(dit.config.block_size), len(place), len(place)))
-        modulation = dit.modulation(torch.tensor([0.4375]))
-        v = dit(x, modulation, torch.zeros(1, 1, dtype=torch.long), dit.turns(place), attend)
+        place, attend = positions_of(dit, x)
+        modulation = dit.modulation(x.new_tensor([0.4375]))
+        v = dit(x, modulation, place.new_zeros(1, 1), dit.turns(place), attend)
         assert_close(v[0], expected[f"v_scalar437.5_{i}"], **TOLERANCE)
 
 
@@ -61,14 +65,14 @@ def test_blocks_after_a_committed_prefix(dit, stored) -> None:
     )
     prefixes = [expected[f"prefix_{i}"] for i in SAMPLES]
     prefix = torch.nn.utils.rnn.pad_sequence(prefixes, batch_first=True)
-    lengths = torch.tensor([len(prefix) for prefix in prefixes])
-    cache = commit(dit, dit.empty_cache(2, 24), prefix, lengths, dit.modulation(torch.zeros(1)))
+    lengths = torch.tensor([len(prefix) for prefix in prefixes], device=prefix.device)
+    cache = commit(dit, dit.empty_cache(2, 24), prefix, lengths, dit.modulation(prefix.new_zeros(1)))
     both = torch.cat((block, block)), torch.cat((t, t)), cache.positions(size).repeat(2, 1)
     conditional, unconditional = velocity(dit, *both, cache.attend(size, size, alone=2)).chunk(2)
     committed = velocity(dit, block, 0 * t, cache.positions(size), cache.attend(size, size))
     cache = cache.append(size)
     second = velocity(dit, block2, torch.full_like(t, 500.0), cache.positions(size), cache.attend(size, size))
-    own_positions = velocity(dit, block, t, torch.arange(size), masked(None))
+    own_positions = velocity(dit, block, t, torch.arange(size, device=t.device), masked(None))
     for i in SAMPLES:
         assert_close(conditional[i], expected[f"v_cond_{i}"], **TOLERANCE)
         assert_close(unconditional[i], expected[f"v_uncond_{i}"], **TOLERANCE)

@@ -55,9 +55,10 @@ def test_several_copies_in_one_pass(dit, meta, stored) -> None:
     expected = stored("train_2l")
     for i, sample in enumerate(meta["train_2l"]["samples"]):
         z_0, z_t, t = expected[f"z0_{i}"][None], expected[f"z_noisy_{i}"], expected[f"t_{i}"]
-        copies = torch.stack((torch.randn(z_t.shape), z_t))[None]
-        pinned = torch.stack((torch.zeros(len(z_t), dtype=torch.bool), expected[f"ts_noisy_{i}"] == 0))[None]
-        times = torch.stack((torch.tensor(0.3), t)).view(1, 2, 1)
+        copies = torch.stack((torch.randn_like(z_t), z_t))[None]
+        given = expected[f"ts_noisy_{i}"] == 0
+        pinned = torch.stack((torch.zeros_like(given), given))[None]
+        times = torch.stack((torch.full_like(t, 0.3), t)).view(1, 2, 1)
         velocity = with_block_size(dit, sample["block_size"]).packed(z_0, copies, times, pinned)
         assert_close(velocity[0, 1], expected[f"v_noisy_{i}"], **TOLERANCE)
 
@@ -68,14 +69,14 @@ def test_all_rows_under_the_dense_mask(dit, meta, stored) -> None:
     all_masks = []
     for i, sample in enumerate(meta["train_2l"]["samples"]):
         length = sample["L"]
-        mask = masks.dense(masks.clean_beside_noisy(length, length, sample["block_size"]), 2 * length, 2 * length)
-        all_masks.append(mask)
         rows = torch.cat((expected[f"z0_{i}"], expected[f"z_noisy_{i}"]))[None]
-        t = torch.cat((torch.zeros(length), expected[f"ts_noisy_{i}"]))
+        rule = masks.clean_beside_noisy(length, length, sample["block_size"])
+        mask = masks.dense(rule, 2 * length, 2 * length, rows.device)
+        all_masks.append(mask)
+        noisy = expected[f"ts_noisy_{i}"]
+        t, place = torch.cat((torch.zeros_like(noisy), noisy)), torch.arange(length, device=rows.device)
         times, index = (t.double() / 1000).unique(return_inverse=True)
-        velocity = dit(
-            rows, dit.modulation(times), index[None], dit.turns(torch.arange(length).repeat(2)), masked(mask)
-        )[0]
+        velocity = dit(rows, dit.modulation(times), index[None], dit.turns(place.repeat(2)), masked(mask))[0]
         assert_close(velocity[:length], expected[f"v_clean_{i}"], **TOLERANCE)
         assert_close(velocity[length:], expected[f"v_noisy_{i}"], **TOLERANCE)
     assert torch.equal(torch.block_diag(*all_masks), expected["packed_allowed_mask"].bool())

@@ -30,7 +30,7 @@ def test_encoder_in_a_batch(vae, stored) -> None:
     expected = stored("vae_encode")
     short, long = (expected[f"input_ids_{i}"] for i in SAMPLES)
     tokens = torch.stack((torch.cat((short, long[len(short) :])), long))
-    lengths = torch.tensor([len(expected[f"mean_{i}"]) for i in SAMPLES])
+    lengths = torch.tensor([len(expected[f"mean_{i}"]) for i in SAMPLES], device=tokens.device)
     posterior = vae.encode(tokens, lengths)
     for i in SAMPLES:
         assert_close(posterior.mean[i, : lengths[i]], expected[f"mean_{i}"], **TOLERANCE)

@@ -155,3 +155,29 @@ def test_block_causal_rows_are_the_same_in_longer_sequences() -> None:
     whole = block_causal(70, 1)(0, q, k, v)
     for rows in (1, 15, 16, 33, 69):
         assert torch.equal(block_causal(rows, 1)(0, q[:, :rows], k[:, :rows], v[:, :rows]), whole[:, :rows])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("past", [False, True])
+@pytest.mark.parametrize("copies", [1, 2])
+def test_on_any_device(device: torch.device, copies: int, past: bool, dtype: torch.dtype) -> None:
+    """Whatever attends there (on CUDA FlexAttention, compiled), in values and gradients, against dense float64."""
+    num_clean, num_latents, batch = 60, 64, 3
+    history, documents = torch.tensor([True, False, True]), torch.arange(num_latents).div(20).long().expand(batch, -1)
+    rows = PackedRows(num_clean, num_latents, 4, copies, history=history, documents=documents)
+    qkv = torch.randn(3, batch, rows.num_rows, 2, 16).to(dtype).double().requires_grad_()
+    row, start = torch.arange(rows.num_rows), num_clean if past else 0
+    mask = rows.visible(torch.arange(batch)[:, None, None], row[:, None], row)[:, None]
+    expected = masked(mask[:, :, start:])(0, qkv[0, :, start:], *qkv[1:])
+    there = qkv.detach().to(device, dtype).requires_grad_()
+    before: Past | None = [(there.detach()[1, :, :start], there.detach()[2, :, :start])] if past else None
+    attend = packed(num_clean, num_latents, 4, copies, history.to(device), documents.to(device), past=before)
+    out = attend(0, *there[:, :, start:])
+    assert out.dtype == dtype and out.device.type == device.type
+    tolerance = {"rtol": 0, "atol": 1e-5 if dtype == torch.float32 else 0.02}
+    torch.testing.assert_close(out.cpu().double(), expected, **tolerance)
+    weight = torch.randn_like(expected)
+    (found,) = torch.autograd.grad((out * weight.to(out)).sum(), there)
+    (gradient,) = torch.autograd.grad((expected * weight).sum(), qkv)
+    tolerance["atol"] *= 5
+    torch.testing.assert_close(found.cpu().double()[:, :, start:], gradient[:, :, start:], **tolerance)
