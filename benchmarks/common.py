@@ -15,6 +15,7 @@ from opencola.data.batch import Batch
 from opencola.flow.dit import BlockCausalDiT, DiTConfig
 from opencola.kernels import library
 from opencola.layers.compiling import compile_blocks
+from opencola.layers.device import bfloat16
 from opencola.models.cola.model import Cola
 from opencola.models.cola.parts import ColaConfig, PriorObjective
 from opencola.text.lines import dump, read_objects
@@ -55,7 +56,7 @@ def rows(description: str, batches: list[int]) -> Iterator[tuple[argparse.Namesp
     parser.add_argument("--repeats", type=int, default=3, help="runs, of which the best counts")
     parser.add_argument("--dit", help="folder of a DiT in the public format, in place of random weights of the size")
     parser.add_argument("--vae", help="folder of a Text VAE in the public format")
-    parser.add_argument("--bf16", action="store_true", help="generate with bfloat16 weights, train under autocast")
+    parser.add_argument("--bf16", action="store_true", help="generate with bfloat16 weights, train as train.bf16")
     parser.add_argument("--recompute", action="store_true", help="train with activation checkpointing")
     parser.add_argument("--compile", action="store_true", help="compile the DiT's blocks")
     parser.add_argument("--compare", help="file of an earlier run's lines; adds the ratios to it", type=earlier_lines)
@@ -99,14 +100,16 @@ def without_zeros(dit: BlockCausalDiT) -> None:
             torch.nn.init.normal_(weight, std=0.02)
 
 
-def training_step(cola: Cola, batch: int, length: int, bf16: bool = False) -> Callable[[], None]:
-    """Forward and backward of the prior on random latents, to be timed; bf16: under autocast."""
+def training_step(
+    cola: Cola, batch: int, length: int, bf16: bool = False, compiled: bool = False
+) -> Callable[[], None]:
+    """Forward and backward of the prior on random latents, to be timed; bf16: as training computes it."""
     z_0 = torch.randn(batch, length, cola.dit.config.latent_dim)
     data = Batch(torch.zeros(batch, length, dtype=torch.long), torch.arange(batch), seed=0, step=0)
 
     def step() -> None:
         cola.dit.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with bfloat16(z_0.device, bf16, compiled):
             loss = cola.flow_matching(z_0, data)
         loss.backward()
 

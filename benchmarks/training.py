@@ -14,7 +14,7 @@ def main() -> None:
     keep_freed()
     for options, size, batch in rows("Training speed.", [8]):
         cola = model(options, size)
-        step = training_step(cola, batch, 256, options.bf16)
+        step = training_step(cola, batch, 256, options.bf16, options.compile)
         print_row("train", size, batch, options, 256 * batch, training_flops(cola, batch, 256), step)
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import tiny_cola
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import data, derivatives, generation, growth, likelihood, quality
+from benchmarks import baselines, data, derivatives, generation, growth, likelihood, quality
 from benchmarks import floor as floor_module
 from benchmarks.common import COMPARED, SIZES, generation_flops, training_flops, without_zeros
 from benchmarks.floor import Floor
@@ -16,6 +17,13 @@ from opencola.data.batch import Batch
 from opencola.kernels import library, matmul
 from opencola.models.cola.model import Cola
 from opencola.models.cola.sampling import ColaSampling
+
+
+@pytest.fixture(autouse=True)
+def small_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rates of small products and little memory: what they are is not what is tested."""
+    monkeypatch.setattr(floor_module, "SHAPES", ((256, 256, 256),))
+    monkeypatch.setattr(floor_module, "MEGABYTES", 1)
 
 
 def test_the_floor_of_generation_is_what_is_computed_and_little_less(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,6 +41,30 @@ def test_the_floor_of_training_is_what_is_computed_and_little_less() -> None:
     with library.switched_off(), FlopCounterMode(display=False) as counter:  # which sees torch's operations only
         cola.flow_matching(torch.randn(1, 256, 16), data).backward()
     assert 0.95 < counter.get_total_flops() / training_flops(cola, 1, 256) < 1.1
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"), [("ar", "1M"), ("llada", "1M"), ("plaid", "1M"), ("vae", "S"), ("vae", "demo")]
+)
+def test_the_floors_of_other_models_are_what_is_computed_and_little_less(kind: str, size: str) -> None:
+    ((_, _, model),) = baselines.models(kind, size)
+    batch = baselines.batch_of(model, 4, 64)
+    with library.switched_off(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model.loss(batch).total.backward()
+    assert 1 <= counter.get_total_flops() / baselines.flops(model, batch) < 1.05  # pairs that do not see each other
+
+
+def test_other_models_are_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["baselines", "--model", "vae", "--size", "demo", "--batch", "2", "--repeats", "1"]
+    monkeypatch.setattr("sys.argv", arguments)
+    baselines.main()
+    line = json.loads(capsys.readouterr().out)
+    assert (line["work"], line["size"], line["batch"]) == ("train vae", "demo", 2)
+    assert line["tokens_per_second"] == pytest.approx(160 / line["seconds"], rel=0.01)
+    monkeypatch.setattr("sys.argv", [*arguments, "--size", "20M"])
+    with pytest.raises(SystemExit, match="2"):
+        baselines.main()
+    assert "vae has no size 20M" in capsys.readouterr().err
 
 
 def test_a_line_has_its_keys_and_ratios_to_an_earlier_one(

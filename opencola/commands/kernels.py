@@ -62,6 +62,11 @@ def products(threads: int) -> Iterator[dict[str, Any]]:
     """A record for every kind of product: its rates, and whose is used."""
     used, rates = matmul.choices(threads), matmul.rates(threads)
     for (precision, direction, size), by in used.items():
-        names = [name for name, way in matmul.IMPLEMENTATIONS[precision].items() if way is by]
+        names = [
+            name if kind == precision else f"{name} in {kind}"
+            for kind, ways in matmul.IMPLEMENTATIONS.items()
+            for name, way in ways.items()
+            if way is by
+        ]
         record = {"precision": precision, "direction": direction, "size": size, "threads": threads, "used": names[0]}
         yield record | {"shape": matmul.SIZES[size], "gflops": rates[f"{precision} {direction} {size}"]}

@@ -34,7 +34,7 @@ DIRECTIONS: tuple[Direction, ...] = ("forward", "input", "weight")
 SIZES = {"small": (960, 128, 384), "large": (2048, 256, 1024)}
 """(rows, in, out) of the products that are timed. In between, a product counts as the nearer one."""
 MARGIN = 1.1
-"""How much faster than torch another implementation must be to be preferred: less may be chance."""
+"""How much faster than torch another implementation, or than float32 bfloat16, must be: less may be chance."""
 LEAST = 1 << 22
 """Operations of a product below which torch has it: all the rest weighs more."""
 
@@ -149,24 +149,27 @@ def stacks_worthwhile(a: Tensor, b: Tensor) -> bool:
 
 @functools.cache
 def choices(threads: int) -> dict[tuple[Precision, Direction, str], Implementation]:
-    """The implementation for each precision, direction and size. Raises UserError for an unknown one in `VARIABLE`."""
-    fixed = os.environ.get(VARIABLE)
-    all_chosen: dict[tuple[Precision, Direction, str], Implementation] = {}
-    for kind, all_of_them in IMPLEMENTATIONS.items():
-        there = candidates(kind)
-        if fixed and fixed not in IMPLEMENTATIONS["float32"]:
-            raise UserError(f"{VARIABLE} is {fixed!r}, not one of {', '.join(all_of_them)}")
-        for direction in DIRECTIONS:
-            for size in SIZES:
-                name = fixed or fastest(rates(threads)[f"{kind} {direction} {size}"])
-                all_chosen[kind, direction, size] = there.get(name, there["torch"])
-    return all_chosen
+    """The implementation for each precision, direction and size. Raises UserError for an unknown one in `VARIABLE`.
 
-
-def fastest(of: dict[str, float]) -> str:
-    """The best one, torch unless another is better by `MARGIN`."""
-    best = max(of, key=lambda name: of[name])
-    return best if of[best] > MARGIN * of["torch"] else "torch"
+    For bfloat16 it is float32's where the processor gains nothing by the other.
+    """
+    fixed, names = os.environ.get(VARIABLE), IMPLEMENTATIONS["float32"]
+    if fixed and fixed not in names:
+        raise UserError(f"{VARIABLE} is {fixed!r}, not one of {', '.join(names)}")
+    used: dict[tuple[Precision, Direction, str], Implementation] = {}
+    for direction, size in itertools.product(DIRECTIONS, SIZES):
+        wide, narrow = candidates("float32"), candidates("bfloat16")
+        if fixed:
+            used["float32", direction, size] = wide.get(fixed, wide["torch"])
+            used["bfloat16", direction, size] = narrow.get(fixed, narrow["torch"])
+            continue
+        of_wide, of_narrow = (rates(threads)[f"{kind} {direction} {size}"] for kind in IMPLEMENTATIONS)
+        best = max(of_wide, key=lambda name: of_wide[name])
+        used["float32", direction, size] = wide[best if of_wide[best] > MARGIN * of_wide["torch"] else "torch"]
+        best = max(of_narrow, key=lambda name: of_narrow[name])
+        gains = of_narrow[best] > MARGIN * max(of_wide.values())
+        used["bfloat16", direction, size] = narrow[best] if gains else used["float32", direction, size]
+    return used
 
 
 @functools.cache

@@ -38,6 +38,8 @@ class Divergence:
 
     def take(self, record: Mapping[str, Any]) -> str | None:
         """Take in the next record of metrics.jsonl; what has gone wrong, with the term that rose most, if it has."""
+        if not terms(record):
+            return None
         first, best = self._first, self._best = self._first or record, self._best or record
         common = [term for term in terms(record) if term in terms(best)]
         rise, lowest = (sum(values) for values in ((record[t] - best[t] for t in common), (best[t] for t in common)))

@@ -93,8 +93,8 @@ class RunLog:
     ) -> Record | None:
         """Take in a step that has just been made, and write a record if one is due (always at the run's end).
 
-        Returns the record, or None. Raises UserError where none of the tokens of the first `PATIENCE` steps counts, or of
-        a shorter run.
+        Returns the record, or None. Raises UserError where no token of the first `PATIENCE` steps counts, or of a
+        shorter run.
         """
         self._means.add_loss(loss)
         self._means.add({"gradient_norm": norm})

@@ -120,10 +120,17 @@ def test_the_fastest_is_chosen_and_torch_where_little_is_gained(
     }
     measured["float32 forward large"]["onednn"] = 120.0
     measured["float32 input large"]["onednn"] = 109.0
+    measured["bfloat16 input small"]["torch"] = 111.0
+    measured["bfloat16 forward large"]["torch"] = 133.0  # over 120, too
+    measured["bfloat16 weight large"]["onednn"] = 109.0
     monkeypatch.setattr(matmul, "measure", lambda threads: measured)
     chosen = matmul.choices(1)
     onednn = IMPLEMENTATIONS["float32"]["onednn"]
     assert {key for key, by in chosen.items() if by is onednn} == {("float32", "forward", "large")}
+    cast = IMPLEMENTATIONS["bfloat16"]["torch"]
+    in_bfloat16 = {("bfloat16", "input", "small"): cast, ("bfloat16", "forward", "large"): cast}
+    assert {key: by for key, by in chosen.items() if by in IMPLEMENTATIONS["bfloat16"].values()} == in_bfloat16
+    assert chosen["bfloat16", "forward", "small"] is IMPLEMENTATIONS["float32"]["torch"]
     x, small = torch.randn(4096, 512), torch.randn(512, 512)
     assert matmul.worthwhile(x, small) and not matmul.worthwhile(x[:256], small[:128])
     monkeypatch.setattr(matmul, "measure", lambda threads: pytest.fail("measured twice"))

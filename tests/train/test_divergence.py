@@ -132,3 +132,12 @@ def test_switched_off(run: Run, tmp_path: Path) -> None:
 def test_without_a_checkpoint_it_says_so(run: Run, tmp_path: Path) -> None:
     with pytest.raises(FloatingPointError, match="step 3: term penalty is inf.* from the start, as there is no"):
         run(tmp_path, broken_at=3)
+
+
+def test_records_in_which_nothing_counted_hide_no_divergence() -> None:
+    watch = Divergence(2.0)
+    assert watch.take({"step": 1, "loss": None, "loss/ce": None}) is None
+    faults = [
+        watch.take({"step": step, "loss": loss, "loss/ce": loss}) for step, loss in enumerate([1.0, 90, 95, 99], 2)
+    ]
+    assert any(fault and "the loss diverged" in fault for fault in faults)

@@ -26,19 +26,23 @@ class Plaid(PlaidNetwork):
         """The variational bound, reconstruction + prior KL + diffusion, in nats per scored token (§2)."""
         scored = batch.is_scored()
         like = self.embeddings()
-        # times of consecutive ids are spread evenly: a sequence's is its own, whatever it is batched with, and so is
-        # whether it is conditioned, known without a draw so that the number of operations does not depend on one
+        # times of consecutive ids are spread evenly: a sequence's is its own, whatever it is batched with
         offset = torch.rand((), generator=randomness.generator(batch.seed, "time"), dtype=torch.float64)
         t = ((offset + batch.ids.cpu().double() * GOLDEN) % 1).to(like)
-        share = self.config.self_conditioning
-        conditioned = [place for place, i in enumerate(batch.ids.tolist()) if i * SILVER % 1 < share]
         row = batch.tokens.shape[1], self.config.embedding_dim
         noise = randomness.normal((2, *row), batch.seed, "diffusion", batch.ids).transpose(0, 1).to(like)
-        values = self.terms(batch.tokens, scored, t, noise, conditioned, batch.documents)
+        values = self.terms(batch.tokens, scored, t, noise, self.conditioned(batch.ids), batch.documents)
         tokens = (batch.counts or self.counts(batch))["tokens"]
         terms = {name: value.sum() / divisor(tokens) for name, value in values.items()}
         ends = {f"gamma_{end}": self.schedule.gamma(like.new_tensor(float(end))).detach() for end in (0, 1)}
         return Loss(sum(terms.values(), start=like.new_zeros(())), terms, ends, dict.fromkeys(terms, tokens))
+
+    def conditioned(self, ids: Tensor) -> list[int]:
+        """Places of the sequences whose estimate sees a first one.
+
+        Of every sequence it is known without a draw, so that the number of operations does not depend on one.
+        """
+        return [place for place, i in enumerate(ids.tolist()) if i * SILVER % 1 < self.config.self_conditioning]
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """Scored tokens."""
