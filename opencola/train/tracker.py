@@ -21,6 +21,9 @@ from opencola.train.means import Means
 from opencola.train.sinks import Tracker, Value
 
 Record = dict[str, Value]
+PATIENCE = 100
+"""Number of steps without a token that counts before training stops: where most documents are too long, the first that
+counts may come late."""
 
 
 class RunLog:
@@ -90,7 +93,8 @@ class RunLog:
     ) -> Record | None:
         """Take in a step that has just been made, and write a record if one is due (always at the run's end).
 
-        Returns the record, or None. Raises UserError where none of the tokens of the run so far counts.
+        Returns the record, or None. Raises UserError where none of the tokens of the first `PATIENCE` steps counts, or of
+        a shorter run.
         """
         self._means.add_loss(loss)
         self._means.add({"gradient_norm": norm})
@@ -115,7 +119,7 @@ class RunLog:
             cut = mean({"cut": torch.tensor(float(self._cut))})["cut"] * num_processes()
             record["documents_cut"], self._cut = round(cut.item()), 0
         self._has_counted |= record["loss"] is not None
-        if not self._has_counted:
+        if not self._has_counted and (state.step >= PATIENCE or progress >= 1):
             raise UserError(
                 f"no token of the first {state.step} steps counts in the loss: documents are longer than data.length, "
                 "and what would count is behind it"

@@ -154,16 +154,19 @@ def test_means_weigh_what_counts_and_the_rest_is_told(tmp_path: Path) -> None:
     assert record["gradient_norm"] == pytest.approx(7 / 3)
 
 
-def test_a_run_in_which_nothing_counts_stops(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("steps", "progress"), [(100, 0.5), (3, 1.0)])
+def test_a_run_in_which_nothing_counts_stops(tmp_path: Path, steps: int, progress: float) -> None:
     state = TrainState(torch.nn.Linear(1, 1), [], None, Nothing())
     nothing = Batch(torch.zeros(2, 8, dtype=torch.long), torch.arange(2), 0, 0, scored=torch.zeros(2, 8).bool())
     loss = Loss(torch.zeros(()), {"ce": torch.zeros(())}, {}, {"ce": torch.tensor(0)})
-    with (
-        RunLog(tmp_path, state, 1, display=False) as report,
-        pytest.raises(ValueError, match="no token of the first 1 steps counts in the loss"),
-    ):
-        state.step, state.seconds = 1, 1.0
-        report.step(state, 0.5, loss, torch.zeros(()), {}, nothing)
+    with RunLog(tmp_path, state, 1, display=False) as report:
+        for step in range(1, steps):  # it may be that only most of the data does not
+            state.step, state.seconds = step, float(step)
+            record = report.step(state, 0.5, loss, torch.zeros(()), {}, nothing)
+            assert record is not None and record["loss"] is None
+        state.step, state.seconds = steps, float(steps)
+        with pytest.raises(ValueError, match=f"no token of the first {steps} steps counts in the loss"):
+            report.step(state, progress, loss, torch.zeros(()), {}, nothing)
 
 
 def test_a_time_limit_ends_the_run_and_paces_the_schedule(run: Run, tmp_path: Path) -> None:
