@@ -9,7 +9,7 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-kernels lint format map docs gpu-bundle clean
+.PHONY: help demo test test-slow test-kernels test-oldest lint format map docs gpu-bundle clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,20 @@ test-slow: $(STAMP)  ## Run the slow tests
 
 test-kernels: $(STAMP)  ## Run the kernels' tests by clang and for other processors
 	$(PYTEST) -m slow tests/kernels/test_variants.py tests/kernels/test_wheel.py
+
+# torch's wheel alone, without the 3 GB of CUDA packages that it names: tests/without_cuda.py has it load without them.
+OLDEST := build/oldest
+OLDEST_PIP = PIP_CONSTRAINT=$(1) $(OLDEST)/bin/python -m pip install --quiet --no-compile
+test-oldest:  ## Run the tests of layers, flow and parity with the oldest torch that pyproject.toml admits
+	$(PYTHON) -m venv --clear $(OLDEST)
+	$(call OLDEST_PIP,) --no-deps torch==$$(sed -n 's/.*"torch>=\(.*\)".*/\1/p' pyproject.toml).*
+	$(call OLDEST_PIP,constraints.txt) --no-deps torchdiffeq
+	$(call OLDEST_PIP,constraints.txt) filelock fsspec jinja2 networkx setuptools sympy typing_extensions \
+		huggingface_hub hypothesis numpy pytest pytest-xdist pyyaml rich safetensors scipy tokenizers tyro
+	cd build && oldest/bin/python -c 'import torch' 2>/dev/null || \
+		oldest/bin/python ../tests/without_cuda.py $$(echo oldest/lib/python3*/site-packages)
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS) -q tests/layers tests/flow tests/kernels \
+		tests/models/test_devices.py tests/train/test_optimizer.py tests/checkpoints/test_parity_*.py
 
 lint: $(STAMP)  ## Check style, formatting and types
 	$(BIN)/ruff check
