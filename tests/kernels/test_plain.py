@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from float64 import Several, agree, numbers
 from tiny import randomise, vae_config
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from opencola.kernels import elementwise, library, plain
 from opencola.layers.attention import masked, rotary, rotate_halves
@@ -261,3 +263,36 @@ def test_models_are_the_same(model: str) -> None:
         found.append([out.detach(), *(p.grad for p in net.parameters() if p.grad is not None)])
     for actual, expected in zip(*found, strict=True):
         torch.testing.assert_close(actual.double(), expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+
+
+def test_models_use_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32 only; not under autocast, forward-mode differentiation, torch.compile or `switched_off`."""
+    called = []
+    fetch = plain.function
+    monkeypatch.setattr(plain, "function", lambda name, types: called.append(name) or fetch(name, types))
+    llama, vae = Llama(LlamaConfig(16, 1, 4, None, 24)), TextVAE(vae_config(encoder_layers=1, decoder_layers=0))
+    (h,) = numbers((2, 5, 16))
+
+    def run(h: Tensor) -> list[str]:
+        called.clear()
+        llama(h, torch.arange(5), masked(None)).sum().backward()
+        return sorted(called)
+
+    names = [*["plain_norm"] * 3, "rotated_heads", "swiglu"]
+    every = sorted([*names, *(f"{name}_backward" for name in names)])
+    assert run(h) == every
+    vae.encode(torch.zeros(1, 3, dtype=torch.long))
+    assert called[len(every) :] == ["rotated_heads", "plain_norm", "swiglu", "plain_norm"]
+    with library.switched_off():
+        assert run(h) == []
+    with torch.autocast("cpu", torch.bfloat16):
+        assert run(h) == []
+    with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):  # torch's others have no forward mode
+        out = llama(forward_ad.make_dual(h, h), torch.arange(5), masked(None))
+        assert forward_ad.unpack_dual(out).tangent is not None and called == []
+    compiled = torch.compile(llama, fullgraph=True, backend="eager")
+    with library.switched_off():
+        expected = llama(h, torch.arange(5), masked(None))
+    assert torch.equal(compiled(h, torch.arange(5), masked(None)), expected) and called == []
+    llama.double()
+    assert run(h.double()) == []
