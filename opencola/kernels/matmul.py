@@ -190,8 +190,9 @@ def rates(threads: int) -> Rates:
 
 
 def _key() -> str:
-    """What rates depend on, but for the threads: program and machine."""
-    parts = (torch.__version__, library.library() is not None, sorted(SIZES.items()))
+    """What rates depend on, but for the threads: program, kernels and machine."""
+    kernels = library.load().about if library.library() is not None else "none"
+    parts = (torch.__version__, kernels, bfloat16.ways(), sorted(SIZES.items()))
     return hashlib.sha256(repr(parts).encode() + library.processor()).hexdigest()[:16]
 
 
