@@ -34,7 +34,7 @@ test-oldest:  ## Run the tests of layers, flow and parity with the oldest torch 
 		huggingface_hub hypothesis numpy pytest pytest-xdist pyyaml rich safetensors scipy tokenizers tyro
 	cd build && oldest/bin/python -c 'import torch' 2>/dev/null || \
 		oldest/bin/python ../tests/without_cuda.py $$(echo oldest/lib/python3*/site-packages)
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS) -q tests/layers tests/flow tests/kernels \
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS) -q tests/layers tests/flow \
 		tests/models/test_devices.py tests/train/test_optimizer.py tests/checkpoints/test_parity_*.py
 
 lint: $(STAMP)  ## Check style, formatting and types
