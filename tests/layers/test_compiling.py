@@ -1,6 +1,7 @@
 """Blocks compiled by torch.compile: the same numbers, few graphs, and none made again from step to step."""
 
 import copy
+import functools
 from collections.abc import Iterator
 
 import pytest
@@ -12,7 +13,6 @@ from torch._dynamo.utils import counters
 from opencola.flow.dit import BlockCausalDiT
 from opencola.layers import packed, randomness
 from opencola.layers.compiling import compile_blocks
-from opencola.layers.masks import PackedRows
 
 
 @pytest.fixture(autouse=True)
@@ -58,13 +58,28 @@ def test_blocks_compiled_to_machine_code_are_the_blocks() -> None:
     compare("inductor", layers=2)
 
 
+def attend_as_on_cuda(monkeypatch: pytest.MonkeyPatch, backend: str, steps: int) -> list[int]:
+    """Graphs that FlexAttention has been compiled to after steps that each have rows of their own; no gradients."""
+    graphs = []
+    monkeypatch.setattr(packed, "_compiled", functools.cache(functools.partial(torch.compile, backend=backend)))
+    for _ in range(steps):
+        q, k, v = torch.randn(3, 2, 380, 2, 16)
+        rows = packed.PackedRows(124, 128, 4, 2, history=torch.rand(2) < 0.5)
+        for start in (0, 124):  # the clean rows do not ask in the last layer
+            expected = packed.flexible(q[:, start:], k, v, None, packed.Shared(rows))
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(torch.Tensor, "is_cuda", True)
+                found = packed.flexible(q[:, start:], k, v, None, packed.Shared(rows))
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        graphs.append(counters["stats"]["unique_graphs"])
+    return graphs
+
+
+def test_flex_attention_is_not_compiled_anew_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = attend_as_on_cuda(monkeypatch, "eager", steps=4)
+    assert 1 <= graphs[1] <= 4 and graphs[2:] == graphs[1:2] * 2
+
+
 @pytest.mark.slow
-def test_compiled_flex_attention_is_the_plain_one() -> None:
-    """As it runs on CUDA, but by the compiler for CPUs, which has no gradient of it."""
-    shared = packed.Shared(PackedRows(124, 128, 4, 2, history=torch.tensor([True, False])))
-    q, k, v = torch.randn(3, 2, 380, 2, 16)
-    expected = packed.flexible(q, k, v, None, shared)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.Tensor, "is_cuda", True)
-        found = packed.flexible(q, k, v, None, shared)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+def test_flex_attention_compiled_to_machine_code_is_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    attend_as_on_cuda(monkeypatch, "inductor", steps=1)
