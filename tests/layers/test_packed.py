@@ -155,3 +155,14 @@ def test_block_causal_rows_are_the_same_in_longer_sequences() -> None:
     whole = block_causal(70, 1)(0, q, k, v)
     for rows in (1, 15, 16, 33, 69):
         assert torch.equal(block_causal(rows, 1)(0, q[:, :rows], k[:, :rows], v[:, :rows]), whole[:, :rows])
+
+
+def test_block_causal_attention_needs_no_numbers_and_no_break_in_a_graph() -> None:
+    def run(q: Tensor, documents: Tensor | None) -> Tensor:
+        return block_causal(len(q[0]), 2, documents)(0, q, q, q)
+
+    q, documents = torch.randn(2, 6, 2, 8), torch.arange(6).expand(2, -1) // 4
+    assert run(q.to("meta"), documents.to("meta")).shape == q.shape
+    compiled = torch.compile(run, fullgraph=True, backend="eager")
+    for given in (None, documents):
+        torch.testing.assert_close(compiled(q, given), run(q, given), rtol=0, atol=1e-6)
