@@ -8,7 +8,7 @@ Where the clean rows stay the same from call to call, their keys and values are 
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,8 +50,8 @@ def block_causal(num_rows: int, block_size: int, documents: Tensor | None = None
 
     documents (B, R), int64: each row's, beyond which it sees nothing.
     """
-    shared = Shared(PackedRows(num_rows, num_rows, block_size, copies=0, documents=_numbers(documents)))
-    return lambda layer, q, k, v: block_causal_attention(q, k, v, shared)
+    clean = Clean(PackedRows(num_rows, num_rows, block_size, copies=0, documents=documents))
+    return lambda layer, q, k, v: block_causal_attention(q, k, v, clean)
 
 
 def _numbers(documents: Tensor | None) -> Tensor | None:
@@ -65,7 +65,6 @@ class Shared:
         self.rows = rows
         self.plan = functools.cache(functools.partial(make_plan, rows, span))
         self.block_mask = functools.cache(functools.partial(_block_mask, rows))
-        self.mask = functools.cache(functools.partial(_dense_mask, rows))
 
 
 def flexible(q: Tensor, k: Tensor, v: Tensor, past: tuple[Tensor, Tensor] | None, shared: Shared) -> Tensor:
@@ -88,24 +87,40 @@ def _block_mask(rows: PackedRows, queries: int, keys: int, device: torch.device)
     return create_block_mask(visible, rows.samples, None, queries, keys, device=str(device))
 
 
-def _dense_mask(rows: PackedRows, device: torch.device) -> Tensor:
-    """What sees what, (R, R), or (B, 1, R, R) where samples differ."""
-    sample = torch.arange(rows.samples or 1, device=device)[:, None, None]
-    row = torch.arange(rows.num_rows, device=device)
-    seen = rows.visible(sample, row[:, None], row)
-    return seen if rows.samples is None else seen[:, None]
+class Clean:
+    """Clean rows alone, and what implementations derive from them for all layers, when first asked for."""
+
+    def __init__(self, rows: PackedRows) -> None:
+        self.rows = rows
+        self._mask: Tensor | None = None
+        self._numbered: PackedRows | None = None
+
+    def mask(self, device: torch.device) -> Tensor:
+        """What sees what, (R, R), or (B, 1, R, R) where samples differ."""
+        if self._mask is None:
+            sample = torch.arange(self.rows.samples or 1, device=device)[:, None, None]
+            row = torch.arange(self.rows.num_rows, device=device)
+            seen = self.rows.visible(sample, row[:, None], row)
+            self._mask = seen if self.rows.samples is None else seen[:, None]
+        return self._mask
+
+    def numbered(self) -> PackedRows:
+        """The rows, with documents of int32."""
+        if self._numbered is None:
+            self._numbered = replace(self.rows, documents=_numbers(self.rows.documents))
+        return self._numbered
 
 
-def _by_kernel(q: Tensor, k: Tensor, v: Tensor, shared: Shared) -> Tensor:
+def _by_kernel(q: Tensor, k: Tensor, v: Tensor, clean: Clean) -> Tensor:
     if k.shape[2] < q.shape[2]:
         k, v = (x.expand(-1, -1, q.shape[2], -1) for x in (k, v))
-    return attend_packed(q, k, v, None, **vars(shared.rows))
+    return attend_packed(q, k, v, None, **vars(clean.numbered()))
 
 
 @implemented_by(_by_kernel)
-def block_causal_attention(q: Tensor, k: Tensor, v: Tensor, shared: Shared) -> Tensor:
+def block_causal_attention(q: Tensor, k: Tensor, v: Tensor, clean: Clean) -> Tensor:
     """Rows q (B, R, H, Dh) and k, v (B, R, H or 1, Dh), clean ones only -> like q."""
-    return attention(q, k, v, shared.mask(q.device))
+    return attention(q, k, v, clean.mask(q.device))
 
 
 @implemented_by(lambda q, k, v, past, shared: attend_packed(q, k, v, past, **vars(shared.rows)))

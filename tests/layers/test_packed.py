@@ -181,3 +181,14 @@ def test_on_any_device(device: torch.device, copies: int, past: bool, dtype: tor
     (gradient,) = torch.autograd.grad((expected * weight).sum(), qkv)
     tolerance["atol"] *= 5
     torch.testing.assert_close(found.cpu().double()[:, :, start:], gradient[:, :, start:], **tolerance)
+
+
+def test_block_causal_attention_needs_no_numbers_and_no_break_in_a_graph() -> None:
+    def run(q: Tensor, documents: Tensor | None) -> Tensor:
+        return block_causal(len(q[0]), 2, documents)(0, q, q, q)
+
+    q, documents = torch.randn(2, 6, 2, 8), torch.arange(6).expand(2, -1) // 4
+    assert run(q.to("meta"), documents.to("meta")).shape == q.shape
+    compiled = torch.compile(run, fullgraph=True, backend="eager")
+    for given in (None, documents):
+        torch.testing.assert_close(compiled(q, given), run(q, given), rtol=0, atol=1e-6)
