@@ -19,7 +19,7 @@ from opencola.models.ar.model import AR
 from opencola.models.ar.network import ARConfig
 from opencola.models.build import Model
 from opencola.models.cola.stage_one import StageOne, StageOneConfig
-from opencola.models.llada.model import LLaDA, draw_mask
+from opencola.models.llada.model import LLaDA
 from opencola.models.llada.network import LLaDAConfig
 from opencola.models.plaid.model import Plaid
 from opencola.models.plaid.network import PlaidConfig
@@ -67,8 +67,7 @@ def flops(model: Model, batch: Batch) -> int:
         pairs = count * length * (length + 1) // 2
     width = trunk.width
     forward = transformer_flops(rows, pairs, trunk.num_layers, width, width, 3 * trunk.ffn_dim)
-    asked = int(draw_mask(batch)[1].sum()) if isinstance(model, LLaDA) else rows  # of the head: masked tokens alone
-    forward += asked * 2 * width * vocabulary
+    forward += rows * 2 * width * vocabulary
     if not isinstance(model, Plaid):
         return 3 * forward
     channels, first = model.config.embedding_dim, len(model.conditioned(batch.ids))

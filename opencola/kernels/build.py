@@ -66,7 +66,8 @@ def compile_kernels(to: Path, variant: str) -> None:
     """Compile a variant, or NATIVE for this processor alone, into the file `to`. Raises NotCompiled."""
     with tempfile.TemporaryDirectory(dir=to.parent) as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = {str(source): f"{folder}/{source.stem}.o" for source in sorted(SOURCES.glob("*.c"))}
-        command = [*compiler(), *FLAGS, *options(variant), "-c"]
+        name, *own = compiler()  # whose own options have the last word
+        command = [name, *FLAGS, *options(variant), *own, "-c"]
         list(pool.map(lambda pair: _run([*command, pair[0], "-o", pair[1]]), objects.items()))
         # Clang's threads are of its own OpenMP only; gcc's are found in torch's when the library is loaded.
         openmp = ["-fopenmp"] if any(b"__kmpc_" in Path(made).read_bytes() for made in objects.values()) else []

@@ -42,6 +42,8 @@ def run(
     """
     last = stages[-1][1].out
     root = last if len(stages) == 1 else last.parent
+    with contextlib.suppress(FileExistsError):  # whose run is there may still be told by its lock
+        plan(stages, only, resume, overwrite)  # what can be refused at once is refused before any folder is touched
     with ours(root, *(recipe.out for name, recipe in stages if only in (None, name))):
         train(stages, root, command, only, resume, overwrite)
     return root

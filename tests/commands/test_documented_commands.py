@@ -157,7 +157,8 @@ def test_their_flags_exist(command: str, monkeypatch: pytest.MonkeyPatch, capsys
     elif program.startswith(("benchmarks", "experiments")) and given:
         monkeypatch.setattr("sys.argv", [program, "--help"])
         with pytest.raises(SystemExit):
-            importlib.import_module(program).main()
+            module = importlib.import_module(program)
+            (module if hasattr(module, "main") else importlib.import_module(f"{program}.__main__")).main()
         helped = capsys.readouterr().out
         for name in given:
             assert name in helped, f"{command}: there is no {name}"

@@ -54,8 +54,8 @@ def test_training_says_what_it_starts_from(main: Main) -> None:
     assert code == 0 and first.startswith("[1/2] vae: 1 steps, "), error
     assert first.endswith("; starts from random weights")
     assert second.endswith("; starts from runs/tiny/vae; prior: random weights")
-    said = main("train", "tiny.yaml", "--resume", "--train.steps", "2")[1]
-    assert said.count("parameters to train; goes on after step 1\n") == 2
+    code, said, error = main("train", "tiny.yaml", "--resume", "--stage", "prior", "--train.steps", "2")
+    assert code == 0 and said.count("parameters to train; goes on after step 1\n") == 1, error
 
 
 def test_what_is_known_of_the_training_goes_with_the_model(main: Main, place: Path) -> None:

@@ -16,6 +16,12 @@ from opencola.kernels import build
 from opencola.kernels import library as kernels
 
 
+@pytest.fixture(autouse=True)
+def compiled_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How fast the kernels are is not what is tested."""
+    monkeypatch.setenv("CC", f"{os.environ.get('CC') or 'cc'} -O0")
+
+
 def say(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "opencola.kernels"]
     environment = os.environ | {"XDG_CACHE_HOME": str(folder)} | environment

@@ -165,7 +165,7 @@ def test_rates_are_measured_where_no_folder_can_be_written(monkeypatch: pytest.M
 
 def test_processes_that_start_together_choose_alike(tmp_path: Path) -> None:
     code = "import json; from opencola.kernels import matmul; print(json.dumps(matmul.rates(1)))"
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "OPENCOLA_KERNELS": "0"}
     both = [
         subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
         for _ in range(2)

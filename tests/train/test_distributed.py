@@ -76,7 +76,8 @@ def assert_same_run(one: Path, other: Path, steps: int) -> None:
         names = [name for name in valid[0] if name.startswith("loss/") or name == "reconstruction_accuracy"]
         assert {"loss/cross_entropy", "loss/mask", "reconstruction_accuracy"} <= {*names}
         for name in names:
-            assert valid[1][name] == pytest.approx(valid[0][name], rel=2e-5, abs=1e-6), name
+            few_tokens = 2e-4 if name.endswith("accuracy") else 0  # may tip where two are nearly as likely
+            assert valid[1][name] == pytest.approx(valid[0][name], rel=2e-5, abs=max(1e-6, few_tokens)), name
     models = [official.load(run).state_dict() for run in (one, other)]
     for name, weight in models[0].items():
         torch.testing.assert_close(models[1][name], weight, rtol=1e-3, atol=2e-4)

@@ -11,11 +11,11 @@ import resource, torch
 from opencola.train.memory import keep_freed
 if {keep}: keep_freed()
 def step():
-    for size in (60_000_000, 50_000_000):
+    for size in (48_000_000, 40_000_000):
         torch.empty(size // 4).fill_(1.0)
-for _ in range(10): step()
+for _ in range(5): step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10): step()
+for _ in range(5): step()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 

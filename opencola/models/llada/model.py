@@ -5,6 +5,7 @@ masked ones, weighted by 1 / t, bounds -log p(x) from above. Its maths are funct
 that they can be tested with a predictor that is known to be exact.
 """
 
+import torch
 from torch import Tensor
 
 from opencola.data.batch import Batch, divisor
@@ -32,11 +33,11 @@ class LLaDA(LLaDANetwork):
         if batch.documents is not None:
             seen = same_document(batch.documents)
         h = self.features(tokens.masked_fill(hidden, self.mask_id), seen)
-        cross_entropy, best = self.head.cross_entropy(h[hidden], tokens[hidden])
+        cross_entropy, best = self.head.cross_entropy(h, tokens)
         losses = weighted_losses(cross_entropy, hidden, t)
         counts = batch.counts or self.counts(batch)
         total = losses.sum() / divisor(counts["tokens"])
-        accuracy = (best == tokens[hidden]).sum() / hidden.sum().clamp(min=1)
+        accuracy = ((best == tokens) & hidden).sum() / hidden.sum().clamp(min=1)
         own = {"cross_entropy": counts["tokens"], "masked_accuracy": hidden.sum()}
         return Loss(total, {"cross_entropy": total}, {"masked_accuracy": accuracy.to(total.dtype)}, own)
 
@@ -60,8 +61,8 @@ def draw_mask(batch: Batch) -> tuple[Tensor, Tensor]:
 def weighted_losses(cross_entropy: Tensor, hidden: Tensor, t: Tensor) -> Tensor:
     """Cross-entropy / t of the masked tokens, 0 of the others: (B, L), in nats (equation 3, without its 1 / L).
 
-    cross_entropy (number of masked tokens) given the masked text, hidden (B, L) bool, t (B, 1) the masking probability.
+    cross_entropy (B, L) given the masked text, hidden (B, L) bool, t (B, 1) the masking probability.
     The expectation of the sum over L, over t and masks, is at least -log p(tokens) (equation 4); no less for the exact
     conditionals, where it is equal.
     """
-    return cross_entropy.new_zeros(hidden.shape).masked_scatter(hidden, cross_entropy) / t
+    return torch.where(hidden, cross_entropy, 0) / t

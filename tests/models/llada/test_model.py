@@ -17,7 +17,7 @@ from opencola.models.llada.score import draw_hidden, masked_bound
 
 
 def losses_of(logits: Tensor, tokens: Tensor, hidden: Tensor, t: Tensor) -> Tensor:
-    return weighted_losses(F.cross_entropy(logits[hidden], tokens[hidden], reduction="none"), hidden, t)
+    return weighted_losses(F.cross_entropy(logits.mT, tokens, reduction="none"), hidden, t)
 
 
 def expected_loss(predict: Exact | Arbitrary) -> Tensor:
