@@ -161,9 +161,10 @@ def print_row(
     run: Callable[[], object],
 ) -> None:
     """Run once to warm up and then `repeats` times; print one JSON line."""
-    floor = probe(options.bf16)
+    floor = probe(options.bf16, memory=False)
     run()
     best = best_seconds(run, options.repeats)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     floor = floor.best(probe(options.bf16))
     line: dict[str, Any] = {
         "work": work,
@@ -181,7 +182,7 @@ def print_row(
         "memory_gbytes": round(floor.gbytes, 1),
         "floor_seconds": round(floor.seconds(flops), 4),
         "floor_ratio": round(floor.ratio(best, flops), 3),
-        "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "peak_bytes": 1024 * peak,
     }
     for earlier in options.compare:
         if all(earlier[key] == line[key] for key in ROW):
