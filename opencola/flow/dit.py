@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from opencola.errors import UserError
+from opencola.kernels.choice import precision, products_in
 from opencola.layers.attention import Attend, rotary, turns
 from opencola.layers.cache import KVCache
 from opencola.layers.operations import LayerNorm, Linear, modulated_norm
@@ -98,12 +99,13 @@ class BlockCausalDiT(nn.Module):
         compute the rest again there.
         """
         config = self.config
-        h = self.latent_in(z)
+        h, kind = self.latent_in(z), precision()
         for layer, block in enumerate(self.blocks):
 
             def through(h: Tensor, block: nn.Module = block, layer: int = layer) -> Tensor:
                 last = layer == config.num_layers - 1
-                return block(h, layer, modulation[layer], index, turn, attend, skip if last else 0)
+                with products_in(kind):  # what is computed again is computed alike
+                    return block(h, layer, modulation[layer], index, turn, attend, skip if last else 0)
 
             h = checkpoint(through, h, use_reentrant=False) if recompute else through(h)
         shift, scale = modulation[-1].chunk(2, dim=-1)

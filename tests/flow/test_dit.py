@@ -9,6 +9,8 @@ from tiny import dit_config, one_block, tiny_dit
 from torch import Tensor, nn
 
 from opencola.flow.dit import BlockCausalDiT
+from opencola.kernels import matmul
+from opencola.kernels.choice import products_in
 from opencola.layers.cache import KVCache
 
 B, N, S, D = 2, 12, 4, 4  # three blocks
@@ -220,3 +222,17 @@ def test_recomputing_changes_neither_values_nor_gradients() -> None:
         results.append([velocity, *torch.autograd.grad(velocity.square().sum(), list(dit.parameters()))])
     for kept, computed_again in zip(*results, strict=True):
         torch.testing.assert_close(computed_again, kept, rtol=1e-12, atol=1e-12)
+
+
+def test_recomputed_products_have_the_precision_of_the_first_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opencola.kernels.matmul.LEAST", 0)
+    monkeypatch.setattr("opencola.layers.operations.linear.worthwhile", None)
+    cast = matmul.IMPLEMENTATIONS["bfloat16"]["torch"]
+    monkeypatch.setattr(matmul, "chosen", lambda count, way, kind: cast if kind == "bfloat16" else matmul._torch)
+    dit, given = tiny_dit().float(), [x.float() for x in inputs(copies=2, groups=3)]
+    results = []
+    for kind, recompute in (("bfloat16", False), ("bfloat16", True), ("float32", False)):
+        with products_in(kind):  # type: ignore[arg-type]
+            velocity = dit.packed(*given, recompute=recompute)
+        results.append(torch.cat([x.flatten() for x in torch.autograd.grad(velocity.sum(), list(dit.parameters()))]))
+    assert torch.equal(results[1], results[0]) and not torch.equal(results[2], results[0])
