@@ -191,8 +191,9 @@ def rates(threads: int) -> Rates:
 
 def _key() -> str:
     """What rates depend on, but for the threads: program, kernels and machine."""
-    kernels = library.load().about if library.library() is not None else "none"
-    parts = (torch.__version__, kernels, bfloat16.ways(), sorted(SIZES.items()))
+    kernels = library.library()
+    file = "none" if kernels is None else os.path.basename(kernels._name)
+    parts = (torch.__version__, file, bfloat16.ways(), sorted(SIZES.items()))
     return hashlib.sha256(repr(parts).encode() + library.processor()).hexdigest()[:16]
 
 

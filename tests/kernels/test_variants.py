@@ -18,7 +18,8 @@ TESTS = sorted(map(str, {*HERE.glob("test_*.py")} - {HERE / f"test_{name}.py" fo
 
 def passes(folder: Path, *options: str, **environment: str) -> str:
     """Run the tests; all must pass, and none be skipped. What was printed."""
-    environment = os.environ | {"XDG_CACHE_HOME": str(folder), "PYTHONPATH": str(HERE.parent)} | environment
+    own = {"XDG_CACHE_HOME": str(folder), "PYTHONPATH": str(HERE.parent), "OPENCOLA_PRODUCTS": "torch"}
+    environment = os.environ | own | environment
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *options, *TESTS]
     said = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parents[1]).stdout
     summary = re.search(r"^(\d+) passed(, \d+ warnings?)? in .*$", said, re.MULTILINE)
