@@ -29,7 +29,7 @@ test-kernels: $(STAMP)  ## Run the kernels' tests by clang and for other process
 # torch's wheel alone, without the 3 GB of CUDA packages that it names: tests/without_cuda.py has it load without them.
 OLDEST := build/oldest
 OLDEST_PIP = PIP_CONSTRAINT=$(1) $(OLDEST)/bin/python -m pip install --quiet --no-compile
-test-oldest:  ## Run the tests of layers, flow and parity with the oldest torch that pyproject.toml admits
+test-oldest:  ## Run the tests of attention, flow and parity with the oldest torch that pyproject.toml admits
 	$(PYTHON) -m venv --clear $(OLDEST)
 	$(call OLDEST_PIP,) --no-deps torch==$$(sed -n 's/.*"torch>=\(.*\)".*/\1/p' pyproject.toml).*
 	$(call OLDEST_PIP,constraints.txt) --no-deps torchdiffeq
@@ -37,7 +37,7 @@ test-oldest:  ## Run the tests of layers, flow and parity with the oldest torch 
 		huggingface_hub hypothesis numpy pytest pytest-xdist pyyaml rich safetensors scipy tokenizers tyro
 	cd build && oldest/bin/python -c 'import torch' 2>/dev/null || \
 		oldest/bin/python ../tests/without_cuda.py $$(echo oldest/lib/python3*/site-packages)
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS) -q tests/layers tests/flow \
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS) -q tests/layers/test_packed.py tests/flow \
 		tests/models/test_devices.py tests/train/test_optimizer.py tests/checkpoints/test_parity_*.py
 
 lint: $(STAMP)  ## Check style, formatting and types

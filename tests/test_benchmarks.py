@@ -117,6 +117,7 @@ def test_passes_of_a_block_are_counted(settings: ColaSampling, passes: int) -> N
     assert quality.evaluations(tiny_cola(), settings) == passes
 
 
+@pytest.mark.slow
 def test_quality_is_measured_on_the_shipped_model_and_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

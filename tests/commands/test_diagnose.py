@@ -19,6 +19,7 @@ def read(folder: Path) -> dict[tuple[str, str, str], Mapping[str, Any]]:
     return named
 
 
+@pytest.mark.slow
 def test_the_shipped_model(main: Main, place: Path) -> None:
     flags = ["diagnose", "--num-stories", "4", "--places", "2", "--max-new-tokens", "8", "--guidance", "30"]
     code, said, error = main(*flags, "--out", "new/a")
