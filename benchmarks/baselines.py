@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from benchmarks.common import SIZES, earlier_lines, print_row, transformer_flops
+from benchmarks.common import SIZES, earlier_lines, print_row, stepping, transformer_flops
 from opencola.data.batch import Batch
-from opencola.layers.device import bfloat16
 from opencola.layers.llama import LlamaConfig
 from opencola.models.ar.model import AR
 from opencola.models.ar.network import ARConfig
@@ -86,18 +85,6 @@ def vae_flops(config: StageOneConfig, count: int, length: int) -> int:
     return 3 * (blocks + rows * 2 * vae.width * ends)
 
 
-def training_step(model: Model, batch: Batch, bf16: bool) -> Callable[[], None]:
-    """Forward and backward of the loss, to be timed; bf16: as training computes it."""
-
-    def step() -> None:
-        model.zero_grad()
-        with bfloat16(torch.device("cpu"), bf16):
-            loss = model.loss(batch).total
-        loss.backward()
-
-    return step
-
-
 def main() -> None:
     """Time the rows that the command line asks for."""
     keep_freed()
@@ -116,7 +103,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     for kind, size, model in models(options.model, options.size):
         batch = batch_of(model, options.batch, 80 if size == "demo" else 256)
-        step = training_step(model, batch, options.bf16)
+        step = stepping(model, lambda: model.loss(batch).total, options.bf16)  # noqa: B023 - called in this round
         print_row(f"train {kind}", size, options.batch, options, batch.tokens.numel(), flops(model, batch), step)
 
 

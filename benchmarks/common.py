@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.floor import best_seconds, probe
 from opencola.checkpoints import official
@@ -107,11 +108,19 @@ def training_step(
     z_0 = torch.randn(batch, length, cola.dit.config.latent_dim)
     data = Batch(torch.zeros(batch, length, dtype=torch.long), torch.arange(batch), seed=0, step=0)
 
+    return stepping(cola.dit, lambda: cola.flow_matching(z_0, data), bf16, compiled)
+
+
+def stepping(
+    module: torch.nn.Module, loss: Callable[[], Tensor], bf16: bool = False, compiled: bool = False
+) -> Callable[[], None]:
+    """Forward and backward of a loss, to be timed; bf16: as training computes it."""
+
     def step() -> None:
-        cola.dit.zero_grad()
-        with bfloat16(z_0.device, bf16, compiled):
-            loss = cola.flow_matching(z_0, data)
-        loss.backward()
+        module.zero_grad()
+        with bfloat16(torch.device("cpu"), bf16, compiled):
+            total = loss()
+        total.backward()
 
     return step
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.common import stepping
 from benchmarks.floor import best_seconds
 from opencola.data.corpus import Corpus, CorpusConfig
 from opencola.data.shard_writer import Order, tokenise
@@ -53,10 +54,7 @@ def training_tokens_per_second(recipe: recipes.Recipe, vocab_size: int) -> float
     corpus = Corpus(recipe.data, Tokenizer.train(itertools.islice(one_pass("stories", 0), 2000), vocab_size), 0)
     batch = next(corpus)
 
-    def step() -> None:
-        model.zero_grad()
-        model.loss(batch).total.backward()
-
+    step = stepping(model, lambda: model.loss(batch).total)
     step()
     return batch.tokens.numel() / best_seconds(step, 10)
 

@@ -1,7 +1,5 @@
 """The floor of a computation: its useful operations at the best rate that anything on this machine reaches."""
 
-import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -72,18 +70,9 @@ def _rates(m: int, k: int, n: int, bf16: bool, repeats: int) -> list[tuple[str, 
     if bf16:
         narrow_x, narrow_weight = x.bfloat16(), weight.bfloat16()
         ways["torch bfloat16 throughout"] = lambda: narrow_x @ narrow_weight.T
-    seconds = dict.fromkeys(ways, math.inf)
-    for _ in range(repeats):
-        for name, way in ways.items():
-            seconds[name] = min(seconds[name], best_seconds(way, 1))
-    return [(name, 2e-9 * m * k * n / least) for name, least in seconds.items()]
+    return [(name, 2e-9 * m * k * n / least) for name, least in matmul.in_turns(ways, repeats).items()]
 
 
 def best_seconds(run: Callable[[], object], repeats: int) -> float:
     """The shortest of several runs."""
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    return matmul.in_turns({"": run}, repeats)[""]

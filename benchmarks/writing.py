@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.baselines import TRUNKS
-from benchmarks.floor import best_seconds
 from opencola.checkpoints import llama
+from opencola.kernels.matmul import in_turns
 from opencola.layers.llama import LlamaConfig
 from opencola.models.ar.model import AR
 from opencola.models.ar.network import ARConfig
@@ -116,10 +116,7 @@ def main() -> None:
                 ways = make(*TRUNKS[size], batch)
                 written = {name: way() for name, way in ways.items()}
                 alike = (written["ours"] == written["transformers"]).float().mean().item()
-                seconds = dict.fromkeys(ways, torch.inf)
-                for _ in range(options.repeats):
-                    for name, way in ways.items():
-                        seconds[name] = min(seconds[name], best_seconds(way, 1))
+                seconds = in_turns(ways, options.repeats)
                 line = {"work": f"write {kind}", "size": size, "batch": batch, "threads": options.threads}
                 line |= {"seconds": round(seconds["ours"], 4), "transformers": round(seconds["transformers"], 4)}
                 line |= {"times_as_fast": round(seconds["transformers"] / seconds["ours"], 2), "alike": round(alike, 3)}

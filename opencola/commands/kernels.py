@@ -43,8 +43,7 @@ def command(argv: Sequence[str]) -> None:
         torch.set_num_threads(options.threads)
     records = list(products(torch.get_num_threads()))
     try:
-        found = load()
-        options.say(f"kernels: {found.file} ({found.about})")
+        options.say(str(load()))
     except NotCompiled as error:
         options.say(f"no kernels, torch does it all: {error}")
     if options.json:

@@ -8,7 +8,7 @@ from opencola.kernels.library import load
 
 if __name__ == "__main__":
     try:
-        print(f"kernels: {(found := load()).file} ({found.about})")
+        print(load())
     except NotCompiled as error:
         sys.exit(f"no kernels, torch does it all: {error}")
     except UserError as error:

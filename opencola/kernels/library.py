@@ -47,6 +47,9 @@ class Loaded(NamedTuple):
     kernels: ctypes.CDLL
     about: str
 
+    def __str__(self) -> str:
+        return f"kernels: {self.file} ({self.about})"
+
 
 def load() -> Loaded:
     """The library, compiled unless it is there and whole.

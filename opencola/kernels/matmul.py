@@ -12,7 +12,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -134,17 +134,22 @@ def worthwhile(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
 
 def product_of_stacks(a: Tensor, b: Tensor) -> Tensor:
     """a (S, M, K) times the transposes of b (S, N, K): (S, M, N). No gradients."""
-    if precision() == "bfloat16":
+    by = _of_stacks(a, b)
+    if by is _tiles:
         return bfloat16.product(a, b)
-    by = chosen(2 * a[:1].numel() * b.shape[1], "forward", "float32")
     return torch.stack([by(one, other, None) for one, other in zip(a, b, strict=True)])
 
 
 def stacks_worthwhile(a: Tensor, b: Tensor) -> bool:
     """Whether torch alone would be slower than `product_of_stacks`."""
+    return _of_stacks(a, b) is not _torch
+
+
+def _of_stacks(a: Tensor, b: Tensor) -> Implementation:
+    """In bfloat16 only tiles gain, as they take all matrices of a stack in one call."""
     if precision() == "bfloat16":
-        return bfloat16.available()
-    return chosen(2 * a[:1].numel() * b.shape[1], "forward", "float32") is not _torch
+        return _tiles if bfloat16.available() else _torch
+    return chosen(2 * a[:1].numel() * b.shape[1], "forward", "float32")
 
 
 @functools.cache
@@ -157,8 +162,8 @@ def choices(threads: int) -> dict[tuple[Precision, Direction, str], Implementati
     if fixed and fixed not in names:
         raise UserError(f"{VARIABLE} is {fixed!r}, not one of {', '.join(names)}")
     used: dict[tuple[Precision, Direction, str], Implementation] = {}
+    wide, narrow = candidates("float32"), candidates("bfloat16")
     for direction, size in itertools.product(DIRECTIONS, SIZES):
-        wide, narrow = candidates("float32"), candidates("bfloat16")
         if fixed:
             used["float32", direction, size] = wide.get(fixed, wide["torch"])
             used["bfloat16", direction, size] = narrow.get(fixed, narrow["torch"])
@@ -228,12 +233,18 @@ def _measured(repeats: int) -> Iterator[tuple[str, dict[str, float]]]:
             x_or_other.uniform_(-1, 1, generator=torch.Generator().manual_seed(0))
         factors = {"forward": (x, weight), "input": (dy, weight.T), "weight": (dy.T, x.T)}
         for direction, kind in itertools.product(DIRECTIONS, IMPLEMENTATIONS):
-            there, (a, b) = candidates(kind), factors[direction]
-            seconds = dict.fromkeys(there, math.inf)
-            for _ in range(repeats + 1):
-                for name, by in there.items():
-                    start = time.perf_counter()
-                    by(a, b, None)
-                    seconds[name] = min(seconds[name], time.perf_counter() - start)
-            operations = 2e-9 * count * inputs * outputs
+            a, b = factors[direction]
+            ways = {name: functools.partial(by, a, b, None) for name, by in candidates(kind).items()}
+            operations, seconds = 2e-9 * count * inputs * outputs, in_turns(ways, repeats + 1)
             yield f"{kind} {direction} {size}", {name: operations / least for name, least in seconds.items()}
+
+
+def in_turns(ways: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """The least seconds of each of several ways, run one after the other, so often: what slows one slows all."""
+    seconds = dict.fromkeys(ways, math.inf)
+    for _ in range(repeats):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            seconds[name] = min(seconds[name], time.perf_counter() - start)
+    return seconds

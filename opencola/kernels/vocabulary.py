@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from opencola.kernels import matmul
 from opencola.kernels.choice import Precision, precision
+from opencola.kernels.elementwise import threads_for
 from opencola.kernels.library import function
 
 CHUNK = 1 << 19
@@ -17,9 +18,9 @@ ROWS = 256
 
 
 def linear_cross_entropy(h: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy (R) of targets (R) int64 under logits h weightᵀ + bias of rows h (R, D), and their argmax (R)."""
-    losses, best = _LinearCrossEntropy.apply(h, weight, bias, targets, precision())
-    return losses, best
+    """Cross-entropy of targets (...) int64 under the logits h weightᵀ + bias, h (..., D), and their argmax (...)."""
+    losses, best = _LinearCrossEntropy.apply(h.flatten(0, -2), weight, bias, targets.flatten(), precision())
+    return losses.view_as(targets), best.view_as(targets)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -37,7 +38,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for rows in _chunks(len(h), width):
             logits = matmul.product(h[rows], weight, bias, "forward", kind)
             of_rows = (targets[rows], sums[rows], losses[rows], best[rows])
-            function("softmax_losses", "ttttt lll")(logits, *of_rows, len(logits), width, torch.get_num_threads())
+            function("softmax_losses", "ttttt lll")(logits, *of_rows, len(logits), width, threads_for(logits))
         ctx.save_for_backward(h, weight, bias, targets, sums)
         ctx.precision = kind
         ctx.mark_non_differentiable(best)
@@ -54,7 +55,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for rows in _chunks(len(h), width):
             logits = matmul.product(h[rows], weight, bias, "forward", ctx.precision)
             of_rows = (targets[rows], sums[rows], slopes[rows])
-            function("softmax_gradient", "tttt lll")(logits, *of_rows, len(logits), width, torch.get_num_threads())
+            function("softmax_gradient", "tttt lll")(logits, *of_rows, len(logits), width, threads_for(logits))
             if dh is not None:
                 dh[rows] = matmul.product(logits, weight.T, None, "input", ctx.precision)
             if dweight is not None:

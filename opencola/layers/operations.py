@@ -117,22 +117,20 @@ class Linear(nn.Linear):
         return linear(x, self.weight)
 
     def cross_entropy(self, h: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """As a vocabulary's head: `linear_cross_entropy` of features h (..., D) and targets (...), both like these."""
-        losses, best = linear_cross_entropy(
-            h.to(self.weight.dtype).flatten(0, -2), self.weight, self.bias, targets.flatten()
-        )
-        return losses.view_as(targets), best.view_as(targets)
+        """As a vocabulary's head: `linear_cross_entropy` of features h (..., D) and targets (...)."""
+        return linear_cross_entropy(h, self.weight, self.bias, targets)
 
 
 @implemented_by(vocabulary.linear_cross_entropy)
 def linear_cross_entropy(h: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy (R) of targets (R) int64 under the logits of rows h (R, D), in nats, and the likeliest tokens (R).
+    """Cross-entropy of targets (...) int64 under the logits of h (..., D), in nats, and the likeliest tokens (...).
 
     weight (V, D), bias (V): of the logits' linear layer. Losses are in at least float32.
     """
-    logits = linear(h, weight, bias)
+    logits = linear(h.to(weight.dtype), weight, bias).flatten(0, -2)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, targets, reduction="none"), logits.detach().argmax(-1)
+    losses = F.cross_entropy(logits, targets.flatten(), reduction="none")
+    return losses.view_as(targets), logits.detach().argmax(-1).view_as(targets)
 
 
 @implemented_by(plain.layer_norm)

@@ -1,7 +1,5 @@
 """The kernels of adaptive blocks, values and gradients, against float64 autograd of the plain formulas."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,17 +12,8 @@ from opencola.flow.dit import BlockCausalDiT
 from opencola.kernels import elementwise, library
 from opencola.layers.attention import rotary, turns
 
-pytestmark = pytest.mark.skipif(library.library() is None, reason="no kernels: `python -m opencola.kernels` says why")
+pytestmark = pytest.mark.usefixtures("need_kernels", "threads")
 EPS = 1e-5
-
-
-@pytest.fixture(params=[1, 2], autouse=True)
-def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    monkeypatch.setattr(elementwise, "SMALL", 0)  # few numbers are shared among threads, too
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 16), (2, 3, 7), (150, 33), (1, 1)])

@@ -1,6 +1,6 @@
 """The kernels of blocks without modulation, values and gradients, against float64 autograd of the plain formulas."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,23 +11,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from opencola.kernels import elementwise, library, plain
+from opencola.kernels import library, plain
 from opencola.layers.attention import masked, rotary, rotate_halves
 from opencola.layers.llama import Llama, LlamaConfig
 from opencola.vae.text_vae import TextVAE
 
-pytestmark = pytest.mark.skipif(library.library() is None, reason="no kernels: `python -m opencola.kernels` says why")
+pytestmark = pytest.mark.usefixtures("need_kernels", "threads")
 EPS = 1e-5
 SHAPES = [(3, 5, 16), (2, 131, 24), (150, 33), (1, 2), (2, 3, 70), (0, 7)]
-
-
-@pytest.fixture(params=[1, 2], autouse=True)
-def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    monkeypatch.setattr(elementwise, "SMALL", 0)  # few numbers are shared among threads, too
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("affine", [False, True])

@@ -26,10 +26,8 @@ class AR(ARNetwork):
             starts = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0))
             inputs = inputs.masked_fill(starts, self.config.bos_id)
         # a row predicts a token of its own document, so it is numbered as that token
-        h = self.features(inputs, documents).to(self.output.dtype)
-        losses, best = (
-            x.view_as(tokens) for x in linear_cross_entropy(h.flatten(0, 1), self.output, None, tokens.flatten())
-        )
+        h = self.features(inputs, documents)
+        losses, best = linear_cross_entropy(h, self.output, None, tokens)
         right = (best == tokens).to(losses.dtype)
         accuracy = right.mean()
         if batch.scored is not None:
