@@ -87,8 +87,22 @@ def tiny_batch(size: int = 3, length: int = 12, step: int = 0, seed: int = 5) ->
 def one_block(dit: BlockCausalDiT, history: Tensor, z: Tensor, times: Tensor) -> Tensor:
     """Velocity (S, d) of one sample's block z (S, d) at row times (S,), after a clean history (R, d), R whole blocks.
 
-    Everything from nothing, under a dense block-causal mask.
+    Everything from nothing, under a dense block-causal mask. With a trunk R is any number.
     """
+    if dit.config.trunk_layers:
+        place, num_clean = torch.arange(len(history) + len(z)), len(history)
+        turn, modulation = dit.turns(place), dit.modulation(torch.cat((times.new_zeros(num_clean), times)))
+        h = dit.latent_in(history[None])
+        for layer in range(dit.config.trunk_layers if num_clean else 0):
+            causal = masked(dense(block_causal(1), num_clean, num_clean))
+            h = dit.blocks[layer](h, layer, modulation[layer], place[None, :num_clean], turn[:num_clean], causal)
+        rows, index = dit.latent_in(z[None]), place[None]
+        for layer in range(dit.config.trunk_layers, dit.config.num_layers):
+            everything = torch.cat((h if num_clean else rows[:, :0], rows), dim=1)
+            out = dit.blocks[layer](everything, layer, modulation[layer], index, turn, masked(None))
+            rows = out[:, num_clean:]
+        shift, scale = modulation[-1][num_clean:].chunk(2, dim=-1)
+        return dit.velocity_out(dit.final_norm(rows[0]) * (1 + scale) + shift)
     rows = torch.cat((history, z))[None]
     modulation = dit.modulation(torch.cat((torch.zeros(len(history)).to(times), times)))
     place = torch.arange(len(history) + len(z))

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, get_type_hints
 from opencola.checkpoints.files import checked
 from opencola.errors import UserError
 from opencola.flow.dit import DiTConfig
-from opencola.ranges import Count, Finite
+from opencola.ranges import Count, Finite, Size
 from opencola.vae.text_vae import ReleaseConventions, TextVAEConfig
 
 Values = dict[str, Any]
@@ -26,6 +26,9 @@ DIT_FIELDS = {
     "rope_dim": "rope_dim",
     "block_size": "block_size",
 }
+
+# Fields of ours, written where they are not 0; the release's loader keeps them and does nothing with them.
+DIT_OWN_FIELDS = ("trunk_layers", "vocab_size")
 
 VAE_FIELDS = {
     "vocab_size": "vocab_size",
@@ -76,7 +79,8 @@ def dit_to_release(config: DiTConfig) -> Values:
     ours = asdict(config)
     values = {key: ours[field] for key, field in DIT_FIELDS.items()}
     same = {"txt_out_channels": config.latent_dim, "emb_dim": config.width, "patch_size": 1}
-    return {**DIT_HEADER, **values, **same}
+    own = {field: ours[field] for field in DIT_OWN_FIELDS if ours[field]}
+    return {**DIT_HEADER, **values, **same, **own}
 
 
 def dit_from_release(file: Path, values: Mapping[str, Any]) -> DiTConfig:
@@ -84,6 +88,7 @@ def dit_from_release(file: Path, values: Mapping[str, Any]) -> DiTConfig:
     check_type(file, values, "cola_dit")
     fields = _fields(file, values, DIT_FIELDS, DiTConfig)
     check_fixed(file, values, {"txt_out_channels": fields["latent_dim"], "emb_dim": fields["width"], "patch_size": 1})
+    fields |= {field: required(file, values, field, Size) for field in DIT_OWN_FIELDS if field in values}
     return build(file, DiTConfig, fields)
 
 

@@ -32,6 +32,9 @@ DIT: Table = {
     "final_norm": "txt_out_norm",
     "final_modulation": "txt_out_ada.out_in.1",
     "velocity_out": "txt_out.proj",
+    # ours: the release has no trunk
+    "next_token": "next_token",
+    "next_token.out": "next_token.out",
 }
 
 _VAE_BLOCK = {

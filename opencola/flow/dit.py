@@ -1,7 +1,8 @@
 """The block-causal diffusion transformer: the velocity of the latent prior (model.md §3, official-format §3)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +13,8 @@ from opencola.errors import UserError
 from opencola.kernels.choice import precision, products_in
 from opencola.layers.attention import Attend, rotary, turns
 from opencola.layers.cache import KVCache
-from opencola.layers.operations import LayerNorm, Linear, modulated_norm
-from opencola.layers.packed import Past, packed
+from opencola.layers.operations import LayerNorm, Linear, layer_norm, modulated_norm
+from opencola.layers.packed import Past, block_causal, packed
 from opencola.layers.transformer import AdaptiveBlock, TimeEmbedding, initialise
 from opencola.ranges import Count, Positive, Size, check
 
@@ -30,6 +31,12 @@ class DiTConfig:
     """Width of the residual stream and of the time embedding."""
     num_layers: Count = 4
     """Number of transformer blocks."""
+    trunk_layers: Size = 0
+    """Number of these, the first ones, that read clean latents only, one after another: the trunk. The others, the
+    denoiser, move noisy ones. 0: all blocks do both, as in the paper."""
+    vocab_size: Size = 0
+    """Number of tokens that the trunk's head tells apart when it predicts the next one; set from the tokenizer when
+    training with prior.lambda_ar. 0: no head."""
     num_heads: Count = 4
     """Number of attention heads."""
     head_dim: Count = 32
@@ -49,6 +56,44 @@ class DiTConfig:
         check(self)
         if self.rope_dim % 2 or self.rope_dim > self.head_dim:
             raise UserError(f"dit.rope_dim {self.rope_dim} must be even and at most dit.head_dim {self.head_dim}")
+        if self.trunk_layers >= self.num_layers:
+            raise UserError(
+                f"dit.trunk_layers {self.trunk_layers} leaves no layer of dit.num_layers {self.num_layers} to denoise"
+            )
+        if self.vocab_size and not self.trunk_layers:
+            raise UserError(f"dit.vocab_size {self.vocab_size} is that of a trunk's head: set dit.trunk_layers above 0")
+
+    @property
+    def grid(self) -> int:
+        """Latents after a multiple of which a block may begin: with a trunk anywhere."""
+        return 1 if self.trunk_layers else self.block_size
+
+
+class NextToken(nn.Module):
+    """The trunk's head: logits of the token after each clean latent, and of a text's first."""
+
+    def __init__(self, width: int, vocab_size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.start = nn.Parameter(torch.zeros(width))
+        self.out = Linear(width, vocab_size, bias=False)
+
+    def features(self, h: Tensor, documents: Tensor | None = None) -> Tensor:
+        """What predicts each of 1 + R tokens: the trunk's features h (B, R, D) of the latents before, normalised, and
+        a beginning's own; (B, 1 + R, D).
+
+        documents (B, 1 + R) int64: the tokens', each of which begins anew.
+        """
+        start = self.start.to(h.dtype).expand(len(h), 1, -1)
+        rows = torch.cat((start, h), dim=1)
+        if documents is not None:
+            first = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0))
+            rows = torch.where(first[..., None], start, rows)
+        return layer_norm(rows, self.eps)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Logits (B, 1 + R, V) of the first token and of those after each of h (B, R, D)."""
+        return self.out(self.features(h))
 
 
 class BlockCausalDiT(nn.Module):
@@ -65,7 +110,10 @@ class BlockCausalDiT(nn.Module):
         self.final_norm = LayerNorm(width, eps)
         self.final_modulation = Linear(width, 2 * width)
         self.velocity_out = Linear(width, config.latent_dim)
+        self.next_token = NextToken(width, config.vocab_size, eps) if config.vocab_size else None
         initialise(self, lambda linear: linear.in_features**-0.5)
+        if self.next_token is not None:
+            nn.init.normal_(self.next_token.out.weight, std=0.02)
         # every block starts as the identity and the velocity at zero, the usual start of adaptive-norm transformers
         for name, weight in self.named_parameters():
             if name.endswith(("modulation.weight", "velocity_out.weight")):
@@ -91,26 +139,67 @@ class BlockCausalDiT(nn.Module):
         attend: Attend,
         skip: int = 0,
         recompute: bool = False,
+        read: Tensor | None = None,
     ) -> Tensor:
         """Velocity (B, R - skip, d) of rows z (B, R, d), without the first `skip` rows.
 
         modulation: of the distinct times; index: int64 broadcastable to (B, R), each row's time among them; turn: the
         rows' `turns`; recompute: keep only what passes between blocks for the backward pass, and
-        compute the rest again there.
+        compute the rest again there; read (B, C, D): the trunk's features of clean rows, which every layer of the
+        denoiser sees before the rows: index and turn begin with theirs, and nothing is skipped.
         """
         config = self.config
-        h, kind = self.latent_in(z), precision()
-        for layer, block in enumerate(self.blocks):
-
-            def through(h: Tensor, block: nn.Module = block, layer: int = layer) -> Tensor:
-                last = layer == config.num_layers - 1
-                with products_in(kind):  # what is computed again is computed alike
-                    return block(h, layer, modulation[layer], index, turn, attend, skip if last else 0)
-
-            h = checkpoint(through, h, use_reentrant=False) if recompute else through(h)
+        h = self.latent_in(z)
+        for layer in range(config.trunk_layers, config.num_layers):
+            ignored = skip if layer == config.num_layers - 1 else 0
+            if read is not None:
+                h, ignored = torch.cat((read.to(h.dtype), h), dim=1), read.shape[1]
+            h = self._block(layer, h, modulation, index, turn, attend, ignored, recompute)
         shift, scale = modulation[-1].chunk(2, dim=-1)
-        norm = self.final_norm
+        norm, skip = self.final_norm, skip if read is None else read.shape[1]
         return self.velocity_out(modulated_norm(h, shift, scale, index[:, skip:], norm.eps, norm.weight, norm.bias))
+
+    def _block(
+        self,
+        layer: int,
+        h: Tensor,
+        modulation: Modulation,
+        index: Tensor,
+        turn: Tensor,
+        attend: Attend,
+        skip: int,
+        recompute: bool,
+    ) -> Tensor:
+        block, kind = self.blocks[layer], precision()
+
+        def through(h: Tensor) -> Tensor:
+            with products_in(kind):  # what is computed again is computed alike
+                return block(h, layer, modulation[layer], index, turn, attend, skip)
+
+        return checkpoint(through, h, use_reentrant=False) if recompute else through(h)
+
+    def read(
+        self, z_0: Tensor, modulation: Modulation, turn: Tensor, attend: Attend, recompute: bool = False
+    ) -> Tensor:
+        """The trunk's features (B, R, D) of clean latents z_0 (B, R, d); of `modulation` the first time, which is 0."""
+        h, index = self.latent_in(z_0), torch.zeros(1, 1, dtype=torch.long, device=z_0.device)
+        still = [rows[:1] for rows in modulation]
+        for layer in range(self.config.trunk_layers):
+            h = self._block(layer, h, still, index, turn, attend, 0, recompute)
+        return h
+
+    def read_text(self, z_0: Tensor, documents: Tensor | None = None, recompute: bool = False) -> Tensor:
+        """`read` of whole texts z_0 (B, N, d), to which no gradient goes; documents (B, N) int64: beyond its own a
+        latent sees nothing."""
+        place = torch.arange(z_0.shape[1], device=z_0.device)
+        attend = block_causal(len(place), 1, documents)
+        return self.read(z_0.detach(), self.modulation(z_0.new_zeros(1)), self.turns(place), attend, recompute)
+
+    def keys_values(self, read: Tensor, modulation: Modulation, turn: Tensor) -> Iterable[tuple[int, Tensor, Tensor]]:
+        """By layer of the denoiser, keys and values (B, R, H, Dh) of the trunk's features (B, R, D) of clean rows."""
+        for layer in range(self.config.trunk_layers, self.config.num_layers):
+            block = cast(AdaptiveBlock, self.blocks[layer])
+            yield layer, *block.keys_values(read, modulation[layer][:1], turn)
 
     def packed(
         self,
@@ -121,51 +210,67 @@ class BlockCausalDiT(nn.Module):
         history: Tensor | None = None,
         documents: Tensor | None = None,
         recompute: bool = False,
+        first: int = 0,
+        read: Tensor | None = None,
     ) -> Tensor:
         """Velocities of all blocks of several noisy copies in one pass (model.md §3): like z_t.
 
-        z_0 (B, N, d): clean latents, the history; z_t (B, copies, N, d); t (B, copies, G) with G dividing N: a time for
-        each of G equal parts of a copy; pinned (B, copies, N) bool: rows that are clean, at time 0; history (B,) bool:
-        samples that see their history, all when not given; documents (B, N) int64: the document of each latent, beyond
-        which it sees nothing; recompute: as in `forward`.
+        z_0 (B, N, d): clean latents, the history; z_t (B, copies, M, d), those from `first` on, N = first + M; t (B,
+        copies, G) with G dividing M: a time for each of G equal parts of a copy; pinned (B, copies, M) bool: rows that
+        are clean, at time 0; history (B,) bool: samples that see their history, all when not given; documents (B, N)
+        int64: the document of each latent, beyond which it sees nothing; recompute: as in `forward`; first: a multiple
+        of `config.grid`; read (B, N - S or more, D): `read_text` of z_0, where that is at hand.
         """
-        block_size = self.config.block_size
-        batch, copies, num_latents, _ = z_t.shape
-        if num_latents % block_size:
-            raise ValueError(f"{num_latents} latents are not a multiple of block_size {block_size}")
+        config, (batch, copies, num_noisy, _) = self.config, z_t.shape
+        block_size, num_latents = config.block_size, z_0.shape[1]
+        if num_noisy % block_size or first % config.grid or first + num_noisy != num_latents:
+            raise ValueError(
+                f"{num_noisy} of {num_latents} latents from {first} on are not whole blocks of block_size {block_size}"
+            )
         num_clean = num_latents - block_size
         index = 1 + torch.arange(t.numel(), device=t.device).view(t.shape)
-        index = index.repeat_interleave(num_latents // t.shape[-1], dim=-1)
+        index = index.repeat_interleave(num_noisy // t.shape[-1], dim=-1)
         if pinned is not None:
             index = index.masked_fill(pinned, 0)
         index = torch.cat((index.new_zeros(batch, num_clean), index.flatten(1)), dim=1)
         place = torch.arange(num_latents, device=z_t.device)
-        positions = torch.cat((place[:num_clean], place.repeat(copies)))
-        rows = torch.cat((z_0[:, :num_clean].detach(), z_t.flatten(1, 2)), dim=1)
+        turn = self.turns(torch.cat((place[:num_clean], place[first:].repeat(copies))))
         modulation = self.modulation(torch.cat((t.new_zeros(1), t.flatten())))
-        attend = packed(num_clean, num_latents, block_size, copies, history, documents)
-        velocity = self(rows, modulation, index, self.turns(positions), attend, num_clean, recompute)
-        return velocity.unflatten(1, (copies, num_latents))
+        attend = packed(num_clean, num_latents, block_size, copies, history, documents, first=first)
+        rows, clean = z_t.flatten(1, 2), z_0[:, :num_clean].detach()
+        if config.trunk_layers:
+            if read is None:
+                read = self.read_text(clean, None if documents is None else documents[:, :num_clean], recompute)
+            velocity = self(rows, modulation, index, turn, attend, 0, recompute, read[:, :num_clean])
+        else:
+            velocity = self(torch.cat((clean, rows), 1), modulation, index, turn, attend, num_clean, recompute)
+        return velocity.unflatten(1, (copies, num_noisy))
 
     def given(self, z_0: Tensor, pinned: Tensor, first: int = 0) -> Callable[[Tensor, float], Tensor]:
         """Velocity (B, N - first, d) of latents z_t like it at time t: `packed` of one copy, for many z_t and one z_0.
 
         z_0 (B, N, d) is read once, and carries no gradient; pinned (B, N) bool: rows that are clean, at time 0; first:
-        the latent, the first of a block, with which z_t begins.
+        the latent, the first of a block, with which z_t begins, a multiple of `config.grid`.
         """
-        block_size, num_latents = self.config.block_size, z_0.shape[1]
-        if num_latents % block_size or first % block_size:
+        config, num_latents = self.config, z_0.shape[1]
+        block_size = config.block_size
+        if (num_latents - first) % block_size or first % config.grid:
             raise ValueError(f"{num_latents} latents from {first} on are not whole blocks of block_size {block_size}")
         place = torch.arange(num_latents, device=z_0.device)
-        clean = packed(num_latents, num_latents, block_size, 0)
         num_clean, past = num_latents - block_size, Past()
-
-        def record(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            past.append((k[:, :num_clean], v[:, :num_clean]))
-            return clean(layer, q, k, v)
-
         with torch.no_grad():
-            self(z_0, self.modulation(z_0.new_zeros(1)), place.new_zeros(1, 1), self.turns(place), record)
+            modulation, turn = self.modulation(z_0.new_zeros(1)), self.turns(place)
+            if config.trunk_layers:
+                for layer, k, v in self.keys_values(self.read_text(z_0), modulation, turn):
+                    past[layer] = k[:, :num_clean], v[:, :num_clean]
+            else:
+                clean = packed(num_latents, num_latents, block_size, 0)
+
+                def record(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                    past[layer] = k[:, :num_clean], v[:, :num_clean]
+                    return clean(layer, q, k, v)
+
+                self(z_0, modulation, place.new_zeros(1, 1), turn, record)
         attend = packed(num_clean, num_latents, block_size, 1, past=past, first=first)
         turn, free = self.turns(place[first:]), ~pinned[:, first:]
         # without pinned rows there is one time for all, which need not be gathered row by row

@@ -92,14 +92,8 @@ class KVCache:
         block_size: as in `masks.block_causal`, counted from position 0. alone: that many further samples at the end of
         the batch see only their own rows (the unconditional branch of guidance).
         """
+        write, slots = self.writer(num_rows), self.positions(num_rows)
         length = int(self.lengths.max()) + num_rows
-        if self.keys and length > self.keys[0].shape[1]:
-            raise ValueError(f"cache holds {self.keys[0].shape[1]} rows, {length} asked for")
-        slots = self.positions(num_rows)
-        first = int(self.lengths.min())
-        place: tuple[Any, ...] = (torch.arange(len(self.lengths), device=slots.device)[:, None], slots)
-        if first + num_rows == length:  # all alike: a slice is four times as fast
-            place = (slice(None), slice(first, length))
         limits = torch.minimum((slots // block_size + 1) * block_size, self.lengths[:, None] + num_rows)
         own = limits.new_full((alone, num_rows), num_rows)
         length = -(-length // ROUND) * ROUND
@@ -111,9 +105,28 @@ class KVCache:
             return zeros.masked_fill_(unseen, -torch.inf)[:, None]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys, values = self.keys[layer], self.values[layer]
             batch = len(q) - alone
-            keys[place], values[place] = k[:batch].to(keys.dtype), v[:batch].to(values.dtype)
+            keys, values = write(layer, k[:batch], v[:batch])
             return prefix_attention(q, keys, values, limits, bias, (k[batch:], v[batch:], own) if alone else None)
 
         return attend
+
+    def writer(self, num_rows: int) -> Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """What puts a layer's keys and values (B, num_rows, H, Dh) behind the committed ones, and returns them all.
+
+        Raises ValueError where there is no room.
+        """
+        length = int(self.lengths.max()) + num_rows
+        if self.keys and length > self.keys[0].shape[1]:
+            raise ValueError(f"cache holds {self.keys[0].shape[1]} rows, {length} asked for")
+        slots, first = self.positions(num_rows), int(self.lengths.min())
+        place: tuple[Any, ...] = (torch.arange(len(self.lengths), device=slots.device)[:, None], slots)
+        if first + num_rows == length:  # all alike: a slice is four times as fast
+            place = (slice(None), slice(first, length))
+
+        def write(layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            keys, values = self.keys[layer], self.values[layer]
+            keys[place], values[place] = k.to(keys.dtype), v.to(values.dtype)
+            return keys, values
+
+        return write

@@ -95,3 +95,11 @@ class FewRowsBlock(nn.Module):
         h = kernels.product(attended, attention_out, block.attention_out.bias, width, index, residual=(h, gate_1))
         u = kernels.product(h, mlp_in, block.mlp_in.bias, hidden, index, norm=(shift_2, scale_2, eps), gelu=True)
         return kernels.product(u, mlp_out, block.mlp_out.bias, width, index, residual=(h, gate_2))
+
+    def keys_values(self, h: Tensor, modulation: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
+        """As AdaptiveBlock's."""
+        block, (shift, scale) = self.block, modulation.chunk(6, dim=-1)[:2]
+        index = torch.zeros(h.shape[:2], dtype=torch.long, device=h.device)
+        norm, width = (shift, scale, block.eps), block.qkv.out_features
+        heads = kernels.product(h, self.weights[0], block.qkv.bias, width, index, norm=norm)
+        return split_heads(heads, block.num_heads, block.head_norms, turn, block.eps)[1:]

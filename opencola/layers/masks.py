@@ -45,11 +45,12 @@ class PackedRows:
     def visible(self, sample: Tensor, query: Tensor, key: Tensor) -> Tensor:
         """Whether the sample's row `query` sees its row `key`; int64 indices that broadcast.
 
-        A row sees the clean blocks before its own, and its own block of its own part.
+        A row sees the clean rows before its block, and its own block of its own part. Blocks are counted from the
+        first row of a part.
         """
         (part, latent), (key_part, key_latent) = self._place(query), self._place(key)
-        block, key_block = latent // self.block_size, key_latent // self.block_size
-        seen = ((key_part == 0) & (key_block < block)) | ((key_part == part) & (key_block == block))
+        block, key_block = self._block(part, latent), self._block(key_part, key_latent)
+        seen = ((key_part == 0) & (key_latent < block)) | ((key_part == part) & (key_block == block))
         if self.history is not None:
             seen = seen & (self.history[sample] | (part == 0) | (key_part > 0))
         if self.documents is not None:
@@ -61,6 +62,11 @@ class PackedRows:
         length, behind = max(self.num_latents - self.first, 1), row - self.num_clean
         part = torch.where(behind < 0, 0, 1 + behind // length)
         return part, torch.where(behind < 0, row, self.first + behind % length)
+
+    def _block(self, part: Tensor, latent: Tensor) -> Tensor:
+        """The first latent of a row's block."""
+        start = torch.where(part > 0, self.first, 0)
+        return latent - (latent - start) % self.block_size
 
 
 def clean_beside_noisy(num_clean: int, num_latents: int, block_size: int, first: int = 0) -> Predicate:

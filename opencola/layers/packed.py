@@ -20,8 +20,8 @@ from opencola.layers.attention import Attend, attention
 from opencola.layers.masks import PackedRows
 
 _compiled = functools.cache(torch.compile)
-Past = list[tuple[Tensor, Tensor]]
-"""Keys and values (B, Nc, H, Dh) of the clean rows in every layer. No gradient reaches them."""
+Past = dict[int, tuple[Tensor, Tensor]]
+"""Keys and values (B, Nc, H, Dh) of the clean rows by layer. No gradient reaches them."""
 
 
 def packed(
@@ -35,7 +35,7 @@ def packed(
     past: Past | None = None,
     first: int = 0,
 ) -> Attend:
-    """Pattern of the `PackedRows` of these sizes, of which every part must be whole blocks.
+    """Pattern of the `PackedRows` of these sizes, of which every part that asks must be whole blocks.
 
     documents (B, N), int64. span: rows that meet one range of clean keys, as far as any of them sees. past: of the
     clean rows, which then are not among the rows.
@@ -154,7 +154,8 @@ def make_plan(rows: PackedRows, span: int, past: bool, device: torch.device) -> 
     size, start = rows.block_size, rows.num_clean if past else 0
     sample = torch.arange(rows.samples or 1, device=device)[:, None, None]
     query = torch.arange(start, rows.num_rows, device=device)[None, :, None]
-    block, clean = query // size * size, torch.arange(rows.num_clean, device=device)
+    begin = torch.where(query < rows.num_clean, 0, rows.num_clean)  # of a part; copies are whole blocks
+    block, clean = query - (query - begin) % size, torch.arange(rows.num_clean, device=device)
     others = rows.visible(sample, query, clean) & (block != clean // size * size)
     own = None
     if rows.documents is not None:

@@ -13,6 +13,11 @@ def generator(seed: int, purpose: str, *keys: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
+def below(number: int, seed: int, purpose: str, *keys: int) -> int:
+    """One of 0 .. number - 1, far fewer than 2^63, determined by (seed, purpose, keys)."""
+    return generator(seed, purpose, *keys).initial_seed() % number
+
+
 def normal(shape: Sequence[int], seed: int, purpose: str, ids: Tensor, *keys: int) -> Tensor:
     """Standard normal float32 (len(ids), *shape) on the CPU; row i depends only on (seed, purpose, ids[i], keys)."""
     return torch.stack([torch.randn(tuple(shape), generator=generator(seed, purpose, i, *keys)) for i in ids.tolist()])

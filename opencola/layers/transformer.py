@@ -121,6 +121,12 @@ class AdaptiveBlock(nn.Module):
         h, u = gated_norm(h, gate_1, attended, shift_2, scale_2, index, self.eps)
         return gated(h, gate_2, self.mlp_out, self.mlp_in(u, "gelu"), index)
 
+    def keys_values(self, h: Tensor, modulation: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, R, H, Dh) of rows h (B, R, D) that all have the one time of modulation (1, 6 D)."""
+        shift, scale = modulation.chunk(6, dim=-1)[:2]
+        u = modulated_norm(h, shift, scale, torch.zeros(1, 1, dtype=torch.long, device=h.device), self.eps)
+        return split_heads(self.qkv(u), self.num_heads, self.head_norms, turn, self.eps)[1:]
+
     @property
     def head_norms(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Gain and bias of the queries' norm, and of the keys'."""

@@ -118,8 +118,11 @@ def sized(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
 def with_vocabulary(config: ModelConfig, vocab_size: int, eos_id: int = 0) -> ModelConfig:
     """The configuration with another vocabulary; eos_id: its end-of-text token."""
     match config:
-        case StageOneConfig() | ColaConfig():
+        case StageOneConfig():
             return replace(config, vae=replace(config.vae, vocab_size=vocab_size))
+        case ColaConfig(vae=vae, dit=dit, prior=prior):
+            head = vocab_size if prior.lambda_ar or dit.vocab_size else 0
+            return replace(config, vae=replace(vae, vocab_size=vocab_size), dit=replace(dit, vocab_size=head))
         case ARConfig():
             return replace(config, vocab_size=vocab_size, bos_id=eos_id)
         case LLaDAConfig() | PlaidConfig():
@@ -213,8 +216,8 @@ def num_core(model: Model) -> int:
     match model:
         case StageOne(vae=vae):
             return _without_vocabulary(vae)
-        case Cola():
-            return sum(p.numel() for p in model.dit.parameters())
+        case Cola(dit=dit):
+            return sum(p.numel() for name, p in dit.named_parameters() if name != "next_token.out.weight")
         case AR() | LLaDA() | Plaid():
             return _without_vocabulary(model)
         case _:

@@ -30,15 +30,16 @@ def separately(
     t: Tensor,
     pinned: Tensor | None = None,
     history: Tensor | None = None,
+    first: int = 0,
 ) -> Tensor:
     """One pass for every sample, copy and block, each with its own clean history."""
-    size, out = dit.config.block_size, torch.empty_like(z_t)
+    size, number, out = dit.config.block_size, z_t.shape[2], torch.empty_like(z_t)
     for b in range(len(z_t)):
         for c in range(z_t.shape[1]):
-            for start in range(0, N, size):
+            for start in range(0, number, size):
                 rows = slice(start, start + size)
-                before = z_0[b, : start if history is None or history[b] else 0].detach()
-                times = t[b, c, [row * t.shape[2] // N for row in range(start, start + size)]]
+                before = z_0[b, : first + start if history is None or history[b] else 0].detach()
+                times = t[b, c, [row * t.shape[2] // number for row in range(start, start + size)]]
                 if pinned is not None:
                     times = times * ~pinned[b, c, rows]
                 out[b, c, rows] = one_block(dit, before, z_t[b, c, rows], times)
@@ -60,6 +61,11 @@ CASES: dict[str, dict[str, Any]] = {
     "all at once": {"pinned": PINNED.expand(B, 2, N), "history": torch.tensor([False, True]), "copies": 2, "groups": 3},
     "blocks of one": {"block_size": 1, "copies": 2, "groups": 12},
     "one block": {"block_size": 12, "copies": 2},
+    "trunk": {"num_layers": 3, "trunk_layers": 2, "copies": 2, "groups": 3, "pinned": PINNED.expand(B, 2, N)},
+    "trunk, history dropout": {"num_layers": 3, "trunk_layers": 1, "history": torch.tensor([True, False])},
+    "trunk, blocks of one": {"trunk_layers": 1, "block_size": 1, "copies": 2, "groups": 12},
+    "trunk, from the second latent on": {"trunk_layers": 1, "first": 1, "copies": 2, "groups": 2},
+    "trunk, from the fourth latent on": {"trunk_layers": 1, "first": 3, "block_size": 3, "groups": 3},
     "attention bias": {"attention_bias": True, "num_layers": 1, "rope_dim": 0},
 }
 
@@ -68,9 +74,10 @@ CASES: dict[str, dict[str, Any]] = {
 def test_packed_equals_separate_passes_in_values_and_gradients(case: dict[str, Any]) -> None:
     case = dict(case)
     z_0, z_t, t = inputs(case.pop("copies", 1), case.pop("groups", 1))
-    marks = {name: case.pop(name) for name in ("pinned", "history") if name in case}
-    dit = tiny_dit(**case)
-    z_t.requires_grad_()
+    marks = {name: case.pop(name) for name in ("pinned", "history", "first") if name in case}
+    dit, first = tiny_dit(**case), marks.get("first", 0)
+    z_t = z_t[:, :, : (N - first) // dit.config.block_size * dit.config.block_size].clone().requires_grad_()
+    z_0 = z_0[:, : first + z_t.shape[2]]
     packed, separate = dit.packed(z_0, z_t, t, **marks), separately(dit, z_0, z_t, t, **marks)
     torch.testing.assert_close(packed, separate, rtol=0, atol=1e-10)
     for a, b in zip(gradients(dit, packed, z_t), gradients(dit, separate, z_t), strict=True):
@@ -100,10 +107,11 @@ def test_a_dropped_history_leaves_the_block_alone() -> None:
     torch.testing.assert_close(out[0, 0, S : 2 * S], alone, rtol=0, atol=1e-11)  # though at positions S to 2 S
 
 
+@pytest.mark.parametrize("trunk_layers", [0, 1])
 @pytest.mark.parametrize("block", [0, 1, 2])
 @torch.no_grad()
-def test_packed_blocks_do_not_see_the_future(block: int) -> None:
-    dit, (z_0, z_t, t) = tiny_dit(), inputs(copies=2, groups=3)
+def test_packed_blocks_do_not_see_the_future(block: int, trunk_layers: int) -> None:
+    dit, (z_0, z_t, t) = tiny_dit(trunk_layers=trunk_layers), inputs(copies=2, groups=3)
     before, own = dit.packed(z_0, z_t, t), slice(block * S, (block + 1) * S)
 
     def changed_blocks(z_0: Tensor, z_t: Tensor, t: Tensor) -> list[list[bool]]:
@@ -169,14 +177,15 @@ def test_the_history_carries_no_gradient(copies: int) -> None:
     assert (dit.packed(z_0 + 0.1, z_t, t) - out).abs().max() > 1e-3  # though it is seen
 
 
+@pytest.mark.parametrize("trunk_layers", [0, 1])
 @pytest.mark.parametrize("pinned", [False, True])
 @pytest.mark.parametrize(
     ("size", "length", "first"), [(4, 12, 0), (4, 12, 8), (4, 4, 0), (1, 12, 5), (4, 144, 4), (1, 140, 0), (1, 140, 70)]
 )
 def test_given_a_history_is_as_packed_in_values_and_derivatives(
-    size: int, length: int, first: int, pinned: bool
+    size: int, length: int, first: int, pinned: bool, trunk_layers: int
 ) -> None:
-    dit, z_0 = tiny_dit(block_size=size), torch.randn(B, length, D).double()
+    dit, z_0 = tiny_dit(block_size=size, trunk_layers=trunk_layers), torch.randn(B, length, D).double()
     clean = torch.rand(B, length) < 0.3 if pinned else torch.zeros(B, length).bool()
     velocity = dit.given(z_0, clean, first)
     for t in (0.0, 0.4, 1.0):
@@ -200,7 +209,7 @@ def test_the_initial_velocity_is_zero() -> None:
 
 def test_wrong_sizes_are_named() -> None:
     z_0, z_t, t = inputs()
-    with pytest.raises(ValueError, match="12 latents are not a multiple of block_size 5"):
+    with pytest.raises(ValueError, match="12 of 12 latents from 0 on are not whole blocks of block_size 5"):
         tiny_dit(block_size=5).packed(z_0, z_t, t)
     with pytest.raises(ValueError, match="12 latents from 2 on are not whole blocks of block_size 4"):
         tiny_dit().given(z_0, torch.zeros(B, N).bool(), 2)
@@ -208,14 +217,17 @@ def test_wrong_sizes_are_named() -> None:
     for fields, message in (
         ({"rope_dim": 5}, "dit.rope_dim 5 must be even"),
         ({"rope_dim": 10}, "dit.rope_dim 10 must be even and at most dit.head_dim 8"),
+        ({"trunk_layers": 2}, "dit.trunk_layers 2 leaves no layer of dit.num_layers 2 to denoise"),
+        ({"vocab_size": 9}, "dit.vocab_size 9 is that of a trunk's head: set dit.trunk_layers above 0"),
         ({"block_size": 0}, "block_size must be at least 1, but is 0"),
     ):
         with pytest.raises(ValueError, match=message):
             replace(good, **fields)
 
 
-def test_recomputing_changes_neither_values_nor_gradients() -> None:
-    dit, (z_0, z_t, t) = tiny_dit(), inputs(copies=2, groups=3)
+@pytest.mark.parametrize("trunk_layers", [0, 1])
+def test_recomputing_changes_neither_values_nor_gradients(trunk_layers: int) -> None:
+    dit, (z_0, z_t, t) = tiny_dit(trunk_layers=trunk_layers), inputs(copies=2, groups=3)
     results = []
     for recompute in (False, True):
         velocity = dit.packed(z_0, z_t, t, recompute=recompute)

@@ -36,12 +36,16 @@ def seen(
     history: Tensor | None,
     documents: Tensor | None,
     batch: int,
+    first: int = 0,
 ) -> Tensor:
     """The mask (B, 1, R, R), pair by pair."""
-    places = [(0, i) for i in range(num_clean)] + [(c, i) for c in range(1, copies + 1) for i in range(num_latents)]
+    copy = range(first, num_latents)
+    places = [(0, i) for i in range(num_clean)] + [(c, i) for c in range(1, copies + 1) for i in copy]
     mask = torch.zeros(batch, len(places), len(places), dtype=torch.bool)
     for (a, (part, i)), (b, (key_part, j)) in itertools.product(enumerate(places), repeat=2):
-        mask[:, a, b] = (key_part == 0 and j // block < i // block) or (key_part == part and j // block == i // block)
+        begin = first if part else 0
+        start = begin + (i - begin) // block * block
+        mask[:, a, b] = (key_part == 0 and j < start) or (key_part == part and start <= j < start + block)
     if history is not None:
         mask[~history, num_clean:, :num_clean] = False
     if documents is not None:
@@ -130,13 +134,40 @@ def test_rows_behind_past_ones_are_those_of_the_whole_pattern(first: int, copies
     mask = seen(clean, 40, block, copies, history, documents, 3)
     whole = masked(mask)(0, *qkv.double())
     asking = [clean + 40 * copy + row for copy in range(copies) for row in range(first, 40)]
-    past = [(qkv[1, :, :clean].detach(), qkv[2, :, :clean].detach())]
+    past = {0: (qkv[1, :, :clean].detach(), qkv[2, :, :clean].detach())}
     attend = packed(clean, 40, block, copies, history, documents, past=past, first=first)
     found = attend(0, *qkv[:, :, asking])
     torch.testing.assert_close(found.double(), whole[:, asking], rtol=1e-5, atol=1e-5)
     by_past, expected = (torch.autograd.grad(x.square().sum(), qkv)[0] for x in (found, whole[:, asking]))
     torch.testing.assert_close(by_past[:, :, asking], expected[:, :, asking], rtol=1e-5, atol=1e-4)
     assert (by_past[:, :, :clean] == 0).all()
+
+
+@pytest.mark.parametrize("by_kernel", [True, False])
+@pytest.mark.parametrize("bounds", ["", "history", "history and documents"])
+@pytest.mark.parametrize(
+    ("num_clean", "num_latents", "first", "block", "copies"), [(13, 17, 5, 4, 2), (40, 43, 1, 3, 1), (2, 19, 3, 16, 2)]
+)
+def test_blocks_of_copies_are_counted_from_their_first_row(
+    num_clean: int,
+    num_latents: int,
+    first: int,
+    block: int,
+    copies: int,
+    bounds: str,
+    by_kernel: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not by_kernel:
+        monkeypatch.setattr("opencola.layers.packed.packed_attention.worthwhile", lambda *_: False)
+    history, documents = marks(bounds, 3, num_latents)
+    mask = seen(num_clean, num_latents, block, copies, history, documents, 3, first)
+    q, k, v = (x.detach().requires_grad_() for x in rows(3, mask.shape[-1], 2, 16, seed=7))
+    found = packed(num_clean, num_latents, block, copies, history, documents, first=first)(0, q[:, num_clean:], k, v)
+    expected = masked(mask[:, :, num_clean:])(0, q[:, num_clean:].double(), k.double(), v.double())
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    for a, b in zip(*(torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (found, expected)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
 
 
 def test_any_strides_and_an_expanded_gradient() -> None:

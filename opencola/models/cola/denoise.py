@@ -119,11 +119,13 @@ def denoise(
     alike = not bool(pinned.any())  # all rows have the same time: its modulation is then broadcast, not gathered
     moving = (~pinned).long()
     turn = dit.turns(cache.positions(size))
+    # blocks that begin anywhere are no multiples of their size: all that is there is seen
+    whole = size if dit.config.grid == size else 1 << 30
 
     @functools.cache
     def pattern(number: int) -> tuple[Tensor, Tensor, Attend]:
         alone = len(z) if number == 2 else 0
-        return moving.repeat(number, 1), turn.repeat(number, 1, 1, 1), cache.attend(size, size, alone=alone)
+        return moving.repeat(number, 1), turn.repeat(number, 1, 1, 1), cache.attend(size, whole, alone=alone)
 
     def branches(state: Tensor, t: float, number: int) -> Tensor:
         return dit(state.repeat(number, 1, 1), clock(t, 1 if alike else None), *pattern(number))

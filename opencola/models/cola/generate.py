@@ -1,21 +1,22 @@
 """Block-wise generation with caches and guidance (model.md §5)."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from opencola.flow.dit import BlockCausalDiT, Modulation
+from opencola.flow.dit import BlockCausalDiT
 from opencola.layers import randomness
-from opencola.layers.cache import KVCache
 from opencola.layers.few_rows import prepacked
+from opencola.models.cola.caches import Caches, prefill
 from opencola.models.cola.denoise import Block, Clock, denoise
 from opencola.models.cola.parts import ColaParts
 from opencola.models.cola.prompts import Prompts, encode_prompts
 from opencola.models.cola.release import ReleaseStop
 from opencola.models.cola.release import noise as release_noise
 from opencola.models.cola.sampling import ColaSampling
+from opencola.models.cola.verify import check_verifiable, verified
 from opencola.models.finite import check_logits, check_states
 from opencola.models.inputs import sample_ids
 from opencola.models.sampling import choose, penalise
@@ -23,20 +24,6 @@ from opencola.models.stopping import OwnStop, StopRule, TokenBlock
 from opencola.vae.text_vae import TextVAE
 
 Watch = Callable[[int, float, Tensor], None]
-
-
-@dataclass(frozen=True)
-class Caches:
-    """What has been committed, for each of the three transformers (the encoder's only to compare candidates)."""
-
-    dit: KVCache
-    decoder: KVCache
-    encoder: KVCache | None
-
-    def select(self, rows: Tensor) -> "Caches":
-        """The caches of the samples `rows`, copied."""
-        encoder = None if self.encoder is None else self.encoder.select(rows)
-        return Caches(self.dit.select(rows), self.decoder.select(rows), encoder)
 
 
 @torch.inference_mode()
@@ -63,7 +50,8 @@ def generate(
     patch, size = vae.config.patch_size, dit.config.block_size
     if not prompts:
         return
-    encoded = encode_prompts(vae, prompts, sampling, size, pad_id)
+    check_verifiable(dit, sampling)
+    encoded = encode_prompts(vae, prompts, sampling, dit.config.grid, pad_id)
     ids = sample_ids(prompts, ids)
     clock = Clock(dit, sampling, encoded.latents)
     policy: OwnStop | ReleaseStop = OwnStop(encoded.known, sampling, eos_ids, stop)
@@ -72,7 +60,10 @@ def generate(
     written: list[list[int]] = [[] for _ in prompts]  # all tokens of the generated blocks
     active = list(range(len(prompts)))
     dit = prepacked(dit, "blocks", 2 * size * len(prompts))
-    caches = prefill(vae, dit, encoded, sampling, clock)
+    caches = prefill(vae, dit, encoded, sampling, clock(0.0, 0))
+    if sampling.verify != "off":
+        yield from verified(vae, dit, caches, ids, sampling, clock, policy)
+        return
     for number in range(1 << 30):
         rows = torch.tensor(active, device=encoded.tokens.device)
         seen = [written[i] if sampling.release else list(prompts[i]) + written[i] for i in active]
@@ -94,34 +85,8 @@ def generate(
             keep = torch.tensor(still, device=rows.device)
             caches, z = caches.select(keep), z[keep]
             active = [active[row] for row in still]
-        caches = replace(caches, dit=commit(dit, caches.dit, z, size, clock(0.0, 0)))
-
-
-def prefill(vae: TextVAE, dit: BlockCausalDiT, prompts: Prompts, sampling: ColaSampling, clock: Clock) -> Caches:
-    """Caches that hold the whole prompt blocks, with room for what will be written."""
-    size, patch, batch = dit.config.block_size, vae.config.patch_size, len(prompts.latents)
-    longest = int(prompts.history.max())
-    room = longest + size * (2 + (sampling.max_new_tokens + size * patch - 1) // (size * patch))
-    dit_cache, decoder = dit.empty_cache(batch, room), vae.empty_cache(batch, room, "decoder")
-    encoder = vae.empty_cache(batch, room, "encoder") if sampling.candidates > 1 else None
-    if longest:
-        z = prompts.latents[:, :longest].contiguous()  # a slice takes other kernels than a single sample's does
-        dit_cache = commit(dit, dit_cache, z, prompts.history, clock(0.0, 0))
-        # the release decodes latents as the prior sees them (Q8)
-        vae.decode(z if sampling.release else vae.denormalise(z), decoder)
-        decoder = decoder.append(prompts.history)
-        if encoder is not None:
-            vae.encode(prompts.tokens[:, : longest * patch], cache=encoder)
-            encoder = encoder.append(prompts.history)
-    return Caches(dit_cache, decoder, encoder)
-
-
-def commit(dit: BlockCausalDiT, cache: KVCache, z: Tensor, counts: Tensor | int, modulation: Modulation) -> KVCache:
-    """The DiT's cache with the first `counts` clean latents of z (B, R, d) appended; modulation: time 0's."""
-    index = torch.zeros(1, 1, dtype=torch.long, device=z.device)
-    turn = dit.turns(cache.positions(z.shape[1]))
-    dit(z, modulation, index, turn, cache.attend(z.shape[1], dit.config.block_size))
-    return cache.append(counts)
+        if not caches.whole:
+            caches, _ = caches.commit(dit, z, size, clock(0.0, 0))
 
 
 def first_block(prompts: Prompts, rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -186,10 +151,26 @@ def write_block(
     generators = [randomness.generator(sampling.seed, "token", i, block.number, c) for i, c in keys]
     tokens = choose(logits, sampling, generators, wide=not sampling.release)  # the release draws in the logits' type
     caches = replace(caches, decoder=caches.decoder.append(size))
-    if caches.encoder is not None:
-        mean = vae.normalise(vae.encode(tokens, cache=caches.encoder).mean)
-        error = (z - mean).square().sum((1, 2)).view(batch, count)
-        best = error.argmin(-1) + torch.arange(batch, device=z.device) * count
-        caches = replace(caches, encoder=caches.encoder.append(size)).select(best)
-        z, tokens = z[best], tokens[best]
+    if count > 1:
+        if caches.encoder is not None:
+            mean = vae.normalise(vae.encode(tokens, cache=caches.encoder).mean)
+            merit = -(z - mean).square().sum((1, 2))
+            caches = replace(caches, encoder=caches.encoder.append(size))
+        else:
+            merit, caches = log_probability(dit, caches, z, tokens, clock)
+        best = merit.view(batch, count).argmax(-1) + torch.arange(batch, device=z.device) * count
+        z, tokens, caches = z[best], tokens[best], caches.select(best)
     return z, tokens, caches
+
+
+def log_probability(
+    dit: BlockCausalDiT, caches: Caches, z: Tensor, tokens: Tensor, clock: Clock
+) -> tuple[Tensor, Caches]:
+    """Of a block's tokens (B, S) under the trunk: (B,). And caches with the block's latents z (B, S, d), which it
+    reads, committed; a block of one is not read."""
+    rows = [caches.next_token(dit)[:, None]]
+    if tokens.shape[1] > 1:
+        caches, read = caches.commit(dit, z, tokens.shape[1], clock(0.0, 0))
+        assert dit.next_token is not None and read is not None
+        rows.append(dit.next_token(read[:, :-1])[:, 1:])
+    return torch.cat(rows, 1).double().log_softmax(-1).gather(-1, tokens[..., None]).sum((1, 2)), caches

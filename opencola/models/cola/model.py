@@ -51,11 +51,15 @@ class Cola(ColaParts):
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """Scored rows of the flow-matching loss and, where the VAE learns, scored and masked tokens."""
         counts = scored_counts(batch, self.config.objective) if self.vae_learns(batch.step) else {}
-        _, scored = self._prompt_rows(batch, batch.tokens.shape[1] // self.config.vae.patch_size)
+        if self.config.prior.lambda_ar:
+            counts["next_token"] = batch.is_scored().sum()
+        rows = self._noisy_latents(batch, batch.tokens.shape[1] // self.config.vae.patch_size)
+        _, scored = self._prompt_rows(batch, rows)
         return counts | {"flow_matching": scored.sum()}
 
     def loss(self, batch: Batch) -> Loss:
-        """lambda_vae (CE + beta E[log q] + lambda_mask L_mask) + lambda_fm L_FM + lambda_ref KL(q || q_ref)."""
+        """lambda_vae (CE + beta E[log q] + lambda_mask L_mask) + lambda_fm L_FM + lambda_ref KL(q || q_ref), and with a
+        trunk lambda_ar CE of the next token."""
         objective, prior = self.config.objective, self.config.prior
         counts = batch.counts or self.counts(batch)
         batch = replace(batch, counts=counts)
@@ -77,7 +81,15 @@ class Cola(ColaParts):
             posterior, z = self._frozen_posterior(batch)
             metrics = {"vae_logsnr": posterior.logsnr(), "latent_scale": z.flatten(0, 1).std(0)}
         z_0 = self.vae.normalise(z)
-        terms["flow_matching"] = prior.lambda_fm * self.flow_matching(z_0, batch)
+        read = None
+        if self.config.dit.trunk_layers:
+            documents = self._documents(batch)
+            before = None if documents is None else documents[:, :-1]
+            read = self.dit.read_text(z_0[:, :-1], before, prior.recompute)
+            if prior.lambda_ar:
+                loss, metrics["next_token_accuracy"] = self.next_token(read, batch)
+                terms["next_token"] = prior.lambda_ar * loss
+        terms["flow_matching"] = prior.lambda_fm * self.flow_matching(z_0, batch, read)
         return Loss(sum(terms.values(), start=z_0.new_zeros(())), terms, metrics, counted(batch, counts))
 
     def _frozen_posterior(self, batch: Batch) -> tuple[DiagonalGaussian, Tensor]:
@@ -86,44 +98,84 @@ class Cola(ColaParts):
             noise = randomness.normal(posterior.mean.shape[1:], batch.seed, "posterior", batch.ids)
             return posterior, posterior.sample(noise.to(posterior.mean))
 
-    def flow_matching(self, z_0: Tensor, batch: Batch) -> Tensor:
-        """L_FM of normalised latents z_0 (B, N, d): mean squared error of the velocity on noisy rows (model.md §3)."""
+    def next_token(self, read: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Mean cross-entropy of the scored tokens given the trunk's features (B, N - 1, D) of the latents before each,
+        in nats, and their share that is right."""
+        head, scored = self.dit.next_token, batch.is_scored()
+        if head is None:
+            raise ValueError("prior.lambda_ar is for a trunk with a head: dit.vocab_size must be that of the Text VAE")
+        losses, best = head.out.cross_entropy(head.features(read, batch.documents), batch.tokens)
+        count = batch.counts["next_token"] if batch.counts else scored.sum()
+        right = ((best == batch.tokens) & scored).sum() / divisor(scored.sum())
+        return (losses * scored).sum() / divisor(count), right
+
+    def _documents(self, batch: Batch) -> Tensor | None:
+        return None if batch.documents is None else batch.documents[:, :: self.config.vae.patch_size]
+
+    def flow_matching(self, z_0: Tensor, batch: Batch, read: Tensor | None = None) -> Tensor:
+        """L_FM of normalised latents z_0 (B, N, d): mean squared error of the velocity on noisy rows (model.md §3).
+
+        read (B, N - 1, D): the trunk's features of the text, where they are at hand.
+        """
         prior, block_size = self.config.prior, self.config.dit.block_size
-        copies, (_, num_latents, dim) = prior.noisy_copies, z_0.shape
+        rows = self._noisy_latents(batch, z_0.shape[1])
+        copies, num_noisy, dim = prior.noisy_copies, len(rows), z_0.shape[-1]
         seed, ids = batch.seed, batch.ids
+        z_0 = z_0[:, : rows.stop]
         if not prior.encoder_gradient:
             z_0 = z_0.detach()
-        z_1 = randomness.normal((copies, num_latents, dim), seed, "noise", ids).to(z_0)
-        groups = 1 if prior.time.per == "sequence" else num_latents // block_size
+        z_1 = randomness.normal((copies, num_noisy, dim), seed, "noise", ids).to(z_0)
+        groups = 1 if prior.time.per == "sequence" else num_noisy // block_size
         t = prior.time.times(randomness.normal((copies, groups), seed, "time", ids)).to(z_0)
-        row_times = t.repeat_interleave(num_latents // groups, dim=-1)[..., None]
+        row_times = t.repeat_interleave(num_noisy // groups, dim=-1)[..., None]
         z_0 = z_0[:, None]
-        z_t = interpolate(z_0, z_1, row_times)
-        pinned, scored = (rows.to(z_0.device) for rows in self._prompt_rows(batch, num_latents))
-        z_t = torch.where(pinned[..., None], z_0.detach(), z_t)
+        noisy = z_0[:, :, rows.start :]
+        z_t = interpolate(noisy, z_1, row_times)
+        pinned, scored = (part.to(z_0.device) for part in self._prompt_rows(batch, rows))
+        z_t = torch.where(pinned[..., None], noisy.detach(), z_t)
         history = None
         if prior.history_dropout:
             history = (randomness.uniform((), seed, "history", ids) >= prior.history_dropout).to(z_0.device)
-        documents = None if batch.documents is None else batch.documents[:, :: self.config.vae.patch_size]
-        velocity = self.dit.packed(z_0[:, 0], z_t, t, pinned, history, documents=documents, recompute=prior.recompute)
-        target = target_velocity(z_0, z_1).detach()
+        documents = self._documents(batch)
+        velocity = self.dit.packed(
+            z_0[:, 0],
+            z_t,
+            t,
+            pinned,
+            history,
+            documents=None if documents is None else documents[:, : rows.stop],
+            recompute=prior.recompute,
+            first=rows.start,
+            read=read,
+        )
+        target = target_velocity(noisy, z_1).detach()
         return masked_mean_square(velocity, target, scored, batch.counts["flow_matching"] if batch.counts else None)
 
-    def _prompt_rows(self, batch: Batch, num_latents: int) -> tuple[Tensor, Tensor]:
-        """(B, copies, N) bool each: rows given clean (prompt-in-block training), and rows that count in the loss.
+    def _noisy_latents(self, batch: Batch, num_latents: int) -> range:
+        """The latents whose blocks are learned at this step: all, or whole blocks from a drawn one on, where blocks may
+        begin anywhere."""
+        config, size = self.config.dit, self.config.dit.block_size
+        places = size if config.grid < size < num_latents else 1
+        first = randomness.below(places, batch.seed, "first block", batch.step)  # alike for all parts of a batch
+        return range(first, num_latents - (num_latents - first) % size)
+
+    def _prompt_rows(self, batch: Batch, rows: range) -> tuple[Tensor, Tensor]:
+        """(B, copies, M) bool each, of the latents `rows`: which are given clean (prompt-in-block training), and which
+        count in the loss.
 
         Clean are 1 to S - 1 first latents of some blocks, drawn, and in every block the latents before its first scored
         token, as they are when an answer begins inside a block. What is clean does not count, nor what is not scored.
         """
         block_size, seed, ids = self.config.dit.block_size, batch.seed, batch.ids
-        blocks = (self.config.prior.noisy_copies, num_latents // block_size)
+        blocks = (self.config.prior.noisy_copies, len(rows) // block_size)
         chosen = randomness.uniform(blocks, seed, "prompt", ids) < self.config.prior.prompt_in_block
         length = 1 + (randomness.uniform(blocks, seed, "prompt length", ids) * (block_size - 1)).long()
         pinned = torch.arange(block_size) < torch.where(chosen, length, 0)[..., None]
         pinned = pinned & torch.tensor(block_size > 1)
         if batch.scored is None:
             return pinned.flatten(-2), ~pinned.flatten(-2)
-        scored = batch.scored.cpu().unflatten(1, (num_latents, -1)).any(-1).unflatten(1, (-1, block_size))[:, None]
+        latents = batch.scored.cpu().unflatten(1, (-1, self.config.vae.patch_size)).any(-1)
+        scored = latents[:, rows.start : rows.stop].unflatten(1, (-1, block_size))[:, None]
         pinned = pinned | (scored.cumsum(-1) == 0)
         return pinned.flatten(-2), (scored & ~pinned).flatten(-2)
 

@@ -29,6 +29,8 @@ class PriorObjective:
     """Weight of the VAE's own terms (cross-entropy, entropy, masking) in the loss of joint training."""
     lambda_fm: NotNegative = 1.0
     """Weight of the flow-matching term in the loss."""
+    lambda_ar: NotNegative = 0.0
+    """Weight of the trunk's own prediction of the next token (cross-entropy; dit.trunk_layers above 0)."""
     lambda_ref: NotNegative = 0.1
     """Weight of KL(q || q_ref), q_ref a frozen copy of the encoder that training started from."""
     encoder_gradient: bool = True
@@ -64,6 +66,19 @@ class ColaConfig:
                 f"vae.attention {self.vae.attention} with vae.block_size {self.vae.block_size} sees beyond blocks of "
                 f"dit.block_size {self.dit.block_size}, so blocks cannot be decoded one by one: it must divide that"
             )
+        if self.dit.trunk_layers and self.vae.visible_block > 1:
+            raise UserError(
+                f"vae.attention {self.vae.attention} with vae.block_size {self.vae.block_size} sees ahead in a block, "
+                f"but a trunk (dit.trunk_layers {self.dit.trunk_layers}) reads latents one by one: make it causal"
+            )
+        if self.prior.lambda_ar and not self.dit.trunk_layers:
+            raise UserError(f"prior.lambda_ar {self.prior.lambda_ar} is for a trunk: set dit.trunk_layers above 0")
+        if (self.prior.lambda_ar or self.dit.vocab_size) and self.vae.patch_size > 1:
+            raise UserError(
+                f"a trunk predicts single tokens (prior.lambda_ar), not the {self.vae.patch_size} of a latent"
+            )
+        if self.dit.vocab_size not in (0, self.vae.vocab_size):
+            raise UserError(f"dit.vocab_size {self.dit.vocab_size} differs from vae.vocab_size {self.vae.vocab_size}")
         if self.prior.strategy == "scratch" and self.prior.lambda_ref:
             raise UserError("prior.strategy scratch has no stage-1 encoder to stay near: set prior.lambda_ref to 0")
 

@@ -6,8 +6,10 @@ from typing import Literal
 from opencola.errors import UserError
 from opencola.flow.ode import Solver
 from opencola.models.sampling import Sampling
-from opencola.ranges import Count, Finite, Positive, Share
+from opencola.ranges import Count, Finite, NotNegative, Positive, Share
 
+Rank = Literal["round_trip", "trunk"]
+Verify = Literal["off", "greedy", "lossless", "typical"]
 FirstBlock = Literal["clean", "partial", "left_pad", "right_pad"]
 
 
@@ -36,8 +38,18 @@ class ColaSampling(Sampling):
     guidance_every: Count = 1
     """Make the unconditional pass at every n-th evaluation only; in between, its last difference is used again."""
     candidates: Count = 1
-    """Number of candidates for a block; the one with the smallest round-trip error |z - mu(encode(decode(z)))|² is
-    kept."""
+    """Number of candidates for a block, of which the best is kept (rank)."""
+    rank: Rank = "round_trip"
+    """The best candidate. round_trip: that with the smallest error |z - mu(encode(decode(z)))|²; trunk: that whose
+    tokens are the most probable ones under the trunk (for a prior with a trunk that predicts)."""
+    verify: Verify = "off"
+    """Have the trunk check each block's tokens and keep those before the first that it refuses (for a prior with a
+    trunk that predicts). greedy: the text is the trunk's own, most probable token by token; lossless: it is distributed
+    as the trunk's at this temperature, top_k and top_p; typical: only surprising tokens are refused."""
+    typical_epsilon: Share = 0.09
+    """Probability of a token under the trunk from which on it never surprises (verify typical)."""
+    typical_delta: NotNegative = 0.3
+    """Nor does a token surprise from this many times exp(-entropy of the trunk's distribution) on (verify typical)."""
     first_block: FirstBlock = "clean"
     """A prompt that ends inside a block: pin its latents clean, re-noise them along, or pad the prompt."""
     repaint_repeats: Count = 1
@@ -55,6 +67,9 @@ class ColaSampling(Sampling):
         super().__post_init__()
         if self.release and self.stop:
             raise UserError("the public release knows no stop strings: leave out either stop or compatibility release")
+        for field, without in (("candidates", 1), ("repetition_penalty", 1), ("compatibility", "none")):
+            if self.verify != "off" and getattr(self, field) != without:
+                raise UserError(f"verify {self.verify} excludes {field} {getattr(self, field)}: leave out one")
 
     @property
     def release(self) -> bool:

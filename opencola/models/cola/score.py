@@ -17,6 +17,7 @@ from opencola.errors import UserError
 from opencola.flow.likelihood import Density, Likelihood, draw_groups, draw_probes, log_density
 from opencola.models.cola.importance import Estimator, Evaluation, Terms
 from opencola.models.cola.parts import ColaParts
+from opencola.models.cola.predict import trunk_score
 from opencola.models.inputs import checked_texts, sample_ids
 from opencola.models.language_model import Score
 from opencola.ranges import Count
@@ -28,8 +29,9 @@ class Scoring(Likelihood):
 
     samples: Count = 8
     """Number of posterior samples K of every text."""
-    estimator: Estimator = "iwae"
-    """elbo: mean of log w over the samples' weights w; iwae: log of their mean, which is never below that."""
+    estimator: Estimator | Literal["trunk"] = "iwae"
+    """elbo: mean of log w over the samples' weights w; iwae: log of their mean, which is never below that; trunk: not
+    the model's at all but its trunk's, which predicts token by token, so that it is exact (dit.vocab_size above 0)."""
     conditional: Literal["joint", "blockwise", "first_block"] = "blockwise"
     """A continuation given its prompt. joint: score of both less that of the prompt, a difference of bounds. blockwise:
     given the prompt's latents (posterior mean), those in the first continued block pinned, as when text is generated.
@@ -49,6 +51,8 @@ class Scoring(Likelihood):
 
     def label(self) -> str:
         """All that the figures depend on, in words."""
+        if self.estimator == "trunk":
+            return "exact, of the trunk"
         return f"{self.estimator.upper()}, K = {self.samples}, {super().label()}"
 
 
@@ -167,8 +171,10 @@ def score(
     """Log-probability of every continuation (token ids, with the end-of-text id where that is meant to be scored).
 
     parts: the ELBO's terms decoder, prior, posterior; others: elbo and iwae with their standard errors, and evaluations
-    of the velocity. Otherwise as `evaluate`.
+    of the velocity. Otherwise as `evaluate`. Of the trunk (settings.estimator) as `predict.trunk_score`.
     """
+    if settings.estimator == "trunk":
+        return trunk_score(model, prompts, continuations, settings.rows)
     evaluations = evaluate(model, prompts, continuations, settings, pad_id=pad_id, ids=ids)
     return to_score(evaluations, settings, any(prompts))
 
@@ -182,6 +188,7 @@ def to_score(evaluations: Sequence[Evaluation], settings: Scoring, conditional: 
     parts = [evaluation.parts() for evaluation in evaluations]
     conditional = conditional or settings.conditional == "first_block"
     label = settings.label() + (f", {settings.conditional}" if conditional else "")
+    assert settings.estimator != "trunk"
     return Score(
         values[settings.estimator],
         errors[settings.estimator],

@@ -40,11 +40,11 @@ def by_hand(
 ) -> tuple[list[Tensor], list[list[int]], int]:
     """Latents and tokens of each block, and how many tokens of the first one are the prompt's."""
     vae, dit, patch = model.vae, model.dit, model.vae.config.patch_size
-    whole = len(text) // patch
+    whole, grid = len(text) // patch, 1 if model.dit.config.trunk_layers else S
     z = torch.zeros(0, D).double()
     if whole:
         z = vae.normalise(vae.encode(torch.tensor([text[: whole * patch]])).mean)[0]
-    sequence, fixed = z[: whole - whole % S], z[whole - whole % S :]
+    sequence, fixed = z[: whole - whole % grid], z[whole - whole % grid :]
     latents, tokens, known = [], [], len(text) - len(sequence) * patch
     for number in range(num_blocks):
         x = noise(0, sample, number)
@@ -65,6 +65,7 @@ def by_hand(
     return latents, tokens, known
 
 
+TRUNK = {"trunk_layers": 2, "num_layers": 3}
 VAES: dict[str, dict[str, Any]] = {
     "causal": {},
     "block_causal": {"attention": "block_causal", "block_size": 4},
@@ -74,10 +75,15 @@ VAES: dict[str, dict[str, Any]] = {
 }
 
 
+CASES = [(vae, {}) for vae in VAES.values()] + [(VAES[name], TRUNK) for name in ("causal", "patches of two")]
+
+
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-@pytest.mark.parametrize("vae", VAES.values(), ids=VAES)
-def test_cached_batches_equal_uncached_samples(generate: Generate, vae: dict[str, Any], guidance: float) -> None:
-    model, patch = tiny_cola(vae=vae), vae.get("patch_size", 1)
+@pytest.mark.parametrize(("vae", "dit"), CASES, ids=[*VAES, "trunk", "trunk, patches of two"])
+def test_cached_batches_equal_uncached_samples(
+    generate: Generate, vae: dict[str, Any], dit: dict[str, Any], guidance: float
+) -> None:
+    model, patch = tiny_cola(vae=vae, dit=dit), vae.get("patch_size", 1)
     prompts = [prompt(length) for length in (*LENGTHS, 16 * patch + 1)]
     ids = [40, 3, 77, 5, 9, 10]
     run = generate(model, prompts, guidance=guidance, max_new_tokens=11 * patch, ids=ids, steps=2)

@@ -29,6 +29,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "blocks of 4": {},
     "blocks of 16": {"dit": {"block_size": 16}},
     "blocks of 8, patches of 2": {"vae": {"patch_size": 2}, "dit": {"block_size": 8}},
+    "blocks of 4 behind a trunk": {"dit": {"trunk_layers": 1}},
     "blocks of 8, block-causal": {
         "vae": {"attention": "block_causal", "block_size": 8, "multi_query": True},
         "dit": {"block_size": 8},

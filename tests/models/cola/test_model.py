@@ -260,8 +260,8 @@ def scored_batch(patch: int = 1) -> Batch:
 
 def test_what_is_not_scored_is_given_before_an_answer_and_never_counts() -> None:
     model, batch = tiny_cola(prompt_in_block=0.3), scored_batch()
-    pinned, scored = model._prompt_rows(batch, 12)
-    drawn, _ = model._prompt_rows(replace(batch, scored=None), 12)
+    pinned, scored = model._prompt_rows(batch, range(12))
+    drawn, _ = model._prompt_rows(replace(batch, scored=None), range(12))
     assert batch.scored is not None
     for row, copy, place in itertools.product(range(6), range(2), range(12)):
         before = not batch.scored[row, place // 4 * 4 : place + 1].any()
@@ -271,10 +271,15 @@ def test_what_is_not_scored_is_given_before_an_answer_and_never_counts() -> None
 
 @pytest.mark.parametrize("strategy", ["joint", "fixed"])
 @pytest.mark.parametrize("with_bounds", [False, True])
-def test_parts_with_the_whole_counts_have_the_gradient_of_the_whole(strategy: Any, with_bounds: bool) -> None:
-    model = tiny_cola({"patch_size": 2}, {}, {"lambda_mask": 0.7}, strategy=strategy, **WEIGHTS)
+@pytest.mark.parametrize("trunk", [False, True])
+def test_parts_with_the_whole_counts_have_the_gradient_of_the_whole(
+    strategy: Any, with_bounds: bool, trunk: bool
+) -> None:
+    patch, dit = (1, {"trunk_layers": 1, "vocab_size": VOCABULARY}) if trunk else (2, {})
+    weights = WEIGHTS | ({"lambda_ar": 0.9} if trunk else {})
+    model = tiny_cola({"patch_size": patch}, dit, {"lambda_mask": 0.7}, strategy=strategy, **weights)
     model.freeze_parts()
-    batch = scored_batch(2) if with_bounds else tiny_batch(6, 24)
+    batch = scored_batch(patch) if with_bounds else tiny_batch(6, 12 * patch)
     parts = [batch.shard(number, 3) for number in range(3)]
     counts = {name: sum(model.counts(part)[name].double() for part in parts) / 3 for name in model.counts(batch)}
     losses = [model.loss(replace(part, counts=counts)).total / 3 for part in parts]
@@ -291,9 +296,11 @@ def test_parts_with_the_whole_counts_have_the_gradient_of_the_whole(strategy: An
     assert any(len({int(model.counts(part)[name]) for part in parts}) > 1 for name in counts)
 
 
-def test_documents_do_not_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("trunk_layers", [0, 1])
+def test_documents_do_not_see_each_other(monkeypatch: pytest.MonkeyPatch, trunk_layers: int) -> None:
     """Of another document before it, neither the latents of the VAE nor the velocities know anything."""
-    model, batch = tiny_cola(**WEIGHTS), replace(scored_batch(), scored=None)
+    model = tiny_cola(dit={"trunk_layers": trunk_layers}, **WEIGHTS)
+    batch = replace(scored_batch(), scored=None)
     velocities: list[Tensor] = []
     packed = model.dit.packed
 
@@ -319,14 +326,14 @@ def test_documents_do_not_see_each_other(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_prompt_rows_are_short_prefixes_of_some_blocks() -> None:
     model = tiny_cola(prompt_in_block=0.3)
-    rows, scored = (rows.unflatten(-1, (3, 4)) for rows in model._prompt_rows(numbered(400), 12))
+    rows, scored = (rows.unflatten(-1, (3, 4)) for rows in model._prompt_rows(numbered(400), range(12)))
     assert torch.equal(scored, ~rows)
     length = rows.sum(-1)
     assert torch.equal(rows, torch.arange(4) < length[..., None])
     share = [(length == n).double().mean().item() for n in range(5)]
     assert share == pytest.approx([0.7, 0.1, 0.1, 0.1, 0.0], abs=0.02)
     assert not torch.equal(length[:, 0], length[:, 1])
-    single = tiny_cola(dit={"block_size": 1}, prompt_in_block=1.0)._prompt_rows(numbered(4), 12)
+    single = tiny_cola(dit={"block_size": 1}, prompt_in_block=1.0)._prompt_rows(numbered(4), range(12))
     assert not single[0].any()  # a block of one latent has nothing to be given
 
 
@@ -354,7 +361,7 @@ def test_flow_matching_reaches_the_latents_through_z_t_alone(per: str) -> None:
     z_1 = randomness.normal((2, 12, 4), batch.seed, "noise", batch.ids).double()
     t = torch.sigmoid(1 + randomness.normal((2, 3 if per == "block" else 1), batch.seed, "time", batch.ids)).double()
     rows = t.repeat_interleave(12 // t.shape[-1], -1)[..., None]
-    given = model._prompt_rows(batch, 12)[0]
+    given = model._prompt_rows(batch, range(12))[0]
     history = randomness.uniform((), batch.seed, "history", batch.ids) >= 0.5
     constant = z_0.detach()[:, None]
     z_t = torch.where(given[..., None], constant, (1 - rows) * constant + rows * z_1).requires_grad_()

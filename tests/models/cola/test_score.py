@@ -126,9 +126,10 @@ def test_the_density_of_a_latent_given_the_one_before_has_mass_one(size: int) ->
     assert (log_prob - alone).abs().max() > 0.1  # the flow does something
 
 
-def test_packed_equals_every_block_alone_with_its_history() -> None:
-    dit = tiny_cola().dit
-    cola = tiny_cola()
+@pytest.mark.parametrize("trunk_layers", [0, 1])
+def test_packed_equals_every_block_alone_with_its_history(trunk_layers: int) -> None:
+    cola = tiny_cola(dit={"trunk_layers": trunk_layers})
+    dit = cola.dit
     z_0, settings = normal(2, 12, 4), Likelihood(solver="rk4", steps=3, divergence="exact")
     free = torch.ones(2, 12, dtype=torch.bool)
     free[1, :6] = False  # a block, and two latents of the next
