@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opencola.data.batch import Batch
@@ -96,7 +97,8 @@ def one_block(dit: BlockCausalDiT, history: Tensor, z: Tensor, times: Tensor) ->
         for layer in range(dit.config.trunk_layers if num_clean else 0):
             causal = masked(dense(block_causal(1), num_clean, num_clean))
             h = dit.blocks[layer](h, layer, modulation[layer], place[None, :num_clean], turn[:num_clean], causal)
-        rows, index = dit.latent_in(z[None]), place[None]
+        last = F.layer_norm(h[:, -1:], h.shape[-1:], eps=dit.config.norm_eps) if num_clean else h.new_zeros(1, 1, 16)
+        rows, index = dit.latent_in(z[None]) + last @ dit.context_in.weight.T, place[None]
         for layer in range(dit.config.trunk_layers, dit.config.num_layers):
             everything = torch.cat((h if num_clean else rows[:, :0], rows), dim=1)
             out = dit.blocks[layer](everything, layer, modulation[layer], index, turn, masked(None))

@@ -33,6 +33,7 @@ DIT: Table = {
     "final_modulation": "txt_out_ada.out_in.1",
     "velocity_out": "txt_out.proj",
     # ours: the release has no trunk
+    "context_in": "context_in",
     "next_token": "next_token",
     "next_token.out": "next_token.out",
 }

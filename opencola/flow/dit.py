@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from opencola.errors import UserError
+from opencola.flow.next_token import NextToken
 from opencola.kernels.choice import precision, products_in
 from opencola.layers.attention import Attend, rotary, turns
 from opencola.layers.cache import KVCache
@@ -69,33 +70,6 @@ class DiTConfig:
         return 1 if self.trunk_layers else self.block_size
 
 
-class NextToken(nn.Module):
-    """The trunk's head: logits of the token after each clean latent, and of a text's first."""
-
-    def __init__(self, width: int, vocab_size: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.start = nn.Parameter(torch.zeros(width))
-        self.out = Linear(width, vocab_size, bias=False)
-
-    def features(self, h: Tensor, documents: Tensor | None = None) -> Tensor:
-        """What predicts each of 1 + R tokens: the trunk's features h (B, R, D) of the latents before, normalised, and
-        a beginning's own; (B, 1 + R, D).
-
-        documents (B, 1 + R) int64: the tokens', each of which begins anew.
-        """
-        start = self.start.to(h.dtype).expand(len(h), 1, -1)
-        rows = torch.cat((start, h), dim=1)
-        if documents is not None:
-            first = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0))
-            rows = torch.where(first[..., None], start, rows)
-        return layer_norm(rows, self.eps)
-
-    def forward(self, h: Tensor) -> Tensor:
-        """Logits (B, 1 + R, V) of the first token and of those after each of h (B, R, D)."""
-        return self.out(self.features(h))
-
-
 class BlockCausalDiT(nn.Module):
     """Velocity of noisy latents given clean ones before them. What a row sees is the caller's `attend`."""
 
@@ -110,6 +84,7 @@ class BlockCausalDiT(nn.Module):
         self.final_norm = LayerNorm(width, eps)
         self.final_modulation = Linear(width, 2 * width)
         self.velocity_out = Linear(width, config.latent_dim)
+        self.context_in = Linear(width, width, bias=False) if config.trunk_layers else None
         self.next_token = NextToken(width, config.vocab_size, eps) if config.vocab_size else None
         initialise(self, lambda linear: linear.in_features**-0.5)
         if self.next_token is not None:
@@ -140,16 +115,20 @@ class BlockCausalDiT(nn.Module):
         skip: int = 0,
         recompute: bool = False,
         read: Tensor | None = None,
+        context: Tensor | None = None,
     ) -> Tensor:
         """Velocity (B, R - skip, d) of rows z (B, R, d), without the first `skip` rows.
 
         modulation: of the distinct times; index: int64 broadcastable to (B, R), each row's time among them; turn: the
         rows' `turns`; recompute: keep only what passes between blocks for the backward pass, and
         compute the rest again there; read (B, C, D): the trunk's features of clean rows, which every layer of the
-        denoiser sees before the rows: index and turn begin with theirs, and nothing is skipped.
+        denoiser sees before the rows: index and turn begin with theirs, and nothing is skipped; context (B, R or 1, D):
+        with a trunk, its features of the last clean latent before each row's block, 0 where there is none.
         """
         config = self.config
         h = self.latent_in(z)
+        if self.context_in is not None and context is not None:
+            h = h + self.context_in(layer_norm(context, config.norm_eps)).to(h.dtype)
         for layer in range(config.trunk_layers, config.num_layers):
             ignored = skip if layer == config.num_layers - 1 else 0
             if read is not None:
@@ -241,10 +220,23 @@ class BlockCausalDiT(nn.Module):
         if config.trunk_layers:
             if read is None:
                 read = self.read_text(clean, None if documents is None else documents[:, :num_clean], recompute)
-            velocity = self(rows, modulation, index, turn, attend, 0, recompute, read[:, :num_clean])
+            context = self._contexts(read, range(first, num_latents), history, documents).repeat(1, copies, 1)
+            velocity = self(rows, modulation, index, turn, attend, 0, recompute, read[:, :num_clean], context)
         else:
             velocity = self(torch.cat((clean, rows), 1), modulation, index, turn, attend, num_clean, recompute)
         return velocity.unflatten(1, (copies, num_noisy))
+
+    def _contexts(
+        self, read: Tensor, rows: range, history: Tensor | None = None, documents: Tensor | None = None
+    ) -> Tensor:
+        """Of noisy latents `rows`, whole blocks, the `context` (B, R, D); the rest as in `packed`."""
+        place, size = torch.arange(len(rows), device=read.device), self.config.block_size
+        start = rows.start + place - place % size
+        context = F.pad(read, (0, 0, 1, 0))[:, start]
+        if documents is not None:
+            same = documents[:, start] == documents[:, (start - 1).clamp(min=0)]
+            context = context * same[..., None]
+        return context if history is None else context * history[:, None, None]
 
     def given(self, z_0: Tensor, pinned: Tensor, first: int = 0) -> Callable[[Tensor, float], Tensor]:
         """Velocity (B, N - first, d) of latents z_t like it at time t: `packed` of one copy, for many z_t and one z_0.
@@ -260,8 +252,11 @@ class BlockCausalDiT(nn.Module):
         num_clean, past = num_latents - block_size, Past()
         with torch.no_grad():
             modulation, turn = self.modulation(z_0.new_zeros(1)), self.turns(place)
+            context = None
             if config.trunk_layers:
-                for layer, k, v in self.keys_values(self.read_text(z_0), modulation, turn):
+                read = self.read_text(z_0)
+                context = self._contexts(read, range(first, num_latents))
+                for layer, k, v in self.keys_values(read, modulation, turn):
                     past[layer] = k[:, :num_clean], v[:, :num_clean]
             else:
                 clean = packed(num_latents, num_latents, block_size, 0)
@@ -275,7 +270,9 @@ class BlockCausalDiT(nn.Module):
         turn, free = self.turns(place[first:]), ~pinned[:, first:]
         # without pinned rows there is one time for all, which need not be gathered row by row
         still, index = ([], torch.zeros_like(free).long()) if free.all() else ([0.0], free.long())
-        return lambda z_t, t: self(z_t, self.modulation(z_t.new_tensor([*still, t])), index, turn, attend)
+        return lambda z_t, t: self(
+            z_t, self.modulation(z_t.new_tensor([*still, t])), index, turn, attend, context=context
+        )
 
     def empty_cache(self, batch: int, capacity: int) -> KVCache:
         """Cache for `capacity` latents a sample."""

@@ -102,12 +102,25 @@ def denoise(
     sampling: ColaSampling,
     clock: Clock,
     draw: Callable[..., Tensor],
+    context: Tensor | None = None,
 ) -> Iterator[tuple[float, Tensor]]:
-    """Transport noise z (B, S, d) to latents with the guided velocity; yields every state with its time."""
+    """Transport noise z (B, S, d) to latents with the guided velocity; yields every state with its time.
+
+    context (B, D): with a trunk, its features of the last latents in the cache, 0 where there are none.
+    """
     if sampling.solver == "adaptive" and len(z) > 1:  # every sample takes its own steps
         samples = torch.arange(len(z), device=z.device).split(1)
         singles = [
-            denoise(dit, cache.select(i), z[i], block.select(i), sampling, clock, lambda *step, i=i: draw(*step)[i])
+            denoise(
+                dit,
+                cache.select(i),
+                z[i],
+                block.select(i),
+                sampling,
+                clock,
+                lambda *step, i=i: draw(*step)[i],
+                None if context is None else context[i],
+            )
             for i in samples
         ]
         for step in zip(*singles, strict=True):
@@ -127,8 +140,12 @@ def denoise(
         alone = len(z) if number == 2 else 0
         return moving.repeat(number, 1), turn.repeat(number, 1, 1, 1), cache.attend(size, whole, alone=alone)
 
+    contexts = () if context is None else (context, torch.zeros_like(context))
+
     def branches(state: Tensor, t: float, number: int) -> Tensor:
-        return dit(state.repeat(number, 1, 1), clock(t, 1 if alike else None), *pattern(number))
+        modulation, before = clock(t, 1 if alike else None), contexts[:number]
+        given = torch.cat(before)[:, None] if before else None
+        return dit(state.repeat(number, 1, 1), modulation, *pattern(number), context=given)
 
     def both(state: Tensor, t: float) -> tuple[Tensor, Tensor]:
         conditional, unconditional = branches(state, t, 2).chunk(2)

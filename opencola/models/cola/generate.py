@@ -139,7 +139,7 @@ def write_block(
         return vae.decode(latents if sampling.release else vae.denormalise(latents), caches.decoder)
 
     states: list[Tensor] = []
-    for t, z in denoise(dit, caches.dit, z, block, sampling, clock, draw):  # noqa: B020 the last state is the block
+    for t, z in denoise(dit, caches.dit, z, block, sampling, clock, draw, caches.last):  # noqa: B020 the last state is the block
         states.append(z)
         if watch is not None:
             watch(block.number, t, decode(z).argmax(-1))

@@ -110,7 +110,7 @@ def draft(
         return torch.stack([torch.randn((size, dim), generator=g) for g in generators]).to(first)
 
     block = Block(1, [i for i, _ in keys], pinned, known, [])
-    states = [z for _, z in denoise(dit, caches.dit, draw("noise"), block, sampling, clock, draw)]
+    states = [z for _, z in denoise(dit, caches.dit, draw("noise"), block, sampling, clock, draw, caches.last)]
     check_states(states, block.ids, "")
     tokens = vae.decode(vae.denormalise(states[-1]), caches.decoder).argmax(-1)
     return torch.cat((certain[:, None], tokens[:, 1:]), dim=1)
