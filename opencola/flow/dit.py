@@ -274,6 +274,13 @@ class BlockCausalDiT(nn.Module):
             z_t, self.modulation(z_t.new_tensor([*still, t])), index, turn, attend, context=context
         )
 
+    def freeze_trunk(self) -> None:
+        """Stop learning all that the trunk's features and predictions depend on, if there is one."""
+        if self.config.trunk_layers:
+            trunk = (self.latent_in, self.time_embedding, *self.blocks[: self.config.trunk_layers])
+            for module in trunk if self.next_token is None else (*trunk, self.next_token):
+                module.requires_grad_(False)
+
     def empty_cache(self, batch: int, capacity: int) -> KVCache:
         """Cache for `capacity` latents a sample."""
         config = self.config

@@ -2,15 +2,18 @@
 
 import copy
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from opencola.data.batch import Batch, divisor
+from opencola.flow.dit import BlockCausalDiT
 from opencola.flow.path import interpolate, target_velocity
 from opencola.layers import randomness
 from opencola.models.cola import generate as generation
 from opencola.models.cola import score as scoring
+from opencola.models.cola.distil import grid_times, two_steps
 from opencola.models.cola.parts import ColaConfig, ColaParts
 from opencola.models.language_model import Loss
 from opencola.vae.gaussian import DiagonalGaussian
@@ -27,10 +30,17 @@ class Cola(ColaParts):
     def __init__(self, config: ColaConfig) -> None:
         super().__init__(config)
         self.reference: TextVAE | None = None
+        self.teacher: BlockCausalDiT | None = None
 
     def freeze_parts(self) -> None:
-        """Call when the starting weights are in: freezes the VAE (`fixed`) or keeps a frozen reference copy of it."""
+        """Call when the starting weights are in: freezes the VAE (`fixed`) or keeps a frozen reference copy of it.
+
+        For distillation keeps a frozen copy of the prior, too, and freezes all that its trunk is made of.
+        """
         prior = self.config.prior
+        if prior.distil_steps:
+            self.teacher = copy.deepcopy(self.dit).requires_grad_(False)
+            self.dit.freeze_trunk()
         if prior.strategy == "fixed":
             self.vae.requires_grad_(False)
         elif prior.lambda_ref:
@@ -48,10 +58,14 @@ class Cola(ColaParts):
             return step % (prior.joint_steps + prior.frozen_steps) < prior.joint_steps
         return prior.strategy != "fixed"
 
+    @property
+    def _predicts(self) -> bool:
+        return self.config.prior.lambda_ar > 0 and not self.config.prior.distil_steps
+
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """Scored rows of the flow-matching loss and, where the VAE learns, scored and masked tokens."""
         counts = scored_counts(batch, self.config.objective) if self.vae_learns(batch.step) else {}
-        if self.config.prior.lambda_ar:
+        if self._predicts:
             counts["next_token"] = batch.is_scored().sum()
         rows = self._noisy_latents(batch, batch.tokens.shape[1] // self.config.vae.patch_size)
         _, scored = self._prompt_rows(batch, rows)
@@ -86,7 +100,7 @@ class Cola(ColaParts):
             documents = self._documents(batch)
             before = None if documents is None else documents[:, :-1]
             read = self.dit.read_text(z_0[:, :-1], before, prior.recompute)
-            if prior.lambda_ar:
+            if self._predicts:
                 loss, metrics["next_token_accuracy"] = self.next_token(read, batch)
                 terms["next_token"] = prior.lambda_ar * loss
         terms["flow_matching"] = prior.lambda_fm * self.flow_matching(z_0, batch, read)
@@ -115,7 +129,8 @@ class Cola(ColaParts):
     def flow_matching(self, z_0: Tensor, batch: Batch, read: Tensor | None = None) -> Tensor:
         """L_FM of normalised latents z_0 (B, N, d): mean squared error of the velocity on noisy rows (model.md §3).
 
-        read (B, N - 1, D): the trunk's features of the text, where they are at hand.
+        In distillation the target is the mean velocity of the teacher's two steps. read (B, N - 1, D): the trunk's
+        features of the text, where they are at hand.
         """
         prior, block_size = self.config.prior, self.config.dit.block_size
         rows = self._noisy_latents(batch, z_0.shape[1])
@@ -126,7 +141,8 @@ class Cola(ColaParts):
             z_0 = z_0.detach()
         z_1 = randomness.normal((copies, num_noisy, dim), seed, "noise", ids).to(z_0)
         groups = 1 if prior.time.per == "sequence" else num_noisy // block_size
-        t = prior.time.times(randomness.normal((copies, groups), seed, "time", ids)).to(z_0)
+        drawn = randomness.normal((copies, groups), seed, "time", ids)
+        t = (grid_times(drawn, prior.distil_steps) if self.teacher else prior.time.times(drawn)).to(z_0)
         row_times = t.repeat_interleave(num_noisy // groups, dim=-1)[..., None]
         z_0 = z_0[:, None]
         noisy = z_0[:, :, rows.start :]
@@ -134,22 +150,23 @@ class Cola(ColaParts):
         pinned, scored = (part.to(z_0.device) for part in self._prompt_rows(batch, rows))
         z_t = torch.where(pinned[..., None], noisy.detach(), z_t)
         history = None
-        if prior.history_dropout:
+        if prior.history_dropout and self.teacher is None:
             history = (randomness.uniform((), seed, "history", ids) >= prior.history_dropout).to(z_0.device)
         documents = self._documents(batch)
-        velocity = self.dit.packed(
-            z_0[:, 0],
-            z_t,
-            t,
-            pinned,
-            history,
-            documents=None if documents is None else documents[:, : rows.stop],
-            recompute=prior.recompute,
-            first=rows.start,
-            read=read,
-        )
-        target = target_velocity(noisy, z_1).detach()
-        return masked_mean_square(velocity, target, scored, batch.counts["flow_matching"] if batch.counts else None)
+        documents = None if documents is None else documents[:, : rows.stop]
+
+        def velocity(dit: BlockCausalDiT, z_t: Tensor, t: Tensor, history: Tensor | None) -> Tensor:
+            return dit.packed(
+                z_0[:, 0], z_t, t, pinned, history, documents, prior.recompute, first=rows.start, read=read
+            )
+
+        if self.teacher is None:
+            target = target_velocity(noisy, z_1)
+        else:
+            teacher = partial(velocity, self.teacher)
+            target = two_steps(teacher, z_t, t, pinned, 0.5 / prior.distil_steps, prior.distil_guidance)
+        count = batch.counts["flow_matching"] if batch.counts else None
+        return masked_mean_square(velocity(self.dit, z_t, t, history), target.detach(), scored, count)
 
     def _noisy_latents(self, batch: Batch, num_latents: int) -> range:
         """The latents whose blocks are learned at this step: all, or whole blocks from a drawn one on, where blocks may

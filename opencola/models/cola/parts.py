@@ -8,7 +8,7 @@ from torch import nn
 from opencola.errors import UserError
 from opencola.flow.dit import BlockCausalDiT, DiTConfig
 from opencola.flow.path import TimestepLaw
-from opencola.ranges import Count, NotNegative, Share, check
+from opencola.ranges import Count, Finite, NotNegative, Share, Size, check
 from opencola.vae.objective import VAEObjective
 from opencola.vae.text_vae import TextVAE, TextVAEConfig
 
@@ -42,6 +42,11 @@ class PriorObjective:
     """Probability that a block is given a clean prefix of random length, without loss there."""
     history_dropout: Share = 0.1
     """Probability that a sequence's noisy blocks see no history, for guidance."""
+    distil_steps: Size = 0
+    """Number n of Euler steps to distil to (0: flow matching): one step learns to do what two of the starting weights,
+    of length 1 / 2 n, do (progressive distillation). Halve stage by stage; a trunk stays as it is."""
+    distil_guidance: Finite = 1.0
+    """Scale of the guidance of the starting weights that is learned in (distil_steps); 1: none."""
     recompute: bool = False
     """Activation checkpointing of the DiT's blocks: less memory for a third more computation."""
 
@@ -71,6 +76,8 @@ class ColaConfig:
                 f"vae.attention {self.vae.attention} with vae.block_size {self.vae.block_size} sees ahead in a block, "
                 f"but a trunk (dit.trunk_layers {self.dit.trunk_layers}) reads latents one by one: make it causal"
             )
+        if self.prior.distil_steps and self.prior.strategy != "fixed":
+            raise UserError(f"prior.distil_steps {self.prior.distil_steps} needs prior.strategy fixed")
         if self.prior.lambda_ar and not self.dit.trunk_layers:
             raise UserError(f"prior.lambda_ar {self.prior.lambda_ar} is for a trunk: set dit.trunk_layers above 0")
         if (self.prior.lambda_ar or self.dit.vocab_size) and self.vae.patch_size > 1:
