@@ -84,7 +84,15 @@ def test_vae_configurations_come_back(changes: dict[str, Any], tmp_path: Path) -
     assert ("fixed_logsnr" in written) == ("fixed_logsnr" in changes)
 
 
-@pytest.mark.parametrize("changes", [{}, {"attention_bias": True, "expansion": 2, "block_size": 16, "rope_dim": 0}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"attention_bias": True, "expansion": 2, "block_size": 16, "rope_dim": 0},
+        {"trunk_layers": 1},
+        {"trunk_layers": 1, "vocab_size": 11},
+    ],
+)
 def test_dit_configurations_come_back(changes: dict[str, Any], tmp_path: Path) -> None:
     model = BlockCausalDiT(replace(DIT, **changes))
     torch.nn.init.normal_(model.blocks[0].modulation.weight)
@@ -92,6 +100,8 @@ def test_dit_configurations_come_back(changes: dict[str, Any], tmp_path: Path) -
     again = official.load_dit(tmp_path)
     assert again.config == model.config
     assert_same(again, state(model))
+    ours = {"trunk_layers", "vocab_size"} & json.loads((tmp_path / "config.json").read_text()).keys()
+    assert ours == changes.keys() & {"trunk_layers", "vocab_size"}
 
 
 def test_a_loaded_model_trains(tmp_path: Path) -> None:

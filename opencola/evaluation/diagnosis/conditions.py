@@ -65,8 +65,9 @@ def prepare(
 
     Raises UserError for latents that are not finite.
     """
-    # a text ends where its language says so: neither chat nor a stop string has a part in that
-    own = replace(sampling, chat=False, stop=())
+    # a text ends where its language says so: neither chat nor a stop string has a part in that; and what is diagnosed
+    # is what the prior drafts, not what its trunk makes of that
+    own = replace(sampling, chat=False, stop=(), verify="off")
     chunk = model.dit.config.block_size * model.vae.config.patch_size
     rows = [[*tokenizer.encode(text), tokenizer.eos_id] for text in task.texts]
     width = -(-max(map(len, rows)) // chunk) * chunk

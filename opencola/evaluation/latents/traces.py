@@ -66,13 +66,13 @@ def trace_blocks(model: Cola, tokenizer: Tokenizer, sampling: ColaSampling, prom
         if block == 0:
             times.append(t)
 
-    # of several candidates only one would be shown, perhaps not the one that was kept
-    settings = replace(sampling, candidates=1)
+    # of several candidates only one would be shown, perhaps not the one that was kept; of a checked draft not all stays
+    settings = replace(sampling, candidates=1, verify="off")
     ids = tokenizer.encode(prompt)
     blocks = model.generate([ids], settings, eos_ids=[tokenizer.eos_id], ids=[sample_id], watch=watch)
     for _ in zip(range(BLOCKS_SHOWN), blocks, strict=False):
         pass
-    return Trace(prompt, times, states, len(ids) % (model.dit.config.block_size * model.vae.config.patch_size))
+    return Trace(prompt, times, states, len(ids) % (model.dit.config.grid * model.vae.config.patch_size))
 
 
 def map_variables(model: Cola, tokenizer: Tokenizer) -> list[LatentMap]:
