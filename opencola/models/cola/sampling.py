@@ -46,9 +46,9 @@ class ColaSampling(Sampling):
     """Have the trunk check each block's tokens and keep those before the first that it refuses (for a prior with a
     trunk that predicts). greedy: the text is the trunk's own, most probable token by token; lossless: it is distributed
     as the trunk's at this temperature, top_k and top_p; typical: only surprising tokens are refused."""
-    typical_epsilon: Share = 0.09
+    typical_epsilon: Share = 0.3
     """Probability of a token under the trunk from which on it never surprises (verify typical)."""
-    typical_delta: NotNegative = 0.3
+    typical_delta: NotNegative = 0.6
     """Nor does a token surprise from this many times exp(-entropy of the trunk's distribution) on (verify typical)."""
     first_block: FirstBlock = "clean"
     """A prompt that ends inside a block: pin its latents clean, re-noise them along, or pad the prompt."""

@@ -152,7 +152,7 @@ def test_typical_verification_keeps_what_does_not_surprise() -> None:
     logits = torch.tensor([0.6, 0.3, 0.06, 0.04]).double().log().expand(4, 2, 4)
     tokens = torch.tensor([[0, drafted] for drafted in range(4)])
     keys = [(i, 0) for i in range(4)]
-    # exp(-entropy) is 0.394, so that 0.3 of it is more than 0.09
+    # exp(-entropy) is 0.394, and 0.6 of it less than 0.3
     for fields, expected in (
         ({}, [2, 2, 1, 1]),
         ({"typical_epsilon": 0.05}, [2, 2, 2, 1]),
