@@ -102,10 +102,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     unknown = [name for name in options.models if name not in MODELS]
     if unknown:
         raise SystemExit(f"there is no model {unknown[0]!r}; the models are: {', '.join(MODELS)}")
+    tokenizer = matched.shared_tokenizer(Matched(options.out, options.size, flops=options.flops))
     for seed in range(66, 66 + options.seeds):
         for name in options.models:
             folder = options.out / str(seed) / name
-            train(name, Matched(folder, options.size, flops=options.flops, seed=seed), options.out)
+            derive(name, Matched(folder, options.size, flops=options.flops, seed=seed), tokenizer)
+            matched.train(MODELS[name][0], folder)
             measure(name, folder, options.stories, {"model": name, "seed": seed, "flops": options.flops})
     rows = [row for file in sorted(options.out.glob("*/*/measures.jsonl")) for _, row in read_objects(file)]
     write_text(options.out / "two-speed.md", render(rows))
@@ -113,9 +115,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(render(rows))
 
 
-def train(name: str, options: Matched, root: Path) -> None:
-    """Train a model in OUT/SEED/NAME, with the tokenizer of all."""
-    tokenizer = matched.shared_tokenizer(replace(options, out=root))
+def derive(name: str, options: Matched, tokenizer: Tokenizer) -> matched.Stages:
+    """Write a model's recipe, with as many steps as the budget buys, and read it."""
     tokenizer.save(options.out)
     family, fields, rates = MODELS[name]
     plan = matched.sketch(family, options)
@@ -127,8 +128,7 @@ def train(name: str, options: Matched, root: Path) -> None:
             stage["model"] = model
     plan["train"] |= rates
     shares: Mapping[str, float] = matched.SHARES if family == "cola" else {family: 1.0}
-    matched.settle(plan, options.out / "recipes" / f"{family}.yaml", shares, options, tokenizer)
-    matched.train(family, options.out)
+    return matched.settle(plan, options.out / "recipes" / f"{family}.yaml", shares, options, tokenizer)
 
 
 def measure(name: str, folder: Path, number: int, facts: Mapping[str, Any]) -> None:

@@ -192,3 +192,19 @@ def test_block_causal_attention_needs_no_numbers_and_no_break_in_a_graph() -> No
     compiled = torch.compile(run, fullgraph=True, backend="eager")
     for given in (None, documents):
         torch.testing.assert_close(compiled(q, given), run(q, given), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("way", [packed, by_flex], ids=["spans", "flex"])
+def test_blocks_of_copies_may_begin_anywhere(way: Any) -> None:
+    """Copies of latents 5 to 16 in blocks of 4 behind 13 clean ones, which do not ask."""
+    q, k, v = torch.randn(3, 2, 13 + 2 * 12, 2, 8).double()
+    history, documents = torch.tensor([True, False]), torch.tensor([[0] * 9 + [1] * 8, [0] * 17])
+    mask = torch.zeros(2, 1, 24, 37, dtype=torch.bool)
+    for b, row, key in itertools.product(range(2), range(24), range(37)):
+        latent, start = 5 + row % 12, 5 + row % 12 // 4 * 4
+        key_latent = key if key < 13 else 5 + (key - 13) % 12
+        own = key >= 13 and (key - 13) // 12 == row // 12 and start <= key_latent < start + 4
+        before = key < 13 and key < start and bool(history[b])
+        mask[b, :, row, key] = (own or before) and documents[b, latent] == documents[b, key_latent]
+    found = way(13, 17, 4, 2, history, documents, first=5)(0, q[:, 13:], k, v)
+    torch.testing.assert_close(found, masked(mask)(0, q[:, 13:], k, v), rtol=0, atol=1e-12)
