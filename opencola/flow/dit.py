@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -12,7 +11,7 @@ from opencola.errors import UserError
 from opencola.kernels.choice import precision, products_in
 from opencola.layers.attention import Attend, rotary, turns
 from opencola.layers.cache import KVCache
-from opencola.layers.operations import LayerNorm, Linear, modulated_norm
+from opencola.layers.operations import LayerNorm, Linear, modulated_norm, silu
 from opencola.layers.packed import Past, packed
 from opencola.layers.transformer import AdaptiveBlock, TimeEmbedding, initialise
 from opencola.ranges import Count, Positive, Size, check
@@ -73,7 +72,7 @@ class BlockCausalDiT(nn.Module):
 
     def modulation(self, t: Tensor) -> Modulation:
         """Shifts, scales and gates of distinct times t (M,) in [0, 1]: per block (M, 6 D), and last (M, 2 D)."""
-        a = F.silu(self.time_embedding(t))
+        a = silu(self.time_embedding(t))
         blocks = (block.get_submodule("modulation") for block in self.blocks)
         return [layer(a) for layer in (*blocks, self.final_modulation)]
 

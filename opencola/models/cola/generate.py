@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from opencola.flow.dit import BlockCausalDiT, Modulation
+from opencola.kernels.choice import invariant
 from opencola.layers import randomness
-from opencola.layers.cache import KVCache
+from opencola.layers.cache import FEW, KVCache
 from opencola.layers.few_rows import prepacked
 from opencola.models.cola.denoise import Block, Clock, denoise
 from opencola.models.cola.parts import ColaParts
@@ -39,6 +40,7 @@ class Caches:
         return Caches(self.dit.select(rows), self.decoder.select(rows), encoder)
 
 
+@invariant
 @torch.inference_mode()
 def generate(
     model: ColaParts,
@@ -105,6 +107,7 @@ def prefill(vae: TextVAE, dit: BlockCausalDiT, prompts: Prompts, sampling: ColaS
     dit_cache, decoder = dit.empty_cache(batch, room), vae.empty_cache(batch, room, "decoder")
     encoder = vae.empty_cache(batch, room, "encoder") if sampling.candidates > 1 else None
     if longest:
+        longest = max(longest, FEW)
         z = prompts.latents[:, :longest].contiguous()  # a slice takes other kernels than a single sample's does
         dit_cache = commit(dit, dit_cache, z, prompts.history, clock(0.0, 0))
         # the release decodes latents as the prior sees them (Q8)
