@@ -4,6 +4,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any, Generic, Literal, ParamSpec, TypeVar, cast
 
 import torch
@@ -106,12 +107,12 @@ def products_in(kind: Precision) -> Iterator[None]:
 
 Packs = dict[Any, tuple[Tensor, Tensor]]
 """Weights in the order of the kernels' products, by what tells weights from each other; with each the weight itself."""
-_packs: Packs | None = None
+_packs: ContextVar[Packs | None] = ContextVar("packs", default=None)  # threads must not leave theirs to others
 
 
 def packs() -> Packs | None:
     """Of the `invariant` function that runs, which may add to them; None outside of any."""
-    return _packs
+    return _packs.get()
 
 
 def is_invariant(place: torch.device) -> bool:
@@ -151,9 +152,9 @@ def invariant(function: Callable[P, R]) -> Callable[P, R]:
 @contextlib.contextmanager
 def _adding_to(own: Packs) -> Iterator[None]:
     """An inner function adds to the packs of an outer one."""
-    global _packs
-    before, _packs = _packs, (own if _packs is None else _packs) if usable() else None
+    outer = packs()
+    before = _packs.set((own if outer is None else outer) if usable() else None)
     try:
         yield
     finally:
-        _packs = before
+        _packs.reset(before)

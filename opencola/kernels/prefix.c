@@ -1,5 +1,6 @@
-/* Attention of rows that see a prefix of the keys each. Of many rows TILE are taken side by side, so that no sum goes across
-   a vector; of few, one alone. */
+/* Attention of rows that see a prefix of the keys each: TILE rows side by side, or a few one by one.
+
+   Side by side no sum goes across a vector. */
 
 #include <stdlib.h>
 
@@ -116,13 +117,10 @@ void prefix_attention(float *q, float *k, float *v, float *out, const int64_t *s
             long from = b * steps[0] + h * kv_heads / heads * steps[2];
             matrix asking = {q + b * q_steps[0] + row * q_steps[1] + h * q_steps[2], q_steps[1]};
             matrix to = {out + ((b * rows + row) * heads + h) * width, heads * width};
+            matrix keys = {k + from, steps[1]}, values = {v + from, steps[1]};
             const int64_t *limits = seen + b * rows + row;
-            if (few) {
-                attend_alone(asking.start, (matrix){k + from, steps[1]}, (matrix){v + from, steps[1]}, to.start, *limits, width, room);
-                continue;
-            }
-            attend(asking, (matrix){k + from, steps[1]}, (matrix){v + from, steps[1]}, to, limits,
-                   least(TILE, rows - row), width, room);
+            if (few) attend_alone(asking.start, keys, values, to.start, *limits, width, room);
+            else attend(asking, keys, values, to, limits, least(TILE, rows - row), width, room);
         }
         free(room);
     }

@@ -1,4 +1,4 @@
-/* Products of rows with a weight, brought into order beforehand or meanwhile, with what stands before and after them.
+/* Products of rows with a weight, put in order beforehand or meanwhile, with what stands before and after them.
 
    Every number of the result is one sum in one order, whatever the number of rows or threads. */
 
@@ -113,8 +113,10 @@ static void some_panels(const float *x, Weight weight, float *out, long rows, lo
                 Weight part = {weight.start + column * weight.column + first * weight.term, weight.column, weight.term};
                 pack_panel(part, columns - column, terms, room + i * apart);
             }
-            if (!weight.term && count == 1)
-                next = p + 1 < end ? b + apart : first + terms < depth ? weight.start + (panel * depth + first + terms) * COLUMNS : 0;
+            if (!weight.term && count == 1) {
+                if (p + 1 < end) next = b + apart;
+                else if (first + terms < depth) next = weight.start + (panel * depth + first + terms) * COLUMNS;
+            }
             for (long tile = 0; tile < tiles; tile++) {
                 const long row = tile * ROWS, height = least(ROWS, rows - row);
                 const int known = height == 1 ? 1 : height <= ROWS / 2 ? ROWS / 2 : ROWS; /* to the compiler */

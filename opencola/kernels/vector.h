@@ -6,7 +6,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__AVX512F__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #endif
 
@@ -73,10 +73,14 @@ INLINE vec first(vec x, long n) {
 
 INLINE vec choose(ints condition, vec a, vec b) { return (vec)((condition & (ints)a) | (~condition & (ints)b)); }
 
-INLINE vec larger(vec a, vec b) { /* in a form that compilers know as one instruction */
-    vec x;
-    for (int i = 0; i < WIDTH; i++) x[i] = a[i] > b[i] ? a[i] : b[i];
-    return x;
+INLINE vec larger(vec a, vec b) { /* compilers do not always know any other form as one instruction */
+#if defined(__AVX512F__)
+    return (vec)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX__)
+    return (vec)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return choose(a > b, a, b);
+#endif
 }
 
 /* Lanes of a and, from WIDTH on, of b. */

@@ -17,7 +17,7 @@ from torch import Tensor
 from opencola.kernels.attention import attend_packed
 from opencola.kernels.choice import implemented_by, on_cuda, packs
 from opencola.layers.attention import Attend, attention
-from opencola.layers.masks import PackedRows
+from opencola.layers.masks import PackedRows, same_document
 
 _compiled = functools.cache(torch.compile)
 Past = list[tuple[Tensor, Tensor]]
@@ -102,8 +102,8 @@ class Clean:
 
     def mask(self, device: torch.device) -> Tensor | None:
         """What sees what, (R, R), or (B, 1, R, R) where samples differ; None where all rows see all."""
-        if self.in_both_directions and self.rows.documents is None:
-            return None
+        if self.in_both_directions:
+            return None if self.rows.documents is None else same_document(self.rows.documents)
         if self._mask is None:
             sample = torch.arange(self.rows.samples or 1, device=device)[:, None, None]
             row = torch.arange(self.rows.num_rows, device=device)

@@ -69,7 +69,11 @@ class LLaDANetwork(nn.Module):
         It takes tokens (B, R), or several such batches one after another, and gives logits (B, R, V).
         """
 
+        shortest = int(lengths.min())
+
         def predict(tokens: Tensor) -> Tensor:
+            if shortest == tokens.shape[1]:
+                return self(tokens)
             places = torch.arange(tokens.shape[1], device=tokens.device)
             behind = places >= lengths.repeat(len(tokens) // len(lengths))[:, None]
             return self(tokens, behind.long())
