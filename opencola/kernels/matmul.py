@@ -62,7 +62,7 @@ def _packed(b: Tensor) -> Tensor:
     parameter, known = b if isinstance(b, Parameter) else b._base, packs()
     if known is None or not isinstance(parameter, Parameter):
         return b
-    key = id(parameter), b.storage_offset(), b.shape, b.stride()
+    key = id(b) if b is parameter else (id(parameter), b.storage_offset(), b.shape, b.stride())
     if key not in known:
         if sum(packed.nbytes for _, packed in known.values()) + b.nbytes > PACKED_BYTES:
             return b
