@@ -17,6 +17,7 @@ from benchmarks.baselines import TRUNKS
 from opencola.checkpoints import llama
 from opencola.kernels.matmul import in_turns
 from opencola.layers.llama import LlamaConfig
+from opencola.layers.masks import same_document
 from opencola.models.ar.model import AR
 from opencola.models.ar.network import ARConfig
 from opencola.models.ar.sampling import ARSampling
@@ -67,11 +68,11 @@ class Theirs(LLaDA):
         self.theirs = network
         return self
 
-    def forward(self, tokens: Tensor, seen: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
         """As LLaDA's."""
         mask = tokens.new_zeros(len(tokens), 1, tokens.shape[1], tokens.shape[1], dtype=torch.float32)
-        if seen is not None:
-            mask = mask.masked_fill(~seen, -torch.inf)
+        if documents is not None:
+            mask = mask.masked_fill(~same_document(documents), -torch.inf)
         logits: Tensor = self.theirs(input_ids=tokens, attention_mask=mask, use_cache=False).logits
         return logits[..., :-1]
 

@@ -49,6 +49,8 @@ from opencola.evaluation.writing import (
     predict_last_words,
     token_budgets,
 )
+from opencola.kernels.choice import is_invariant
+from opencola.layers.device import device
 from opencola.models import build
 from opencola.models.language_model import LanguageModel
 from opencola.models.text_stream import whole_texts
@@ -95,9 +97,10 @@ class EvaluateFlags(flags.OutputFlags, terminal.ModelFlags, Generic[Settings]):
     """Score the options of multiple choice, too: which has the largest log-probability, and the largest per byte."""
     scoring: Settings
     """How options are scored: where that takes many draws, less exactly than `opencola score` does."""
-    dtype: Literal["fp64", "fp32", "bf16"] = "fp64"
-    """Type to compute in. With fp64 texts do not depend on what is computed together; with the others, which are faster
-    on GPUs, two tokens that are nearly as probable as each other may swap with another --batch-size."""
+    dtype: Literal["auto", "fp64", "fp32", "bf16"] = "auto"
+    """Type to compute in. auto: fp32 on a CPU with kernels (`opencola kernels` says), where texts do not depend on what
+    is computed together; elsewhere fp64, where they do not either, but for chance. With other types there, which are
+    faster on GPUs, two tokens that are nearly as probable as each other may swap with another --batch-size."""
     batch_size: Count = 32
     """Number of prompts to answer at a time: speed and memory; no record depends on it."""
     processes: Count = 1
@@ -133,6 +136,8 @@ def command(argv: Sequence[str]) -> None:
     target = EvaluateFlags[scoring]  # type: ignore[valid-type]
     about = {"prog": "opencola evaluate", "description": __doc__}
     options: EvaluateFlags[Any] = terminal.read_flags(target, argv, PROTOCOL, {"scoring": scoring.quick()}, **about)
+    if options.dtype == "auto":
+        options = replace(options, dtype="fp32" if is_invariant(device()) else "fp64")
     jobs, facts = make_jobs(options, Tokenizer.load(folder))
     header = {
         "record": "run",

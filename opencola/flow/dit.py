@@ -14,7 +14,7 @@ from opencola.flow.next_token import NextToken
 from opencola.kernels.choice import precision, products_in
 from opencola.layers.attention import Attend, rotary, turns
 from opencola.layers.cache import KVCache
-from opencola.layers.operations import LayerNorm, Linear, layer_norm, modulated_norm
+from opencola.layers.operations import LayerNorm, Linear, layer_norm, modulated_norm, silu
 from opencola.layers.packed import Past, block_causal, packed
 from opencola.layers.transformer import AdaptiveBlock, TimeEmbedding, initialise
 from opencola.ranges import Count, Positive, Size, check
@@ -96,7 +96,7 @@ class BlockCausalDiT(nn.Module):
 
     def modulation(self, t: Tensor) -> Modulation:
         """Shifts, scales and gates of distinct times t (M,) in [0, 1]: per block (M, 6 D), and last (M, 2 D)."""
-        a = F.silu(self.time_embedding(t))
+        a = silu(self.time_embedding(t))
         blocks = (block.get_submodule("modulation") for block in self.blocks)
         return [layer(a) for layer in (*blocks, self.final_modulation)]
 

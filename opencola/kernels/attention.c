@@ -69,14 +69,21 @@ INLINE ints visible(const tile *t, const span *s, long j, int v) {
 
 /* Scores of keys that a row may not see become -infinity. */
 static void hide(const tile *t) {
-    for (const span *s = t->span; s < t->span + t->spans; s++) {
-        const long skipped = s->documents ? 0 : s->all_from, on = s->documents ? 0 : most(s->all_from, s->all_to);
-        for (long j = skipped ? 0 : on; j < s->n; j = j + 1 == skipped ? on : j + 1)
+    int alike = 1; /* whether its rows are of one document */
+    for (int i = 1; i < TILE; i++) alike &= t->documents[i] == t->documents[0];
+    for (const span *s = t->span; s < t->span + t->spans; s++)
+        for (long j = 0; j < s->n; j++) {
+            const int before = j >= s->all_from && j < s->all_to; /* all rows see it, if it is of their document */
+            if (before && s->documents && alike && s->documents[j] == t->documents[0]) continue;
+            if (before && !s->documents) {
+                j = s->all_to - 1;
+                continue;
+            }
             for (int v = 0; v < VECS; v++) {
                 float *at = s->weights + j * TILE + v * WIDTH;
                 store(at, choose(visible(t, s, j, v), load(at), all(-INFINITY)));
             }
-    }
+        }
 }
 
 /* Scores become their exponentials, of which the largest of a row is 1; `total`: their sums. */
@@ -129,7 +136,7 @@ static void skip_documents(span *s, const tile *t) {
     }
     s->k = from_row(s->k, skipped), s->v = from_row(s->v, skipped);
     s->dk = from_row(s->dk, skipped), s->dv = from_row(s->dv, skipped);
-    s->n -= skipped, s->documents += skipped;
+    s->n -= skipped, s->all_to -= skipped, s->documents += skipped;
     for (int i = 0; i < TILE; i++) s->to[i] -= skipped;
 }
 

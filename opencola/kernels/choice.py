@@ -2,14 +2,28 @@
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterator
-from typing import Any, Generic, Literal, ParamSpec, TypeVar
+from contextvars import ContextVar
+from typing import Any, Generic, Literal, ParamSpec, TypeVar, cast
 
+import torch
 from torch import Tensor
 
 from opencola.kernels.library import on_cpu, usable
 
-__all__ = ["Precision", "implemented_by", "on_cpu", "on_cuda", "precision", "products_in", "usable"]
+__all__ = [
+    "Precision",
+    "implemented_by",
+    "invariant",
+    "is_invariant",
+    "on_cpu",
+    "on_cuda",
+    "packs",
+    "precision",
+    "products_in",
+    "usable",
+]
 Precision = Literal["float32", "bfloat16"]
 
 P = ParamSpec("P")
@@ -89,3 +103,58 @@ def products_in(kind: Precision) -> Iterator[None]:
         yield
     finally:
         _precision = before
+
+
+Packs = dict[Any, tuple[Tensor, Tensor]]
+"""Weights in the order of the kernels' products, by what tells weights from each other; with each the weight itself."""
+_packs: ContextVar[Packs | None] = ContextVar("packs", default=None)  # threads must not leave theirs to others
+
+
+def packs() -> Packs | None:
+    """Of the `invariant` function that runs, which may add to them; None outside of any."""
+    return _packs.get()
+
+
+def is_invariant(place: torch.device) -> bool:
+    """Whether numbers of float32 at a place are the same whatever is computed together, in `invariant` functions."""
+    return place.type == "cpu" and usable()
+
+
+def invariant(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a function, or one that yields, in which no number of a sample depends on others, nor on the threads.
+
+    That is, in float32 where it `is_invariant`: every sum then has one order. Elsewhere, and in other types, products
+    of matrices add up as torch sees fit. While it runs, no parameter may change.
+    """
+    if not inspect.isgeneratorfunction(function):
+
+        @functools.wraps(function)
+        def whole(*arguments: P.args, **named: P.kwargs) -> R:
+            with _adding_to({}):
+                return function(*arguments, **named)
+
+        return whole
+
+    @functools.wraps(function)
+    def step_by_step(*arguments: P.args, **named: P.kwargs) -> Iterator[Any]:
+        steps, own = function(*arguments, **named), Packs()
+        while True:
+            with _adding_to(own):
+                try:
+                    step = next(steps)
+                except StopIteration:
+                    return
+            yield step
+
+    return cast(Callable[P, R], step_by_step)
+
+
+@contextlib.contextmanager
+def _adding_to(own: Packs) -> Iterator[None]:
+    """An inner function adds to the packs of an outer one."""
+    outer = packs()
+    before = _packs.set((own if outer is None else outer) if usable() else None)
+    try:
+        yield
+    finally:
+        _packs.reset(before)

@@ -19,10 +19,12 @@ from typing import Any, Literal
 import torch
 from filelock import FileLock
 from torch import Tensor
+from torch.nn import Parameter
 
 from opencola.errors import UserError
 from opencola.kernels import bfloat16, library, rows
-from opencola.kernels.choice import Precision, precision
+from opencola.kernels.choice import Precision, packs, precision
+from opencola.kernels.elementwise import wanted
 from opencola.storage import write_text
 
 Direction = Literal["forward", "input", "weight"]
@@ -35,6 +37,9 @@ SIZES = {"small": (960, 128, 384), "large": (2048, 256, 1024)}
 """(rows, in, out) of the products that are timed. In between, a product counts as the nearer one."""
 MARGIN = 1.1
 """How much faster than torch another implementation, or than float32 bfloat16, must be: less may be chance."""
+PACKED_BYTES = 1 << 30
+"""Of parameters in another order, at most; with more, products bring what they need into order each time."""
+NO_INDEX = torch.empty(0)
 LEAST = 1 << 22
 """Operations of a product below which torch has it: all the rest weighs more."""
 
@@ -49,7 +54,20 @@ def _torch(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _ours(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    return rows.product(a, rows.pack(b), bias, len(b), torch.empty(0))
+    return rows.product(a, _packed(b), bias, len(b), NO_INDEX)
+
+
+def _packed(b: Tensor) -> Tensor:
+    """In an `invariant` function, a parameter or its transpose as `rows.pack` has put it in order there; else b."""
+    parameter, known = b if isinstance(b, Parameter) else b._base, packs()
+    if known is None or not isinstance(parameter, Parameter):
+        return b
+    key = id(b) if b is parameter else (id(parameter), b.storage_offset(), b.shape, b.stride())
+    if key not in known:
+        if sum(packed.nbytes for _, packed in known.values()) + b.nbytes > PACKED_BYTES:
+            return b
+        known[key] = parameter, rows.pack(b)
+    return known[key][1]
 
 
 def _tiles(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
@@ -88,6 +106,8 @@ def candidates(kind: Precision) -> dict[str, Implementation]:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., in) times weight (out, in), plus bias (out): (..., out), float32."""
+    if packs() is not None and not wanted(x, weight, bias):
+        return _ours(x, weight, bias)
     out: Tensor = _Linear.apply(x, weight, bias, precision())
     return out
 
@@ -118,7 +138,9 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None, direction: Direction, kin
 
 
 def chosen(operations: int, direction: Direction, kind: Precision) -> Implementation:
-    """Whose products of so many operations are the fastest."""
+    """Whose products of so many operations are the fastest; in an `invariant` function, ours."""
+    if packs() is not None:
+        return _ours
     if operations < LEAST:
         return _torch
     small, large = (2 * math.prod(shape) for shape in SIZES.values())
@@ -127,7 +149,9 @@ def chosen(operations: int, direction: Direction, kind: Precision) -> Implementa
 
 
 def worthwhile(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether torch alone would be slower than `linear`."""
+    """Whether torch alone would be slower than `linear`, or not `invariant` where that is wanted."""
+    if packs() is not None:
+        return True
     operations = 2 * x.numel() * len(weight)
     return operations >= LEAST and any(chosen(operations, way, precision()) is not _torch for way in DIRECTIONS)
 

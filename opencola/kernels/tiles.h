@@ -19,6 +19,8 @@ typedef struct {
 
 INLINE matrix from_row(matrix x, long row) { return (matrix){x.start ? x.start + row * x.step : 0, x.step}; }
 
+INLINE matrix from_column(matrix x, long column) { return (matrix){x.start + column, x.step}; }
+
 /* to[j][i] = a_j . b_i for `num` rows a and a transposed tile b [dim][TILE]. */
 INLINE void some_products(const int num, const float *a, long step, const float *b, long dim, float *to) {
     vec total[SUMS] = {};
@@ -68,10 +70,17 @@ INLINE void add_some(
     for (int i = 0; i < rows * columns; i++) store(to + i / columns * to_step + i % columns * WIDTH, total[i]);
 }
 
+/* The same of one row and the last n < WIDTH columns. */
+INLINE void add_rest(float *to, const float *w, long step, const float *x, long x_step, long n, long columns) {
+    vec total = load_some(to, columns);
+    for (long k = 0; k < n; k++) total += all(w[k * step]) * load_some(x + k * x_step, columns);
+    store_some(to, total, columns);
+}
+
 INLINE void add_products(matrix to, long rows, const float *w, long step_r, long step_i, matrix x, long n, long dim) {
     for (long r = 0; r < rows;) {
         const int some = rows - r >= SUMS / 2 ? SUMS / 2 : rows - r >= 4 ? 4 : 1;
-        for (long c = 0; c < dim;) {
+        for (long c = 0; c + WIDTH <= dim;) {
             const int columns = dim - c >= 2 * WIDTH ? 2 : 1;
 #define ADD(rows, columns) \
     add_some(rows, columns, to.start + r * to.step + c, to.step, w + r * step_r, step_r, step_i, x.start + c, x.step, n)
@@ -86,6 +95,8 @@ INLINE void add_products(matrix to, long rows, const float *w, long step_r, long
         }
         r += some;
     }
+    for (long r = 0, c = dim - dim % WIDTH; c < dim && r < rows; r++)
+        add_rest(to.start + r * to.step + c, w + r * step_r, step_i, x.start + c, x.step, n, dim - c);
 }
 
 /* A tile's rows to += sum_j w[j][row] x_j over keys j. */
@@ -98,36 +109,14 @@ static void add_over_rows(matrix to, long n, const float *w, matrix x, long rows
     add_products(to, n, w, TILE, 1, x, rows, dim);
 }
 
-/* Lanes of a and, from WIDTH on, of b. */
-INLINE vec pick(vec a, vec b, ints lanes) {
-#if __has_builtin(__builtin_shuffle)
-    return __builtin_shuffle(a, b, lanes);
-#else
-    vec x;
-    for (int i = 0; i < WIDTH; i++) x[i] = lanes[i] < WIDTH ? a[lanes[i]] : b[lanes[i] - WIDTH];
-    return x;
-#endif
-}
-
 /* to [dim][TILE] = factor times rows, zeros behind them. */
 static void transpose(matrix x, long rows, long dim, float factor, float *to) {
-    ints lane;
-    for (int i = 0; i < WIDTH; i++) lane[i] = i;
     for (long d = 0; d < dim; d += WIDTH)
         for (long first = 0; first < TILE; first += WIDTH) {
             vec square[WIDTH];
             for (long i = 0; i < WIDTH; i++)
-                square[i] = first + i < rows ? load(x.start + (first + i) * x.step + d) * all(factor) : all(0);
-#pragma GCC unroll 4
-            for (int step = 1; step < WIDTH; step *= 2) /* exchange what is off the diagonal of every 2 step x 2 step */
-#pragma GCC unroll 16
-                for (int i = 0; i < WIDTH; i++) {
-                    if (i & step) continue;
-                    const vec above = square[i], below = square[i + step];
-                    const ints left = (lane & step) == 0;
-                    square[i] = pick(above, below, (left & lane) | (~left & (lane - step + WIDTH)));
-                    square[i + step] = pick(above, below, (left & (lane + step)) | (~left & (lane + WIDTH)));
-                }
-            for (int i = 0; i < WIDTH; i++) store(to + (d + i) * TILE + first, square[i]);
+                square[i] = first + i < rows ? load_some(x.start + (first + i) * x.step + d, dim - d) * all(factor) : all(0);
+            turn_square(square);
+            for (int i = 0; i < least(WIDTH, dim - d); i++) store(to + (d + i) * TILE + first, square[i]);
         }
 }

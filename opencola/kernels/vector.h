@@ -6,7 +6,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__AVX512F__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #endif
 
@@ -73,10 +73,56 @@ INLINE vec first(vec x, long n) {
 
 INLINE vec choose(ints condition, vec a, vec b) { return (vec)((condition & (ints)a) | (~condition & (ints)b)); }
 
-INLINE vec larger(vec a, vec b) { /* in a form that compilers know as one instruction */
+INLINE vec larger(vec a, vec b) { /* compilers do not always know any other form as one instruction */
+#if defined(__AVX512F__)
+    return (vec)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX__)
+    return (vec)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return choose(a > b, a, b);
+#endif
+}
+
+/* Lanes of a and, from WIDTH on, of b. */
+INLINE vec pick(vec a, vec b, ints lanes) {
+#if __has_builtin(__builtin_shuffle)
+    return __builtin_shuffle(a, b, lanes);
+#else
     vec x;
-    for (int i = 0; i < WIDTH; i++) x[i] = a[i] > b[i] ? a[i] : b[i];
+    for (int i = 0; i < WIDTH; i++) x[i] = lanes[i] < WIDTH ? a[lanes[i]] : b[lanes[i] - WIDTH];
     return x;
+#endif
+}
+
+/* Exchange what is off the diagonal of every 2 step x 2 step of two lines, `step` apart. */
+INLINE void exchange(vec *upper, vec *lower, int step) {
+    ints lane;
+    for (int i = 0; i < WIDTH; i++) lane[i] = i;
+    const vec above = *upper, below = *lower;
+    const ints left = (lane & step) == 0;
+    *upper = pick(above, below, (left & lane) | (~left & (lane - step + WIDTH)));
+    *lower = pick(above, below, (left & (lane + step)) | (~left & (lane + WIDTH)));
+}
+
+/* Lines become columns. */
+INLINE void turn_square(vec square[WIDTH]) {
+#pragma GCC unroll 4
+    for (int step = 1; step < WIDTH; step *= 2)
+#pragma GCC unroll 16
+        for (int i = 0; i < WIDTH; i++)
+            if (!(i & step)) exchange(square + i, square + i + step, step);
+}
+
+/* The sum of every line. */
+INLINE vec line_sums(vec square[WIDTH]) {
+#pragma GCC unroll 4
+    for (int step = WIDTH / 2; step; step /= 2)
+#pragma GCC unroll 16
+        for (int i = 0; i < step; i++) {
+            exchange(square + i, square + i + step, step);
+            square[i] += square[i + step];
+        }
+    return square[0];
 }
 
 /* e^x: 2^n (1 + polynomial) with x = n log 2 + r, at most 2 units in the last place wrong; but 0 below SMALLEST. What is

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from opencola.kernels import rows as kernels
 from opencola.kernels.choice import implemented_by
-from opencola.kernels.library import TILE
 from opencola.layers.attention import Attend, attention
 
-FEW = 8  # rows below which the kernel, which takes TILE side by side, is slower than torch
+FEW = 8  # rows of a call below which the kernel takes one at a time: how many there are must not depend on the batch
 ROUND = 48  # key counts are rounded up to whole steps of matrix kernels, so that padding never changes a sum's order
 
 
@@ -23,16 +22,14 @@ Alone = tuple[Tensor, Tensor, Tensor]
 
 def _by_kernel(q: Tensor, k: Tensor, v: Tensor, limits: Tensor, bias: Any, alone: Alone | None = None) -> Tensor:
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    kernels.prefix_attention(q[: len(limits)], k, v, limits, out[: len(limits)])
+    few = q.shape[1] < FEW
+    kernels.prefix_attention(q[: len(limits)], k, v, limits, out[: len(limits)], few)
     if alone is not None:
-        kernels.prefix_attention(q[len(limits) :], *alone, out[len(limits) :])
+        kernels.prefix_attention(q[len(limits) :], *alone, out[len(limits) :], few)
     return out
 
 
-@implemented_by(
-    _by_kernel,
-    worthwhile=lambda q, *_: q.shape[1] >= FEW and q.shape[-1] % TILE == 0 and not torch.is_grad_enabled(),
-)
+@implemented_by(_by_kernel, worthwhile=lambda *_: not torch.is_grad_enabled())
 def prefix_attention(
     q: Tensor,
     k: Tensor,

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opencola.kernels import elementwise, matmul, plain, vocabulary
-from opencola.kernels.choice import implemented_by, on_cpu
+from opencola.kernels.choice import implemented_by, on_cpu, packs
 from opencola.layers.attention import Rotary, rotate_halves, rotate_pairs
 
 
@@ -54,6 +54,18 @@ def gated_norm(
     """h + gate * update, rows (B, R, D), and the `modulated_norm` of that."""
     h = torch.addcmul(h, take(gate, index), update.to(h.dtype))
     return h, modulate(layer_norm(h, eps), shift, scale, index)
+
+
+@implemented_by(lambda x: 0.5 * x * (1 + torch.erf(x * math.sqrt(0.5))), worthwhile=lambda x: packs() is not None)
+def exact_gelu(x: Tensor) -> Tensor:
+    """GELU itself. In `invariant` functions of parts: torch's differs with the place of a number among others."""
+    return F.gelu(x)
+
+
+@implemented_by(lambda x: x / (1 + torch.exp(-x)), worthwhile=lambda x: packs() is not None)
+def silu(x: Tensor) -> Tensor:
+    """x sigmoid(x); the rest as of `exact_gelu`."""
+    return F.silu(x)
 
 
 def gelu(x: Tensor) -> Tensor:

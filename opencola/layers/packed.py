@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from opencola.kernels.attention import attend_packed
-from opencola.kernels.choice import implemented_by, on_cuda
+from opencola.kernels.choice import implemented_by, on_cuda, packs
 from opencola.layers.attention import Attend, attention
-from opencola.layers.masks import PackedRows
+from opencola.layers.masks import PackedRows, same_document
 
 _compiled = functools.cache(torch.compile)
 Past = dict[int, tuple[Tensor, Tensor]]
@@ -95,8 +95,15 @@ class Clean:
         self._mask: Tensor | None = None
         self._numbered: PackedRows | None = None
 
-    def mask(self, device: torch.device) -> Tensor:
-        """What sees what, (R, R), or (B, 1, R, R) where samples differ."""
+    @property
+    def in_both_directions(self) -> bool:
+        """Whether there is one block alone, in which torch's attention is the faster."""
+        return self.rows.block_size >= self.rows.num_rows
+
+    def mask(self, device: torch.device) -> Tensor | None:
+        """What sees what, (R, R), or (B, 1, R, R) where samples differ; None where all rows see all."""
+        if self.in_both_directions:
+            return None if self.rows.documents is None else same_document(self.rows.documents)
         if self._mask is None:
             sample = torch.arange(self.rows.samples or 1, device=device)[:, None, None]
             row = torch.arange(self.rows.num_rows, device=device)
@@ -117,7 +124,7 @@ def _by_kernel(q: Tensor, k: Tensor, v: Tensor, clean: Clean) -> Tensor:
     return attend_packed(q, k, v, None, **vars(clean.numbered()))
 
 
-@implemented_by(_by_kernel)
+@implemented_by(_by_kernel, worthwhile=lambda q, k, v, clean: not clean.in_both_directions or packs() is not None)
 def block_causal_attention(q: Tensor, k: Tensor, v: Tensor, clean: Clean) -> Tensor:
     """Rows q (B, R, H, Dh) and k, v (B, R, H or 1, Dh), clean ones only -> like q."""
     return attention(q, k, v, clean.mask(q.device))

@@ -6,11 +6,20 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opencola.layers.attention import Attend, Rotary
-from opencola.layers.operations import LayerNorm, Linear, gated, gated_norm, modulated_norm, rotated_heads, split_heads
+from opencola.layers.operations import (
+    LayerNorm,
+    Linear,
+    exact_gelu,
+    gated,
+    gated_norm,
+    modulated_norm,
+    rotated_heads,
+    silu,
+    split_heads,
+)
 from opencola.ranges import Count, Positive, check
 
 Activation = Literal["swiglu", "gelu", "silu"]
@@ -78,7 +87,7 @@ class Block(nn.Module):
         if self.config.activation == "swiglu":
             return self.mlp_in(x, "swiglu value first")
         x = self.mlp_in(x)
-        return F.gelu(x) if self.config.activation == "gelu" else F.silu(x)
+        return exact_gelu(x) if self.config.activation == "gelu" else silu(x)
 
     @property
     def head_norms(self) -> tuple[Tensor | None, ...] | None:
@@ -148,7 +157,7 @@ class TimeEmbedding(nn.Module):
         frequencies = torch.exp(torch.arange(128, device=t.device, dtype=wide) * (-math.log(10000.0) / 128))
         phases = (1000 * t.to(wide))[:, None] * frequencies
         x = torch.cat((phases.sin(), phases.cos()), dim=-1).to(self.mlp_in.weight.dtype)
-        return self.mlp_out(F.silu(self.mlp_hidden(F.silu(self.mlp_in(x)))))
+        return self.mlp_out(silu(self.mlp_hidden(silu(self.mlp_in(x)))))
 
 
 def initialise(module: nn.Module, std: Callable[[nn.Linear], float]) -> None:

@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opencola.errors import UserError
-from opencola.layers import masks
-from opencola.layers.attention import Attend, masked, rotary
+from opencola.layers.attention import Attend, rotary
 from opencola.layers.cache import KVCache
 from opencola.layers.operations import LayerNorm, Linear
 from opencola.layers.packed import block_causal
@@ -229,16 +228,7 @@ class TextVAE(nn.Module):
         config = self.config
         if documents is not None:
             documents = documents[:, :: config.patch_size]
-        if config.attention != "full" and lengths is None:
-            return block_causal(rows, config.visible_block, documents)
-        if config.attention == "full":
-            mask = torch.ones(rows, rows, dtype=torch.bool, device=device)
-        else:
-            mask = masks.dense(masks.block_causal(config.visible_block), rows, rows, device)
-        if lengths is not None:
-            key = torch.arange(rows, device=device)
-            real = (key < lengths[:, None]) | (key == 0)  # key 0 stays, so that no row is left without a key
-            mask = (mask & real[:, None, :])[:, None]
-        if documents is not None:
-            mask = mask & masks.same_document(documents)
-        return masked(mask)
+        if lengths is not None:  # what is behind a text is another document
+            behind = (torch.arange(rows, device=device) >= lengths[:, None]).long()
+            documents = behind if documents is None else 2 * documents + behind
+        return block_causal(rows, rows if config.attention == "full" else config.visible_block, documents)

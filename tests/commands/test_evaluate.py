@@ -16,6 +16,7 @@ import pytest
 from command_line import WEIGHTS, Main, command, environment
 
 from opencola.checkpoints import hub
+from opencola.commands.evaluate import DTYPES
 from opencola.evaluation.benchmarks.results_writer import ResultsWriter
 from opencola.evaluation.benchmarks.tasks import TASKS, find_task, read_demonstrations, read_questions
 from opencola.models.cola.sampling import ColaSampling
@@ -61,13 +62,14 @@ def test_all_tasks(main: Main, place: Path) -> None:
     assert head["tasks"]["mmlu"] == {"file": "mmlu.jsonl", "records": 3}
     assert head["opencola"]["opencola"]
     model, tokenizer = hub.load(Path("runs/tiny"))
+    model.to(DTYPES[head["dtype"]])
     settings = ColaSampling(**{**head["settings"], "stop": tuple(head["settings"]["stop"])})
     for task in (find_task("mmlu"), find_task("squad")):
         demonstrations = read_demonstrations()[task.name]
         asked = read_questions(place / "data", task)[:3]
         for record, found in zip(asked, [r for r in records if r["task"] == task.name], strict=True):
             prompt = task.prompt(record, demonstrations)
-            pieces = generate_text(model.double(), tokenizer, [prompt], settings, [found["index"]])
+            pieces = generate_text(model, tokenizer, [prompt], settings, [found["index"]])
             text = "".join(piece.text for step in pieces for piece in step)
             verdict = task.grade(record, text)
             assert (found["id"], found["prompt"], found["generation"]) == (record.id, prompt, text)
@@ -107,13 +109,24 @@ def test_the_file_depends_neither_on_batches_nor_on_processes(main: Main, place:
     assert head["likelihood"]["settings"]["samples"] == 2
     model, tokenizer = hub.load(Path("runs/tiny"))
     settings = Scoring(solver="midpoint", steps=1, samples=2)
+    model.to(DTYPES[head["dtype"]])
     for record in records[:2]:
         pairs = [(record["prompt"], f" {option}") for option in record["options"]]
         prompts, options = ([tokenizer.encode(text) for text in texts] for texts in zip(*pairs, strict=True))
         ids = [record["index"]] * 3
-        sums = model.double().score(prompts, options, settings, pad_id=tokenizer.eos_id, ids=ids).total.tolist()
+        sums = model.score(prompts, options, settings, pad_id=tokenizer.eos_id, ids=ids).total.tolist()
         assert record["likelihood"]["sum"] == pytest.approx(sums, abs=1e-5)
         assert record["likelihood"]["choice_sum"] == sums.index(max(sums))
+
+
+def test_the_default_type_is_one_in_which_texts_do_not_depend_on_the_batch(
+    main: Main, place: Path, with_kernels: bool
+) -> None:
+    flags = ("evaluate", *QUICK, "--tasks", "last_word", "--limit", "2")
+    assert main(*flags, "--out", "a")[0] == 0
+    assert rows(place / "a")[0]["dtype"] == ("fp32" if with_kernels else "fp64")
+    assert main(*flags, "--out", "b", "--dtype", "bf16")[0] == 0
+    assert rows(place / "b")[0]["dtype"] == "bf16"
 
 
 def test_the_models_hash_is_of_weights_and_tokenizer(place: Path) -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 import opencola
-from opencola.kernels.choice import Operation, implemented_by, on_cuda
+from opencola.kernels import library
+from opencola.kernels.choice import Operation, implemented_by, invariant, is_invariant, on_cuda, packs
 from opencola.layers import cache, few_rows, operations, packed
 
 ROOT = Path(opencola.__file__).parent
@@ -85,7 +87,7 @@ def test_all_operations_are_known() -> None:
     blocks |= {"plain_norm", "residual_rms_norm", "linear_swiglu", "rotated_heads"}
     products = {"linear", "linear_cross_entropy", "product_of_stacks"}
     attentions = {"prefix_attention", "packed_attention", "block_causal_attention"}
-    assert {*OPERATIONS} == blocks | products | attentions | {"for_few_rows"}
+    assert {*OPERATIONS} == blocks | products | attentions | {"for_few_rows", "silu", "exact_gelu"}
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -138,3 +140,34 @@ def test_torch_compile_takes_the_function_in_torch_without_a_break() -> None:
     compiled = torch.compile(operations.modulated_norm, fullgraph=True, backend="eager")
     expected = operations.modulated_norm.reference(h, shift, shift, index, 1e-5)
     assert torch.equal(compiled(h, shift, shift, index, 1e-5), expected)
+
+
+@pytest.mark.usefixtures("need_kernels")
+def test_only_an_invariant_function_that_runs_has_packs() -> None:
+    @invariant
+    def inner() -> object:
+        return packs()
+
+    @invariant
+    def outer() -> tuple[object, object]:
+        return packs(), inner()
+
+    @invariant
+    def several(fail: bool = False) -> Iterator[object]:
+        yield packs()
+        yield inner()
+        if fail:
+            raise KeyError("gone")
+
+    mine, inner_most = outer()
+    assert mine == {} and inner_most is mine and inner() is not mine and packs() is None
+    first, second = several(), several(fail=True)
+    found = [next(first), next(second), next(first), next(second)]
+    assert found[0] is found[2] and found[1] is found[3] and found[0] is not found[1] and packs() is None
+    assert next(first, "over") == "over"
+    with pytest.raises(KeyError, match="gone"):
+        next(second)
+    assert packs() is None and (inner.__name__, several.__name__) == ("inner", "several")
+    assert is_invariant(torch.device("cpu")) and not is_invariant(torch.device("cuda"))
+    with library.switched_off():
+        assert not is_invariant(torch.device("cpu")) and inner() is None and next(several()) is None

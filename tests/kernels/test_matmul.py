@@ -13,7 +13,7 @@ from torch import Tensor
 
 from opencola.errors import UserError
 from opencola.kernels import bfloat16, elementwise, library, matmul
-from opencola.kernels.choice import Precision, products_in
+from opencola.kernels.choice import Precision, invariant, products_in
 from opencola.kernels.matmul import DIRECTIONS, IMPLEMENTATIONS, candidates
 from opencola.layers import operations
 
@@ -214,3 +214,32 @@ def test_large_activations_are_as_exact_as_small_ones() -> None:
     x = torch.cat((torch.linspace(-40, 40, 999), torch.tensor([-1e4, 1e4, torch.inf, -88.0])))
     right = torch.nn.functional.gelu(x.double(), approximate="tanh")
     torch.testing.assert_close(elementwise.gelu(x).double(), right, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.usefixtures("need_kernels")
+def test_in_invariant_functions_sums_have_one_order_and_parameters_are_packed_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    packed: list[Tensor] = []
+    pack = matmul.rows.pack
+    monkeypatch.setattr(matmul.rows, "pack", lambda weight: packed.append(weight) or pack(weight))
+    weight, other = torch.nn.Parameter(torch.randn(40, 70)), torch.randn(40, 70)
+    x, dy = torch.randn(2, 30, 70, requires_grad=True), torch.randn(2, 30, 40)
+
+    @invariant
+    def run(rows: slice) -> tuple[Tensor, ...]:
+        out = operations.linear(x[:, rows], weight)
+        with torch.no_grad():
+            assert torch.equal(operations.linear(x[:, rows], weight), out)
+        (dx,) = torch.autograd.grad(out, x, dy[:, rows])
+        return out.detach(), dx[:, rows], operations.linear(x[:, rows], other).detach()
+
+    whole = run(slice(0, 30))
+    assert len(packed) == 2 and packed[0] is weight and packed[1]._base is weight
+    for value, exact in zip(whole, (x @ weight.T, dy @ weight, x @ other.T), strict=True):
+        torch.testing.assert_close(value, exact.detach(), rtol=0, atol=3e-5)
+    monkeypatch.setattr(matmul, "PACKED_BYTES", weight.nbytes - 1)
+    for few in (1, 2, 5, 9, 17):
+        for value, right in zip(run(slice(30 - few, 30)), whole, strict=True):
+            assert torch.equal(value, right[:, 30 - few :])
+    assert len(packed) == 2

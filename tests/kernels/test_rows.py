@@ -22,8 +22,11 @@ def test_products_of_any_shape(rows: int, columns: int, depth: int) -> None:
     packed, scale = pack(weight), depth**0.5
     out = product(x, packed, bias, columns, index)
     torch.testing.assert_close(out.double(), exact(x, weight, bias), rtol=0, atol=4e-6 * scale)
-    alone = torch.cat([product(row[None], packed, bias, columns, index) for row in x[-3:]])
-    assert torch.equal(out[-3:], alone)  # however many rows there are
+    for few in range(1, min(rows, 9) + 1):  # however many rows there are
+        assert torch.equal(product(x[-few:], packed, bias, columns, index), out[-few:])
+    for strided in (weight, weight.T.contiguous().T, torch.cat((weight, weight), dim=1)[:, :depth]):
+        assert torch.equal(product(x, strided, bias, columns, index), out)
+        assert torch.equal(pack(strided), packed)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -47,9 +50,12 @@ def test_what_is_done_beside_products(rows: int, columns: int, depth: int, times
     torch.testing.assert_close(hidden.double(), expected, rtol=0, atol=3e-5)
 
 
+@pytest.mark.parametrize("few", [False, True])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize(("rows", "keys", "width"), [(16, 40, 64), (5, 9, 48), (35, 77, 16), (1, 1, 16)])
-def test_attention_to_prefixes(rows: int, keys: int, width: int, kv_heads: int) -> None:
+@pytest.mark.parametrize(
+    ("rows", "keys", "width"), [(16, 40, 64), (5, 9, 48), (35, 77, 16), (1, 1, 16), (18, 21, 7), (3, 50, 90)]
+)
+def test_attention_to_prefixes(rows: int, keys: int, width: int, kv_heads: int, few: bool) -> None:
     q, k, v = (
         torch.randn(3, rows, 4, width),
         torch.randn(3, keys, kv_heads, width),
@@ -60,7 +66,19 @@ def test_attention_to_prefixes(rows: int, keys: int, width: int, kv_heads: int) 
     limits = torch.randint(1, keys + 1, (3, rows))
     k[0, int(limits[0].max()) :] = torch.nan  # nobody reads these
     out = torch.empty(3, rows, 4, width)
-    prefix_attention(q, k, v, limits, out)
+    prefix_attention(q, k, v, limits, out, few)
+    one = torch.empty(1, 1, 4, width)
+    for sample, row in ((0, 0), (2, rows - 1)):  # depends on what it sees alone
+        seen = int(limits[sample, row])
+        prefix_attention(
+            q[sample : sample + 1, row : row + 1],
+            k[sample : sample + 1, :seen],
+            v[sample : sample + 1, :seen],
+            limits[sample : sample + 1, row : row + 1],
+            one,
+            few,
+        )
+        assert torch.equal(one[0, 0], out[sample, row])
     mask = torch.arange(keys) < limits[:, None, :, None]
     q, k, v = (x.double().transpose(1, 2).nan_to_num() for x in (q, k, v))
     k, v = (x.repeat_interleave(4 // kv_heads, dim=1) for x in (k, v))
@@ -68,13 +86,14 @@ def test_attention_to_prefixes(rows: int, keys: int, width: int, kv_heads: int) 
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=3e-6)
 
 
-def test_attention_is_the_same_with_two_threads() -> None:
+@pytest.mark.parametrize("few", [False, True])
+def test_attention_is_the_same_with_two_threads(few: bool) -> None:
     q, k, v, limits = torch.randn(2, 20, 3, 16), *torch.randn(2, 2, 20, 3, 16), torch.full((2, 20), 20)
     one, two = torch.empty_like(q), torch.empty_like(q)
-    prefix_attention(q, k, v, limits, one)
+    prefix_attention(q, k, v, limits, one, few)
     torch.set_num_threads(2)
     try:
-        prefix_attention(q, k, v, limits, two)
+        prefix_attention(q, k, v, limits, two, few)
     finally:
         torch.set_num_threads(1)
     assert torch.equal(one, two)
@@ -108,19 +127,21 @@ def test_numbers_may_lie_at_any_address_and_be_denormal() -> None:
     torch.testing.assert_close(outs[0], torch.full_like(q, 2.0**-140), rtol=0, atol=20 * 2.0**-149)
 
 
-def test_scores_may_be_large() -> None:
+@pytest.mark.parametrize("few", [False, True])
+def test_scores_may_be_large(few: bool) -> None:
     q, k, v = torch.full((1, 8, 1, 16), 60.0), torch.randn(1, 6, 1, 16) * 60, torch.randn(1, 6, 1, 16)
     out = torch.empty(1, 8, 1, 16)
-    prefix_attention(q, k, v, torch.full((1, 8), 6), out)
+    prefix_attention(q, k, v, torch.full((1, 8), 6), out, few)
     best = k[0, :, 0].sum(-1).argmax()
     torch.testing.assert_close(out[0, :, 0], v[0, best, 0].expand(8, 16))
 
 
-def test_what_is_not_a_number_stays_none() -> None:
+@pytest.mark.parametrize("few", [False, True])
+def test_what_is_not_a_number_stays_none(few: bool) -> None:
     q, k, v = torch.randn(3, 1, 3, 1, 16)
     q[0, 1, 0, 5] = torch.nan
     out = torch.empty(1, 3, 1, 16)
-    prefix_attention(q, k, v, torch.full((1, 3), 3), out)
+    prefix_attention(q, k, v, torch.full((1, 3), 3), out, few)
     assert out[0, 1].isnan().all() and out[0, [0, 2]].isfinite().all()
     x = torch.tensor([torch.nan, torch.inf, -1e9, 1e30]).view(4, 1)
     found = product(x, pack(torch.ones(1, 1)), None, 1, torch.zeros(4, dtype=torch.long), gelu=True)[:, 0]

@@ -5,14 +5,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from opencola.kernels import elementwise
-from opencola.kernels.choice import Operation
+from opencola.kernels.choice import Operation, invariant
 from opencola.layers import operations
 from opencola.layers.attention import rotary, turns
 from opencola.layers.operations import (
     Linear,
+    exact_gelu,
     gated,
     gated_norm,
     linear_gelu,
@@ -21,6 +23,7 @@ from opencola.layers.operations import (
     plain_norm,
     residual_rms_norm,
     rotated_heads,
+    silu,
     split_heads,
 )
 
@@ -199,6 +202,20 @@ def test_what_is_not_finite_is_so_where_torch_has_it(name: str, odd: float) -> N
         assert name.startswith(("linear", "gated")) or torch.equal(value.isnan(), right.isnan())
 
 
+ACTIVATIONS = ((exact_gelu, F.gelu), (silu, F.silu))
+
+
+@pytest.mark.parametrize(("operation", "plain"), ACTIVATIONS)
+def test_activations_do_not_depend_on_the_place_of_a_number(operation: Any, plain: Callable[..., Tensor]) -> None:
+    x = torch.cat((3 * torch.randn(1000), torch.tensor([0.0, -0.0, 100.0, -100.0, 1e30, -1e30])))
+    whole = invariant(operation)(x)
+    torch.testing.assert_close(whole.double(), plain(x.double()), rtol=1e-6, atol=1e-6)
+    assert torch.equal(operation(x), plain(x))
+    for size in (1, 5, 16, 31):
+        for first in (0, 3, 400):
+            assert torch.equal(invariant(operation)(x[first : first + size]), whole[first : first + size])
+
+
 def test_denormal_numbers_are_numbers() -> None:
     x = torch.tensor([1e-39, -3e-40, 1e-44, 0.0]).repeat(5)
     torch.testing.assert_close(elementwise.gelu(x), x / 2, rtol=0, atol=1e-45)
@@ -209,4 +226,6 @@ def test_denormal_numbers_are_numbers() -> None:
 def test_every_operation_has_a_case() -> None:
     known = {case[0].__name__ for case in cases(1, 1, 2, 1).values()}
     of_its_own = {"linear", "product_of_stacks", "linear_cross_entropy"}  # tests/kernels/test_{matmul,vocabulary}.py
-    assert known | of_its_own == {name for name, value in vars(operations).items() if isinstance(value, Operation)}
+    of_parts = {operation.__name__ for operation, _ in ACTIVATIONS}
+    every = {name for name, value in vars(operations).items() if isinstance(value, Operation)}
+    assert known | of_its_own | of_parts == every

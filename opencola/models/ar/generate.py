@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from opencola.kernels.choice import invariant
 from opencola.layers import randomness
 from opencola.layers.cache import KVCache
 from opencola.models.ar.network import ARNetwork, whole_steps
@@ -14,6 +15,7 @@ from opencola.models.sampling import choose, penalise
 from opencola.models.stopping import OwnStop, StopRule, TokenBlock
 
 
+@invariant
 @torch.inference_mode()
 def generate(
     model: ARNetwork,

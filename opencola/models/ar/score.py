@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from opencola.kernels.choice import invariant
 from opencola.models.ar.network import ARNetwork, whole_steps
 from opencola.models.inputs import checked_texts
 from opencola.models.language_model import Score
@@ -32,6 +33,7 @@ class ARScoring:
         return self.rows
 
 
+@invariant
 @torch.no_grad()
 def score(
     model: ARNetwork,

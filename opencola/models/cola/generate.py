@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from opencola.flow.dit import BlockCausalDiT
+from opencola.kernels.choice import invariant
 from opencola.layers import randomness
 from opencola.layers.few_rows import prepacked
 from opencola.models.cola.caches import Caches, prefill
@@ -26,6 +27,7 @@ from opencola.vae.text_vae import TextVAE
 Watch = Callable[[int, float, Tensor], None]
 
 
+@invariant
 @torch.inference_mode()
 def generate(
     model: ColaParts,

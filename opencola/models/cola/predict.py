@@ -8,12 +8,14 @@ from collections.abc import Sequence
 import torch
 
 from opencola.errors import UserError
+from opencola.kernels.choice import invariant
 from opencola.layers.cache import ROUND
 from opencola.models.cola.parts import ColaParts
 from opencola.models.inputs import checked_texts
 from opencola.models.language_model import Score
 
 
+@invariant
 @torch.no_grad()
 def trunk_score(
     model: ColaParts, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], rows: int

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from opencola.errors import UserError
 from opencola.flow.likelihood import Density, Likelihood, draw_groups, draw_probes, log_density
+from opencola.kernels.choice import invariant
 from opencola.models.cola.importance import Estimator, Evaluation, Terms
 from opencola.models.cola.parts import ColaParts
 from opencola.models.cola.predict import trunk_score
@@ -120,6 +121,7 @@ def text_terms(
     return results
 
 
+@invariant
 def evaluate(
     model: ColaParts,
     prompts: Sequence[Sequence[int]],

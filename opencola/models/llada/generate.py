@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from opencola.kernels.choice import invariant
 from opencola.layers import randomness
 from opencola.models.finite import check_logits
 from opencola.models.inputs import checked_prompts, sample_ids
@@ -51,6 +52,7 @@ class Canvas:
         return Canvas(self.tokens[place], self.prompts[place], self.lengths[place], known)
 
 
+@invariant
 @torch.inference_mode()
 def generate(
     model: LLaDANetwork,

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from opencola.data.batch import Batch, divisor
 from opencola.layers import randomness
-from opencola.layers.masks import same_document
 from opencola.models.language_model import Loss
 from opencola.models.llada import generate as generation
 from opencola.models.llada import score as scoring
@@ -28,11 +27,9 @@ class LLaDA(LLaDANetwork):
 
         Tokens that are not scored are never masked, as prompts in section 2.3. metrics: the predictor's accuracy.
         """
-        tokens, seen = batch.tokens, None
+        tokens = batch.tokens
         t, hidden = draw_mask(batch)
-        if batch.documents is not None:
-            seen = same_document(batch.documents)
-        h = self.features(tokens.masked_fill(hidden, self.mask_id), seen)
+        h = self.features(tokens.masked_fill(hidden, self.mask_id), batch.documents)
         cross_entropy, best = self.head.cross_entropy(h, tokens)
         losses = weighted_losses(cross_entropy, hidden, t)
         counts = batch.counts or self.counts(batch)

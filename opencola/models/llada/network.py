@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from opencola.layers.attention import masked
 from opencola.layers.llama import Llama, LlamaConfig
 from opencola.layers.operations import Linear
+from opencola.layers.packed import block_causal
 from opencola.layers.transformer import initialise
 from opencola.ranges import Count, check
 
@@ -49,18 +49,19 @@ class LLaDANetwork(nn.Module):
         """Input id of [MASK], the embedding's extra row."""
         return self.config.vocab_size
 
-    def forward(self, tokens: Tensor, seen: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
         """Logits (B, R, V) of the token at every place of tokens (B, R), some of them [MASK].
 
-        seen: bool, broadcastable to (B, 1, R, R), true where a row sees another; all see all when not given.
+        documents (B, R) int64: each token's, beyond which it sees nothing; all see all when not given.
         """
-        logits: Tensor = self.head(self.features(tokens, seen))
+        logits: Tensor = self.head(self.features(tokens, documents))
         return logits
 
-    def features(self, tokens: Tensor, seen: Tensor | None = None) -> Tensor:
+    def features(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
         """What the head makes logits of: (B, R, D); arguments as of a call."""
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
-        return self.trunk(self.embedding(tokens), positions, masked(seen))
+        rows = tokens.shape[1]
+        positions = torch.arange(rows, device=tokens.device)
+        return self.trunk(self.embedding(tokens), positions, block_causal(rows, rows, documents))
 
     def within(self, lengths: Tensor) -> Callable[[Tensor], Tensor]:
         """The predictor of texts padded at their ends: of each only the first lengths (B,) are seen.
@@ -68,9 +69,13 @@ class LLaDANetwork(nn.Module):
         It takes tokens (B, R), or several such batches one after another, and gives logits (B, R, V).
         """
 
+        shortest = int(lengths.min())
+
         def predict(tokens: Tensor) -> Tensor:
+            if shortest == tokens.shape[1]:
+                return self(tokens)
             places = torch.arange(tokens.shape[1], device=tokens.device)
-            seen = places < lengths.repeat(len(tokens) // len(lengths))[:, None]
-            return self(tokens, seen[:, None, None, :])
+            behind = places >= lengths.repeat(len(tokens) // len(lengths))[:, None]
+            return self(tokens, behind.long())
 
         return predict

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from opencola.kernels.choice import invariant
 from opencola.layers import randomness
 from opencola.models.bounds import BoundScoring
 from opencola.models.inputs import checked_texts, sample_ids
@@ -37,6 +38,7 @@ def draw_hidden(length: int, seed: int, *keys: int) -> Tensor:
     return hidden
 
 
+@invariant
 @torch.no_grad()
 def score(
     model: LLaDANetwork,
@@ -74,8 +76,8 @@ def score(
         bound = masked_bound(predict, tokens.to(device), hidden.to(device), scored, model.mask_id)
         bounds[[place for place, _ in batch], [sample for _, sample in batch]] = bound.cpu()
     return Score(
-        bounds.mean(1),
-        bounds.std(1) / samples**0.5 if samples > 1 else bounds.new_full((len(texts),), torch.nan),
+        torch.stack([draws.mean() for draws in bounds]),  # of each alone: of all, its sum would depend on how many
+        torch.stack([draws.std() / samples**0.5 for draws in bounds]) if samples > 1 else bounds[:, 0] * torch.nan,
         torch.tensor([len(continuation) for continuation in continuations]),
         "bound",
         f"random masking, K = {samples}",

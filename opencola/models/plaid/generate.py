@@ -5,16 +5,17 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from opencola.kernels.choice import invariant
 from opencola.layers import randomness
-from opencola.layers.attention import masked
 from opencola.models.finite import check_logits, check_states
 from opencola.models.inputs import checked_prompts, sample_ids
-from opencola.models.plaid.network import PlaidNetwork
+from opencola.models.plaid.network import PlaidNetwork, pattern
 from opencola.models.plaid.sampling import PlaidSampling
 from opencola.models.sampling import choose, penalise
 from opencola.models.stopping import OwnStop, StopRule, TokenBlock
 
 
+@invariant
 @torch.no_grad()
 def generate(
     model: PlaidNetwork,
@@ -103,8 +104,8 @@ def guided(model: PlaidNetwork, z: Tensor, shape: Tensor, first: Tensor, known: 
     guide = weight != 0 and length > 0
     with torch.set_grad_enabled(guide):
         z = z.detach().requires_grad_(guide)
-        logits = model.logits(z, shape.expand(len(z)), first, masked(None))
-        estimate = logits.softmax(-1) @ model.embeddings()
+        logits = model.logits(z, shape[None], first, pattern(z.shape[1]))  # one time for all, computed once
+        estimate = model.mean_embedding(logits)
         if not guide:
             return estimate
         chosen = logits[:, :length].log_softmax(-1).gather(-1, known[..., None])

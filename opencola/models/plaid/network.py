@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opencola.layers.attention import Attend, masked
+from opencola.kernels.choice import products_in
+from opencola.layers.attention import Attend
 from opencola.layers.llama import Llama, LlamaConfig
-from opencola.layers.masks import same_document
-from opencola.layers.operations import Linear
+from opencola.layers.operations import Linear, linear
+from opencola.layers.packed import block_causal
 from opencola.layers.transformer import TimeEmbedding, initialise
 from opencola.ranges import LARGEST, Count, Range, Share, check
 
@@ -87,9 +88,9 @@ def output_prior(z: Tensor, embeddings: Tensor, gamma: Tensor) -> Tensor:
 
     embeddings (V, E) of one common length, so that of -|z - alpha x|² / (2 sigma²) only alpha z x / sigma² differs.
     """
-    with torch.autocast(z.device.type, enabled=False):  # differences of large numbers
-        scale = torch.sigmoid(-gamma).sqrt() / torch.sigmoid(gamma)
-        return scale[:, None, None] * (z @ embeddings.T)
+    scale = torch.sigmoid(-gamma).sqrt() / torch.sigmoid(gamma)
+    with torch.autocast(z.device.type, enabled=False), products_in("float32"):  # differences of large numbers
+        return scale[:, None, None] * linear(z, embeddings)
 
 
 def prior_kl(x: Tensor, gamma: Tensor) -> Tensor:
@@ -104,9 +105,9 @@ def diffusion_integrand(x: Tensor, estimate: Tensor, gamma: Tensor, slope: Tenso
     return weight[:, None] * (x - estimate).square().sum(-1)
 
 
-def pattern(documents: Tensor | None) -> Attend:
+def pattern(rows: int, documents: Tensor | None = None) -> Attend:
     """Every row sees every row, or every row of its own document (documents (B, L))."""
-    return masked(None if documents is None else same_document(documents))
+    return block_causal(rows, rows, documents)
 
 
 class PlaidNetwork(nn.Module):
@@ -149,9 +150,12 @@ class PlaidNetwork(nn.Module):
 
     def estimate(self, z: Tensor, shape: Tensor, first: Tensor, attend: Attend) -> Tensor:
         """Estimate of x (B, L, E): the mean embedding under the logits (categorical reparameterisation, §3.2)."""
-        logits = self.logits(z, shape, first, attend)
-        with torch.autocast(z.device.type, enabled=False):
-            return logits.softmax(-1) @ self.embeddings()
+        return self.mean_embedding(self.logits(z, shape, first, attend))
+
+    def mean_embedding(self, logits: Tensor) -> Tensor:
+        """Of the tokens under logits (B, L, V): (B, L, E)."""
+        with torch.autocast(logits.device.type, enabled=False), products_in("float32"):
+            return linear(logits.softmax(-1), self.embeddings().T)
 
     def decoder(self, z: Tensor) -> Tensor:
         """log p(x | z_0) of every token: (B, L, V) of z_0 (B, L, E)."""
@@ -187,10 +191,10 @@ class PlaidNetwork(nn.Module):
         if self.config.self_conditioning and conditioned:
             rows = torch.tensor(conditioned, device=z.device)
             with torch.no_grad():
-                attend = pattern(None if documents is None else documents[rows])
+                attend = pattern(tokens.shape[1], None if documents is None else documents[rows])
                 estimated = self.estimate(z[rows], shape[rows], first[rows], attend)
                 first[rows] = torch.where(scored[rows, :, None], estimated, x[rows])
-        estimate = self.estimate(z, shape, first, pattern(documents))
+        estimate = self.estimate(z, shape, first, pattern(tokens.shape[1], documents))
         slope = slope * self.schedule.log_span.exp()
         diffusion = scored * diffusion_integrand(x, estimate, gamma, slope)
         # The bound does not depend on the shape, only how much this estimate x of it varies with t. Its square, which

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from opencola.kernels.choice import invariant
 from opencola.layers import randomness
 from opencola.models.bounds import BoundScoring
 from opencola.models.inputs import checked_texts, sample_ids
@@ -12,6 +13,7 @@ from opencola.models.language_model import Score
 from opencola.models.plaid.network import PlaidNetwork
 
 
+@invariant
 @torch.no_grad()
 def score(
     model: PlaidNetwork,
