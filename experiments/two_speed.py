@@ -45,20 +45,19 @@ from opencola.text.lines import read_objects, write_objects
 from opencola.text.tokenizer import Tokenizer
 
 RATES = {"learning_rate": 1.2e-3, "muon_learning_rate": 0.01}
-TWO_SPEEDS: dict[str, dict[str, Any]] = {"dit": {"num_layers": 6, "trunk_layers": 4}, "prior": {"lambda_ar": 1.0}}
+TRUNK, PRIOR = {"num_layers": 6, "trunk_layers": 4}, {"lambda_ar": 1.0}
 # By name: the family, what is trained otherwise than in `matched`, by the fields of the model, and peak rates.
 MODELS: dict[str, tuple[matched.Family, dict[str, dict[str, Any]], dict[str, float]]] = {
     "ar": ("ar", {}, {}),
     "one-speed": ("cola", {}, {}),
     "one-speed-low-rates": ("cola", {}, RATES),
-    "two-speed-1": ("cola", TWO_SPEEDS, RATES),
     **{
         f"two-speed-{size}": (
             "cola",
-            {"dit": {**TWO_SPEEDS["dit"], "block_size": size}, "prior": {**TWO_SPEEDS["prior"], "noisy_copies": 4}},
+            {"vae": {"decoder_layers": 1}, "dit": {**TRUNK, "block_size": size}, "prior": PRIOR},
             RATES,
         )
-        for size in (4, 8)
+        for size in (1, 4, 8)
     },
 }
 FREE: list[dict[str, Any]] = [
@@ -72,7 +71,9 @@ CHECKED: list[dict[str, Any]] = [
     {"candidates": 4, "rank": "trunk"},
     {"verify": "greedy", "solver": "euler", "steps": 1, "guidance": 1.0},
     {"verify": "lossless", "temperature": 1.0, "solver": "euler", "steps": 1, "guidance": 1.0},
-    {"verify": "typical", "solver": "euler", "steps": 2, "guidance": 1.0},
+    {"verify": "typical", "solver": "euler", "steps": 1, "guidance": 1.0},
+    {"verify": "typical", "steps": 2},
+    {"verify": "typical", "steps": 4},
 ]
 # By the beginning of a model's name: how it writes, beside its own settings.
 WAYS = {"ar": [{"temperature": 0.0}, {"temperature": 1.0}], "one-speed": FREE, "two-speed": FREE + CHECKED}
@@ -120,11 +121,13 @@ def derive(name: str, options: Matched, tokenizer: Tokenizer) -> matched.Stages:
     tokenizer.save(options.out)
     family, fields, rates = MODELS[name]
     plan = matched.sketch(family, options)
+    if "vae" in fields:
+        plan["model"]["vae"] |= fields["vae"]
     for stage in plan.get("stages", {}).values():
         if stage["family"] == "cola":
             model = deepcopy(stage["model"])
-            for part, values in fields.items():
-                model[part] |= values
+            for part in model.keys() & fields.keys():
+                model[part] |= fields[part]
             stage["model"] = model
     plan["train"] |= rates
     shares: Mapping[str, float] = matched.SHARES if family == "cola" else {family: 1.0}

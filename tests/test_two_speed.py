@@ -82,7 +82,7 @@ def test_the_whole_experiment_runs_and_goes_on(tmp_path: Path, monkeypatch: pyte
     file = tmp_path / "66" / "two-speed-4" / "measures.jsonl"
     rows = [row for _, row in read_objects(file)]
     assert [row["way"] for row in rows] == [{}, {"verify": "greedy", "steps": 1}]
-    assert rows[0]["serial_layers_per_token"] == (4 + 2 * 8 + 2) / 4 and rows[0]["bits_per_token"] > 1
+    assert rows[0]["serial_layers_per_token"] == (4 + 2 * 8 + 1) / 4 and rows[0]["bits_per_token"] > 1
     table = (tmp_path / "two-speed.md").read_text(encoding="utf-8")
     assert "| two-speed-4, verify greedy, steps 1 | 1 |" in table and (tmp_path / "two-speed.svg").is_file()
     before = file.read_bytes()

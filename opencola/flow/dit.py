@@ -234,7 +234,7 @@ class BlockCausalDiT(nn.Module):
         start = rows.start + place - place % size
         context = F.pad(read, (0, 0, 1, 0))[:, start]
         if documents is not None:
-            same = documents[:, start] == documents[:, (start - 1).clamp(min=0)]
+            same = documents[:, rows.start : rows.stop] == documents[:, (start - 1).clamp(min=0)]
             context = context * same[..., None]
         return context if history is None else context * history[:, None, None]
 

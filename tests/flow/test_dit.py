@@ -131,6 +131,28 @@ def test_packed_blocks_do_not_see_the_future(block: int, trunk_layers: int) -> N
     assert changed_blocks(z_0, z_t, other) == [[False] * 3, [number == block for number in range(3)]]
 
 
+@pytest.mark.parametrize("first", range(4))
+@torch.no_grad()
+def test_behind_a_trunk_documents_do_not_see_each_other_wherever_blocks_begin(first: int) -> None:
+    dit, (z_0, _, _) = tiny_dit(trunk_layers=1), inputs()
+    number = (N - first) // S * S
+    z_0, z_t = z_0[:, : first + number], torch.randn(B, 1, number, D).double()
+    documents = (torch.arange(first + number) >= 5).long().expand(B, -1)
+    t, later = torch.full((B, 1, 1), 0.4).double(), torch.arange(first, first + number) >= 5
+    other = z_0.clone()
+    other[:, :5] += 1
+    before, after = (dit.packed(z, z_t, t, documents=documents, first=first)[:, 0] for z in (z_0, other))
+    assert torch.equal(before[:, later], after[:, later])
+    assert (before[:, 4 - first] != after[:, 4 - first]).any() or first == 2  # its block begins the text
+    alone = (
+        dit.packed(z_0[:, 5:], z_t[:, :, 5 - first :][:, :, : S * ((number + first - 5) // S)], t[:, :, :1])
+        if first == 1
+        else None
+    )
+    if alone is not None:  # the second document begins with a block
+        torch.testing.assert_close(before[:, later], alone[:, 0], rtol=0, atol=1e-11)
+
+
 def commit(dit: BlockCausalDiT, cache: KVCache, z: Tensor) -> KVCache:
     read(dit, cache, z, 0.0)
     return cache.append(z.shape[1])
