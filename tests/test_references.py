@@ -211,7 +211,7 @@ DEAD = [
     ("opencola/x.py", '"""Noise (model.md §19)."""', "model.md has no §19"),
     ("opencola/x.py", '"""Names (official-format §2, §2.7)."""', "official-format.md has no §2.7"),
     ("opencola/x.py", '"""Names (official-format §§1.1-1.9)."""', "official-format.md has no §1.9"),
-    ("opencola/x.c", "/* as in model.md\n * §8 */", "model.md has no §8"),
+    ("opencola/x.c", "/* as in model.md\n * §9 */", "model.md has no §9"),
     ("opencola/x.py", "# repainting (model.md §5, item 9)", "model.md §5 has no item 9"),
     ("opencola/x.py", "# pads leak (official-format §5, Q77)", "official-format.md has no Q77"),
     ("opencola/x.py", '"""See `opencola.models.nowhere`."""', "there is no opencola.models.nowhere"),

@@ -55,8 +55,9 @@ def dense_packed(device: torch.device) -> Callable[..., Attend]:
         copies: int,
         history: Tensor | None = None,
         documents: Tensor | None = None,
+        first: int = 0,
     ) -> Attend:
-        rows = PackedRows(num_clean, num_latents, block_size, copies, history=history, documents=documents)
+        rows = PackedRows(num_clean, num_latents, block_size, copies, first, history, documents)
         row, sample = torch.arange(rows.num_rows, device=device), torch.arange(rows.samples or 1, device=device)
         mask = rows.visible(sample[:, None, None], row[:, None], row).expand(len(sample), -1, -1)[:, None]
         return lambda layer, q, k, v: attention(q, k, v, mask[..., -q.shape[1] :, :])

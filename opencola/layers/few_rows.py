@@ -26,10 +26,17 @@ def prepacked(model: Model, blocks: str, rows: int) -> Model:
     fit = all(weight.is_cpu and weight.dtype == torch.float32 for weight in weights)
     if not fit or sum(w.nbytes for w in weights) >= PACKED_BYTES:
         return model
-    copied = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
-    for name, block in copied.get_submodule(blocks).named_children():
-        copied.set_submodule(f"{blocks}.{name}", for_few_rows(cast(AdaptiveBlock, block), _weights(block), rows))
+    copied, old = _shell(model), model.get_submodule(blocks).children()
+    packed = (for_few_rows(cast(AdaptiveBlock, _shell(block)), _weights(block), rows) for block in old)
+    copied.set_submodule(blocks, nn.ModuleList(packed))
     return copied
+
+
+def _shell(module: Model) -> Model:
+    """The module itself anew, of the same parts, which may then be exchanged. (A deep copy takes as long as a text.)"""
+    shell = copy.copy(module)
+    shell._modules = dict(module._modules)
+    return shell
 
 
 def _layers(block: nn.Module) -> dict[str, Linear]:

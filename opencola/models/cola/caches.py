@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from opencola.flow.dit import BlockCausalDiT, Modulation
-from opencola.layers.cache import ROUND, KVCache
+from opencola.layers.cache import FEW, KVCache
 from opencola.models.cola.prompts import Prompts
 from opencola.models.cola.sampling import ColaSampling
 from opencola.vae.text_vae import TextVAE
@@ -77,7 +77,7 @@ def prefill(
 ) -> Caches:
     """Caches that hold the whole prompt blocks, with room for what will be written; modulation: of time 0."""
     size, patch, batch = dit.config.block_size, vae.config.patch_size, len(prompts.latents)
-    longest = -(-int(prompts.history.max()) // ROUND) * ROUND  # so that no sum depends on the batch
+    longest = -(-int(prompts.history.max()) // FEW) * FEW  # so that no sum depends on the batch
     room = longest + size * (2 + (sampling.max_new_tokens + size * patch - 1) // (size * patch))
     dit_cache, decoder = dit.empty_cache(batch, room), vae.empty_cache(batch, room, "decoder")
     reads = (sampling.candidates > 1 and sampling.rank == "round_trip") or sampling.verify != "off"

@@ -144,7 +144,7 @@ def denoise(
 
     def branches(state: Tensor, t: float, number: int) -> Tensor:
         modulation, before = clock(t, 1 if alike else None), contexts[:number]
-        given = torch.cat(before)[:, None] if before else None
+        given = torch.cat(before)[:, None].expand(-1, size, -1) if before else None  # as many rows as the others
         return dit(state.repeat(number, 1, 1), modulation, *pattern(number), context=given)
 
     def both(state: Tensor, t: float) -> tuple[Tensor, Tensor]:

@@ -157,7 +157,15 @@ class Cola(ColaParts):
 
         def velocity(dit: BlockCausalDiT, z_t: Tensor, t: Tensor, history: Tensor | None) -> Tensor:
             return dit.packed(
-                z_0[:, 0], z_t, t, pinned, history, documents, prior.recompute, first=rows.start, read=read
+                z_0[:, 0],
+                z_t,
+                t,
+                pinned,
+                history,
+                documents=documents,
+                recompute=prior.recompute,
+                first=rows.start,
+                read=read,
             )
 
         if self.teacher is None:
