@@ -12,12 +12,10 @@ from opencola.models.cola.sampling import ColaSampling
 from opencola.text.lines import read_objects
 
 
-def test_a_model_is_as_told_and_costs_its_budget(tmp_path: Path) -> None:
+def test_a_model_is_trained_as_told(tmp_path: Path) -> None:
     options, (_, fields, rates) = Options(tmp_path, "tiny", flops=3e9), two_speed.MODELS["two-speed-8"]
     tokenizer = matched.shared_tokenizer(options)
     stages = two_speed.derive("two-speed-8", options, tokenizer)
-    spent = sum(recipe.train.steps * matched.step_flops(stage, recipe, tokenizer) for stage, recipe in stages)
-    assert spent == pytest.approx(3e9, rel=0.03)
     (_, vae), (_, prior), (_, joint) = stages
     assert fields["dit"]["block_size"] == 8
     for part, values in fields.items():
