@@ -13,7 +13,14 @@ from experiments.matched import FAMILIES, Options, Stages, num_parameters, step_
 from opencola.checkpoints.hub import load
 from opencola.checkpoints.settings import load_sampling
 from opencola.evaluation.statistics import bits_per_token
-from opencola.evaluation.writing import continuation_shares, held_out, last_word_scores, write_stories
+from opencola.evaluation.writing import (
+    Continuation,
+    LastWord,
+    continuation_shares,
+    held_out,
+    last_word_scores,
+    write_stories,
+)
 from opencola.models.ar.score import ARScoring
 from opencola.models.bounds import BoundScoring
 from opencola.models.build import WholeModel
@@ -95,6 +102,11 @@ def training(folder: Path, stages: Stages, tokenizer: Tokenizer) -> dict[str, An
 def stories_of(model: WholeModel, tokenizer: Tokenizer, sampling: Sampling, stories: Sequence[Story]) -> dict[str, Any]:
     """The story world's verdicts, shares with their 95 % intervals."""
     continuations, last_words, _ = write_stories(model, tokenizer, sampling, stories)
+    return verdicts(continuations, last_words)
+
+
+def verdicts(continuations: Sequence[Continuation], last_words: Sequence[LastWord]) -> dict[str, Any]:
+    """The world's, shares with their 95 % intervals."""
     shares = continuation_shares(continuations)
     chosen = {name: shares[name] for name in ("legal_sentences", "consistent_stories", "distinct_continuations")}
     chosen["last_word_accuracy"] = last_word_scores(last_words)[0]

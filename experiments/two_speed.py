@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,12 +24,12 @@ import torch
 
 from experiments import matched
 from experiments.matched import Options as Matched
-from experiments.matched_results import percent
+from experiments.matched_results import percent, verdicts
 from opencola.checkpoints.hub import load
 from opencola.checkpoints.settings import load_sampling
 from opencola.evaluation.quality.measures import variety
 from opencola.evaluation.statistics import bits_per_token, share
-from opencola.evaluation.writing import PROMPT_SENTENCES, continuation_shares, held_out, last_word_scores, write_stories
+from opencola.evaluation.writing import PROMPT_SENTENCES, held_out, write_stories
 from opencola.layers.few_rows import FewRowsBlock
 from opencola.layers.llama import LlamaBlock
 from opencola.layers.transformer import AdaptiveBlock, Block
@@ -121,14 +120,9 @@ def derive(name: str, options: Matched, tokenizer: Tokenizer) -> matched.Stages:
     tokenizer.save(options.out)
     family, fields, rates = MODELS[name]
     plan = matched.sketch(family, options)
-    if "vae" in fields:
-        plan["model"]["vae"] |= fields["vae"]
-    for stage in plan.get("stages", {}).values():
-        if stage["family"] == "cola":
-            model = deepcopy(stage["model"])
-            for part in model.keys() & fields.keys():
-                model[part] |= fields[part]
-            stage["model"] = model
+    for model in (plan["model"], *(stage.get("model", {}) for stage in plan.get("stages", {}).values())):
+        for part in model.keys() & fields.keys():
+            model[part] |= fields[part]
     plan["train"] |= rates
     shares: Mapping[str, float] = matched.SHARES if family == "cola" else {family: 1.0}
     return matched.settle(plan, options.out / "recipes" / f"{family}.yaml", shares, options, tokenizer)
@@ -155,12 +149,9 @@ def texts_of(model: WholeModel, tokenizer: Tokenizer, sampling: Sampling, number
     """The world's verdicts on continued held-out stories, shares with intervals; and how varied they are, beside the
     held-out texts."""
     continuations, last_words, _ = write_stories(model, tokenizer, sampling, held_out(number))
-    shares = continuation_shares(continuations)
-    chosen = {name: shares[name] for name in ("legal_sentences", "consistent_stories", "distinct_continuations")}
-    chosen["last_word_accuracy"] = last_word_scores(last_words)[0]
     own = variety([tokenizer.encode(story.continuation) for story in continuations])
     real = variety([tokenizer.encode(story.reference) for story in continuations])
-    return {name: asdict(value) for name, value in chosen.items()} | {
+    return verdicts(continuations, last_words) | {
         f"{what}_{entry.name}": entry.value
         for what, entries in (("own", own), ("real", real))
         for entry in entries

@@ -121,21 +121,20 @@ class BlockCausalDiT(nn.Module):
 
         modulation: of the distinct times; index: int64 broadcastable to (B, R), each row's time among them; turn: the
         rows' `turns`; recompute: keep only what passes between blocks for the backward pass, and
-        compute the rest again there; read (B, C, D): the trunk's features of clean rows, which every layer of the
-        denoiser sees before the rows: index and turn begin with theirs, and nothing is skipped; context (B, R or 1, D):
-        with a trunk, its features of the last clean latent before each row's block, 0 where there is none.
+        compute the rest again there; read (B, skip, D): the trunk's features of the first rows, which are then not in
+        z: every layer of the denoiser sees them; context (B, R, D): with a trunk, the rows' `context`.
         """
         config = self.config
         h = self.latent_in(z)
-        if self.context_in is not None and context is not None:
-            h = h + self.context_in(layer_norm(context, config.norm_eps)).to(h.dtype)
+        if context is not None:
+            h = h + context.to(h.dtype)
         for layer in range(config.trunk_layers, config.num_layers):
-            ignored = skip if layer == config.num_layers - 1 else 0
             if read is not None:
-                h, ignored = torch.cat((read.to(h.dtype), h), dim=1), read.shape[1]
+                h = torch.cat((read.to(h.dtype), h), dim=1)
+            ignored = skip if read is not None or layer == config.num_layers - 1 else 0
             h = self._block(layer, h, modulation, index, turn, attend, ignored, recompute)
         shift, scale = modulation[-1].chunk(2, dim=-1)
-        norm, skip = self.final_norm, skip if read is None else read.shape[1]
+        norm = self.final_norm
         return self.velocity_out(modulated_norm(h, shift, scale, index[:, skip:], norm.eps, norm.weight, norm.bias))
 
     def _block(
@@ -216,15 +215,23 @@ class BlockCausalDiT(nn.Module):
         turn = self.turns(torch.cat((place[:num_clean], place[first:].repeat(copies))))
         modulation = self.modulation(torch.cat((t.new_zeros(1), t.flatten())))
         attend = packed(num_clean, num_latents, block_size, copies, history, documents, first=first)
-        rows, clean = z_t.flatten(1, 2), z_0[:, :num_clean].detach()
+        rows, clean, context = z_t.flatten(1, 2), z_0[:, :num_clean].detach(), None
         if config.trunk_layers:
             if read is None:
                 read = self.read_text(clean, None if documents is None else documents[:, :num_clean], recompute)
             context = self._contexts(read, range(first, num_latents), history, documents).repeat(1, copies, 1)
-            velocity = self(rows, modulation, index, turn, attend, 0, recompute, read[:, :num_clean], context)
+            read = read[:, :num_clean]
         else:
-            velocity = self(torch.cat((clean, rows), 1), modulation, index, turn, attend, num_clean, recompute)
+            rows = torch.cat((clean, rows), dim=1)
+        velocity = self(rows, modulation, index, turn, attend, num_clean, recompute, read, context)
         return velocity.unflatten(1, (copies, num_noisy))
+
+    def context(self, read: Tensor) -> Tensor:
+        """What noisy rows are told of the text before their block, by the trunk's features (B, R, D) of the last clean
+        latent there; 0 of features that are 0, as where there is none."""
+        assert self.context_in is not None
+        told: Tensor = self.context_in(layer_norm(read, self.config.norm_eps))
+        return told
 
     def _contexts(
         self, read: Tensor, rows: range, history: Tensor | None = None, documents: Tensor | None = None
@@ -232,7 +239,7 @@ class BlockCausalDiT(nn.Module):
         """Of noisy latents `rows`, whole blocks, the `context` (B, R, D); the rest as in `packed`."""
         place, size = torch.arange(len(rows), device=read.device), self.config.block_size
         start = rows.start + place - place % size
-        context = F.pad(read, (0, 0, 1, 0))[:, start]
+        context = F.pad(self.context(read), (0, 0, 1, 0))[:, start]
         if documents is not None:
             same = documents[:, rows.start : rows.stop] == documents[:, (start - 1).clamp(min=0)]
             context = context * same[..., None]

@@ -30,5 +30,5 @@ class NextToken(nn.Module):
         return layer_norm(rows, self.eps)
 
     def forward(self, h: Tensor) -> Tensor:
-        """Logits (B, 1 + R, V) of the first token and of those after each of h (B, R, D)."""
-        return self.out(self.features(h))
+        """Logits (..., V) of the token after each latent, of the trunk's features h (..., D), or of `start`."""
+        return self.out(layer_norm(h, self.eps))

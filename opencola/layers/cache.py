@@ -16,6 +16,11 @@ FEW = 8  # rows of a call below which the kernel takes one at a time: how many t
 ROUND = 48  # key counts are rounded up to whole steps of matrix kernels, so that padding never changes a sum's order
 
 
+def whole_steps(rows: int) -> int:
+    """Rows to compute, or to see: whole steps of matrix kernels, so that padding never changes the order of a sum."""
+    return -(-rows // ROUND) * ROUND
+
+
 Alone = tuple[Tensor, Tensor, Tensor]
 """Keys and values (A, R, H, Dh) of samples that see only these rows, and limits (A, R) that say so."""
 
@@ -67,7 +72,7 @@ class KVCache:
         cls, like: Tensor, batch: int, num_layers: int, num_heads: int, head_dim: int, capacity: int
     ) -> "KVCache":
         """Room for `capacity` rows a sample, with the dtype and device of `like`."""
-        shape = (batch, num_heads, -(-capacity // ROUND) * ROUND, head_dim)  # a head's rows one after another: read so
+        shape = (batch, num_heads, whole_steps(capacity), head_dim)  # a head's rows one after another: read so
         keys, values = ([like.new_zeros(shape).transpose(1, 2) for _ in range(num_layers)] for _ in range(2))
         return cls(keys, values, torch.zeros(batch, dtype=torch.long, device=like.device))
 
@@ -83,17 +88,19 @@ class KVCache:
         """Positions (B, num_rows) of rows that follow the committed ones."""
         return self.lengths[:, None] + torch.arange(num_rows, device=self.lengths.device)
 
-    def attend(self, num_rows: int, block_size: int, alone: int = 0) -> Attend:
+    def attend(self, num_rows: int, block_size: int | None, alone: int = 0) -> Attend:
         """Pattern of rows that follow the committed ones: they see what is committed and, block-causally, each other.
 
-        block_size: as in `masks.block_causal`, counted from position 0. alone: that many further samples at the end of
-        the batch see only their own rows (the unconditional branch of guidance).
+        block_size: as in `masks.block_causal`, counted from position 0; None: the rows are one block. alone: that many
+        further samples at the end of the batch see only their own rows (the unconditional branch of guidance).
         """
         write, slots = self.writer(num_rows), self.positions(num_rows)
         length = int(self.lengths.max()) + num_rows
-        limits = torch.minimum((slots // block_size + 1) * block_size, self.lengths[:, None] + num_rows)
+        limits = (self.lengths[:, None] + num_rows).repeat(1, num_rows)
+        if block_size is not None:
+            limits = torch.minimum((slots // block_size + 1) * block_size, limits)
         own = limits.new_full((alone, num_rows), num_rows)
-        length = -(-length // ROUND) * ROUND
+        length = whole_steps(length)
 
         @functools.cache  # once for all layers, and not where the kernel needs none
         def bias(dtype: torch.dtype) -> Tensor:

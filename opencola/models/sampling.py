@@ -52,6 +52,11 @@ class Sampling:
         return UserError(f"{cls.owner} has no {asked}; its settings are {', '.join(map(spell, cls.hints()))}")
 
     @property
+    def greedy(self) -> bool:
+        """Whether the most probable token is taken everywhere."""
+        return self.temperature < 1e-5
+
+    @property
     def shows_padding(self) -> bool:
         """Whether the model sees the token that prompts are filled up with."""
         return False
@@ -92,7 +97,7 @@ def choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Genera
 
     wide: draw in float64, so that no improbable token is lost to rounding; else in the logits' own type.
     """
-    if sampling.temperature < 1e-5:
+    if sampling.greedy:
         return logits.argmax(-1)
     weights = probabilities(logits.double() if wide else logits, sampling).cpu()
     drawn = [torch.multinomial(w, 1, generator=g)[:, 0] for w, g in zip(weights, generators, strict=True)]

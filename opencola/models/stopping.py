@@ -19,6 +19,11 @@ class TokenBlock:
     finished: Finished
 
 
+def unfinished(blocks: Sequence[TokenBlock]) -> list[int]:
+    """Places among the blocks of samples that go on."""
+    return [row for row, block in enumerate(blocks) if not block.finished]
+
+
 class OwnStop:
     """Every sample ends on its own: at its end-of-text token, its stop rule, or exactly its budget of new tokens.
 

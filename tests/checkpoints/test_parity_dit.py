@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from opencola.flow.dit import BlockCausalDiT
 from opencola.layers import masks
 from opencola.layers.attention import Attend, masked
-from opencola.models.cola.caches import commit
+from opencola.models.cola.caches import read_latents
 
 TOLERANCE: dict[str, Any] = {"atol": 2e-5, "rtol": 0}
 SAMPLES = (0, 1)
@@ -66,7 +66,9 @@ def test_blocks_after_a_committed_prefix(dit, stored) -> None:
     prefixes = [expected[f"prefix_{i}"] for i in SAMPLES]
     prefix = torch.nn.utils.rnn.pad_sequence(prefixes, batch_first=True)
     lengths = torch.tensor([len(prefix) for prefix in prefixes], device=prefix.device)
-    cache, _ = commit(dit, dit.empty_cache(2, 24), prefix, lengths, dit.modulation(prefix.new_zeros(1)))
+    cache = dit.empty_cache(2, 24)
+    read_latents(dit, cache, prefix, dit.modulation(prefix.new_zeros(1)))
+    cache = cache.append(lengths)
     both = torch.cat((block, block)), torch.cat((t, t)), cache.positions(size).repeat(2, 1)
     conditional, unconditional = velocity(dit, *both, cache.attend(size, size, alone=2)).chunk(2)
     committed = velocity(dit, block, 0 * t, cache.positions(size), cache.attend(size, size))

@@ -11,7 +11,7 @@ from opencola.flow.dit import BlockCausalDiT
 from opencola.layers.few_rows import FewRowsBlock, PackedLinear, prepacked
 from opencola.layers.operations import Linear
 from opencola.layers.transformer import AdaptiveBlock
-from opencola.models.cola.caches import commit
+from opencola.models.cola.caches import read_latents
 
 
 @torch.no_grad()
@@ -36,7 +36,8 @@ def kinds(model: nn.Module) -> set[type[nn.Module]]:
 def guided(dit: BlockCausalDiT, clean: Tensor, z: Tensor, times: Tensor, index: Tensor) -> Tensor:
     """Velocities of z after what was committed, and without it."""
     cache = dit.empty_cache(len(clean), 64)
-    cache, _ = commit(dit, cache, clean, torch.tensor([16, 8]), dit.modulation(times.new_zeros(1)))
+    read_latents(dit, cache, clean, dit.modulation(times.new_zeros(1)))
+    cache = cache.append(torch.tensor([16, 8]))
     turn = dit.turns(cache.positions(z.shape[1]).repeat(2, 1))
     attend = cache.attend(z.shape[1], 4, alone=len(z))
     return dit(z.repeat(2, 1, 1), dit.modulation(times), index.repeat(2, 1), turn, attend)

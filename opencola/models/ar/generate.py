@@ -6,13 +6,13 @@ import torch
 
 from opencola.kernels.choice import invariant
 from opencola.layers import randomness
-from opencola.layers.cache import KVCache
-from opencola.models.ar.network import ARNetwork, whole_steps
+from opencola.layers.cache import KVCache, whole_steps
+from opencola.models.ar.network import ARNetwork
 from opencola.models.ar.sampling import ARSampling
 from opencola.models.finite import check_logits
 from opencola.models.inputs import checked_prompts, sample_ids
 from opencola.models.sampling import choose, penalise
-from opencola.models.stopping import OwnStop, StopRule, TokenBlock
+from opencola.models.stopping import OwnStop, StopRule, TokenBlock, unfinished
 
 
 @invariant
@@ -54,7 +54,7 @@ def generate(
         blocks = policy.cut(active, new, 0)
         yield blocks
         cache = cache.append(1)
-        still = [row for row, block in enumerate(blocks) if not block.finished]
+        still = unfinished(blocks)
         if still and len(still) < len(active):
             cache = cache.select(torch.tensor(still, device=cache.lengths.device))
         active = [active[row] for row in still]

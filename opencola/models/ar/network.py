@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from opencola.errors import UserError
-from opencola.layers.cache import ROUND, KVCache
+from opencola.layers.cache import KVCache
 from opencola.layers.llama import Llama, LlamaConfig
 from opencola.layers.operations import Linear, linear
 from opencola.layers.packed import block_causal
@@ -82,8 +82,3 @@ class ARNetwork(nn.Module):
         """Inputs of different lengths as rows (B, width), filled up behind."""
         rows = [row + [pad_id] * (width - len(row)) for row in inputs]
         return torch.tensor(rows, device=self.embedding.weight.device)
-
-
-def whole_steps(length: int) -> int:
-    """Rows to compute: whole steps of matrix kernels, so that padding never changes the order of a sum."""
-    return -(-length // ROUND) * ROUND

@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from opencola.kernels.choice import invariant
-from opencola.models.ar.network import ARNetwork, whole_steps
+from opencola.models.ar.network import ARNetwork
+from opencola.models.exact import exact_score
 from opencola.models.inputs import checked_texts
 from opencola.models.language_model import Score
 from opencola.ranges import Count, check
@@ -51,19 +53,9 @@ def score(
     and ids beyond the vocabulary.
     """
     texts = checked_texts(prompts, continuations, model.config.vocab_size)
-    by_width: dict[int, list[int]] = {}
-    for place, text in enumerate(texts):
-        by_width.setdefault(whole_steps(len(text)), []).append(place)
-    total = torch.zeros(len(texts), dtype=torch.float64)
-    device = model.embedding.weight.device
-    for width, places in by_width.items():
-        for first in range(0, len(places), settings.rows):
-            batch = places[first : first + settings.rows]
-            inputs = [[model.config.bos_id, *texts[place][:-1]] for place in batch]
-            features = model.features(model.padded(inputs, width, pad_id))
-            for place, h in zip(batch, features, strict=True):
-                targets = torch.tensor(continuations[place], device=device)
-                log_p = model.project(h[len(prompts[place]) : len(texts[place])]).double().log_softmax(-1)
-                total[place] = log_p.gather(-1, targets[:, None]).sum()
-    counts = torch.tensor([len(continuation) for continuation in continuations])
-    return Score(total, torch.zeros_like(total), counts, "exact", "autoregressive", {})
+
+    def features(places: list[int], width: int) -> Tensor:
+        inputs = [[model.config.bos_id, *texts[place][:-1]] for place in places]
+        return model.features(model.padded(inputs, width, pad_id))
+
+    return exact_score(texts, continuations, features, model.project, settings.rows, "autoregressive")

@@ -35,29 +35,35 @@ class Caches:
 
     def next_token(self, dit: BlockCausalDiT) -> Tensor:
         """The trunk's logits (B, V) of the token after what is committed."""
-        assert dit.next_token is not None and self.last is not None
-        logits = dit.next_token(self.last[:, None])
-        return torch.where(self.dit.lengths[:, None] > 0, logits[:, 1], logits[:, 0])
+        head = dit.next_token
+        assert head is not None and self.last is not None
+        logits: Tensor = head(torch.where(self.dit.lengths[:, None] > 0, self.last, head.start.to(self.last.dtype)))
+        return logits
 
     def commit(
         self, dit: BlockCausalDiT, z: Tensor, counts: Tensor | int, modulation: Modulation
     ) -> tuple["Caches", Tensor | None]:
-        """As `commit`, with what it finds."""
-        cache, read = commit(dit, self.dit, z, counts, modulation)
-        return replace(self, dit=cache) if read is None else self.count(read, counts), read
+        """With the first `counts` of z (B, R, d) in the DiT's cache, and what `read_latents` gives."""
+        read = read_latents(dit, self.dit, z, modulation)
+        return self.count_latents(counts, read), read
 
-    def count(self, read: Tensor, counts: Tensor | int) -> "Caches":
-        """With the first `counts` of the rows just read, of which the trunk's features are read (B, R, D)."""
+    def count_latents(self, counts: Tensor | int, read: Tensor | None) -> "Caches":
+        """With the first `counts` of the rows that the DiT has just read committed there; read: their features."""
+        caches = replace(self, dit=self.dit.append(counts))
+        if read is None or self.last is None:
+            return caches
         number = torch.as_tensor(counts, device=read.device).expand(len(read))
         last = read[torch.arange(len(read), device=read.device), (number - 1).clamp(min=0)]
-        before = torch.zeros_like(last) if self.last is None else self.last
-        return replace(self, dit=self.dit.append(counts), last=torch.where(number[:, None] > 0, last, before))
+        return replace(caches, last=torch.where(number[:, None] > 0, last, self.last))
+
+    def count(self, counts: Tensor, read: Tensor | None) -> "Caches":
+        """The same where all three transformers have read the rows."""
+        encoder = None if self.encoder is None else self.encoder.append(counts)
+        return replace(self.count_latents(counts, read), decoder=self.decoder.append(counts), encoder=encoder)
 
 
-def commit(
-    dit: BlockCausalDiT, cache: KVCache, z: Tensor, counts: Tensor | int, modulation: Modulation
-) -> tuple[KVCache, Tensor | None]:
-    """The DiT's cache with the first `counts` clean latents of z (B, R, d), and the trunk's features (B, R, D) of all.
+def read_latents(dit: BlockCausalDiT, cache: KVCache, z: Tensor, modulation: Modulation) -> Tensor | None:
+    """Have the DiT read clean latents z (B, R, d), not yet committed; with a trunk, its features (B, R, D) of them.
 
     modulation: of time 0.
     """
@@ -65,11 +71,11 @@ def commit(
     turn, attend = dit.turns(cache.positions(rows)), cache.attend(rows, dit.config.grid)
     if not dit.config.trunk_layers:
         dit(z, modulation, torch.zeros(1, 1, dtype=torch.long, device=z.device), turn, attend)
-        return cache.append(counts), None
+        return None
     read, write = dit.read(z, modulation, turn, attend), cache.writer(rows)
     for layer, k, v in dit.keys_values(read, modulation, turn):
         write(layer, k, v)
-    return cache.append(counts), read
+    return read
 
 
 def prefill(
@@ -84,13 +90,12 @@ def prefill(
     encoder = vae.empty_cache(batch, room, "encoder") if reads else None
     last = prompts.latents.new_zeros(batch, dit.config.width) if dit.config.trunk_layers else None
     caches = Caches(dit_cache, decoder, encoder, last)
-    if longest:
-        z = prompts.latents[:, :longest].contiguous()  # a slice takes other kernels than a single sample's does
-        caches, _ = caches.commit(dit, z, prompts.history, modulation)
-        # the release decodes latents as the prior sees them (Q8)
-        vae.decode(z if sampling.release else vae.denormalise(z), decoder)
-        caches = replace(caches, decoder=decoder.append(prompts.history))
-        if encoder is not None:
-            vae.encode(prompts.tokens[:, : longest * patch], cache=encoder)
-            caches = replace(caches, encoder=encoder.append(prompts.history))
-    return caches
+    if not longest:
+        return caches
+    z = prompts.latents[:, :longest].contiguous()  # a slice takes other kernels than a single sample's does
+    read = read_latents(dit, dit_cache, z, modulation)
+    # the release decodes latents as the prior sees them (Q8)
+    vae.decode(z if sampling.release else vae.denormalise(z), decoder)
+    if encoder is not None:
+        vae.encode(prompts.tokens[:, : longest * patch], cache=encoder)
+    return caches.count(prompts.history, read)

@@ -132,20 +132,19 @@ def denoise(
     alike = not bool(pinned.any())  # all rows have the same time: its modulation is then broadcast, not gathered
     moving = (~pinned).long()
     turn = dit.turns(cache.positions(size))
-    # blocks that begin anywhere are no multiples of their size: all that is there is seen
-    whole = size if dit.config.grid == size else 1 << 30
+    contexts: tuple[Tensor, ...] = ()
+    if context is not None:
+        told = dit.context(context[:, None].expand(-1, size, -1))  # as many rows as the block: a sum's order is theirs
+        contexts = told, torch.zeros_like(told)
 
     @functools.cache
     def pattern(number: int) -> tuple[Tensor, Tensor, Attend]:
         alone = len(z) if number == 2 else 0
-        return moving.repeat(number, 1), turn.repeat(number, 1, 1, 1), cache.attend(size, whole, alone=alone)
-
-    contexts = () if context is None else (context, torch.zeros_like(context))
+        return moving.repeat(number, 1), turn.repeat(number, 1, 1, 1), cache.attend(size, None, alone=alone)
 
     def branches(state: Tensor, t: float, number: int) -> Tensor:
-        modulation, before = clock(t, 1 if alike else None), contexts[:number]
-        given = torch.cat(before)[:, None].expand(-1, size, -1) if before else None  # as many rows as the others
-        return dit(state.repeat(number, 1, 1), modulation, *pattern(number), context=given)
+        told = torch.cat(contexts[:number]) if contexts else None
+        return dit(state.repeat(number, 1, 1), clock(t, 1 if alike else None), *pattern(number), context=told)
 
     def both(state: Tensor, t: float) -> tuple[Tensor, Tensor]:
         conditional, unconditional = branches(state, t, 2).chunk(2)

@@ -21,7 +21,7 @@ from opencola.models.cola.verify import check_verifiable, verified
 from opencola.models.finite import check_logits, check_states
 from opencola.models.inputs import sample_ids
 from opencola.models.sampling import choose, penalise
-from opencola.models.stopping import OwnStop, StopRule, TokenBlock
+from opencola.models.stopping import OwnStop, StopRule, TokenBlock, unfinished
 from opencola.vae.text_vae import TextVAE
 
 Watch = Callable[[int, float, Tensor], None]
@@ -80,7 +80,7 @@ def generate(
             written[i] += tokens_of_block
         blocks = policy.cut(active, new, number)
         yield blocks
-        still = [row for row, out in enumerate(blocks) if not out.finished]
+        still = unfinished(blocks)
         if not still:
             return
         if len(still) < len(active):
@@ -174,5 +174,5 @@ def log_probability(
     if tokens.shape[1] > 1:
         caches, read = caches.commit(dit, z, tokens.shape[1], clock(0.0, 0))
         assert dit.next_token is not None and read is not None
-        rows.append(dit.next_token(read[:, :-1])[:, 1:])
+        rows.append(dit.next_token(read[:, :-1]))
     return torch.cat(rows, 1).double().log_softmax(-1).gather(-1, tokens[..., None]).sum((1, 2)), caches

@@ -60,7 +60,7 @@ class Cola(ColaParts):
 
     @property
     def _predicts(self) -> bool:
-        return self.config.prior.lambda_ar > 0 and not self.config.prior.distil_steps
+        return self.config.prior.lambda_ar > 0 and self.teacher is None
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """Scored rows of the flow-matching loss and, where the VAE learns, scored and masked tokens."""
@@ -142,7 +142,7 @@ class Cola(ColaParts):
         z_1 = randomness.normal((copies, num_noisy, dim), seed, "noise", ids).to(z_0)
         groups = 1 if prior.time.per == "sequence" else num_noisy // block_size
         drawn = randomness.normal((copies, groups), seed, "time", ids)
-        t = (grid_times(drawn, prior.distil_steps) if self.teacher else prior.time.times(drawn)).to(z_0)
+        t = (grid_times(drawn, prior.distil_steps) if self.teacher is not None else prior.time.times(drawn)).to(z_0)
         row_times = t.repeat_interleave(num_noisy // groups, dim=-1)[..., None]
         z_0 = z_0[:, None]
         noisy = z_0[:, :, rows.start :]

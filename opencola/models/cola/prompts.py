@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opencola.layers.cache import ROUND
+from opencola.layers.cache import whole_steps
 from opencola.models.cola.sampling import ColaSampling
 from opencola.models.inputs import checked_prompts
 from opencola.vae.text_vae import TextVAE
@@ -39,7 +39,7 @@ def encode_prompts(
     visible = [-(-len(prompt) // chunk) * block_size for prompt in texts] if sampling.release else latents
     history = [count - count % block_size for count in latents]
     longest = max(1, *(-(-len(prompt) // chunk) for prompt in texts)) * block_size
-    width = -(-longest // ROUND) * ROUND * patch
+    width = whole_steps(longest) * patch
     tokens = torch.tensor([prompt + [pad_id] * (width - len(prompt)) for prompt in texts])
     tokens = tokens.to(vae.head.weight.device)
     counts = torch.tensor(latents, device=tokens.device)

@@ -72,6 +72,11 @@ class ColaSampling(Sampling):
                 raise UserError(f"verify {self.verify} excludes {field} {getattr(self, field)}: leave out one")
 
     @property
+    def greedy(self) -> bool:
+        """As in the base class: also where the trunk's greedy text is wanted."""
+        return self.verify == "greedy" or super().greedy
+
+    @property
     def release(self) -> bool:
         """Whether to do as the public release does."""
         return self.compatibility == "release"

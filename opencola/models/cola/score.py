@@ -176,7 +176,7 @@ def score(
     of the velocity. Otherwise as `evaluate`. Of the trunk (settings.estimator) as `predict.trunk_score`.
     """
     if settings.estimator == "trunk":
-        return trunk_score(model, prompts, continuations, settings.rows)
+        return trunk_score(model, prompts, continuations, settings.rows, settings.label())
     evaluations = evaluate(model, prompts, continuations, settings, pad_id=pad_id, ids=ids)
     return to_score(evaluations, settings, any(prompts))
 

@@ -12,7 +12,6 @@ probability Pr(draft = x) p(x) + sum over y != x of Pr(draft = y) (1 - p(y)) p(x
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,25 +19,23 @@ from torch import Tensor
 from opencola.errors import UserError
 from opencola.flow.dit import BlockCausalDiT
 from opencola.layers import randomness
-from opencola.models.cola.caches import Caches
+from opencola.models.cola.caches import Caches, read_latents
 from opencola.models.cola.denoise import Block, Clock, denoise
+from opencola.models.cola.predict import predictor
 from opencola.models.cola.release import ReleaseStop
 from opencola.models.cola.sampling import ColaSampling
 from opencola.models.finite import check_logits, check_states
 from opencola.models.sampling import probabilities
-from opencola.models.stopping import OwnStop, TokenBlock
+from opencola.models.stopping import OwnStop, TokenBlock, unfinished
 from opencola.vae.text_vae import TextVAE
 
 
 def check_verifiable(dit: BlockCausalDiT, sampling: ColaSampling) -> None:
     """Raise UserError where the prior lacks what the settings ask for."""
-    wanting = (
-        ("verify", sampling.verify, sampling.verify != "off"),
-        ("rank", sampling.rank, sampling.rank == "trunk" and sampling.candidates > 1),
-    )
-    asked = [f"{name} {value}" for name, value, wants in wanting if wants]
-    if asked and dit.next_token is None:
-        raise UserError(f"{asked[0]}: this prior has no trunk that predicts (dit.trunk_layers, prior.lambda_ar)")
+    if sampling.verify != "off":
+        predictor(dit, f"verify {sampling.verify}")
+    if sampling.rank == "trunk" and sampling.candidates > 1:
+        predictor(dit, "rank trunk")
     if sampling.release and dit.config.trunk_layers:
         raise UserError(f"compatibility release: it has no trunk, but this prior has one of {dit.config.trunk_layers}")
 
@@ -53,29 +50,24 @@ def verified(
     policy: OwnStop | ReleaseStop,
 ) -> Iterator[list[TokenBlock]]:
     """Yield the new tokens of every unfinished sample, cycle by cycle. caches: of the prompts."""
-    head, active = dit.next_token, list(range(len(ids)))
-    assert head is not None and caches.encoder is not None
+    head, active = predictor(dit, f"verify {sampling.verify}"), list(range(len(ids)))
     written = [0] * len(ids)
     certain = choose(list(caches.next_token(dit)), [(ids[i], 0) for i in active], sampling)
     for number in range(1 << 30):
         keys = [(ids[i], written[i]) for i in active]
         tokens = draft(vae, dit, caches, certain, keys, sampling, clock)
         z = vae.normalise(vae.encode(tokens, cache=caches.encoder).mean)
-        read_caches, read = caches.commit(dit, z, 0, clock(0.0, 0))
-        assert read is not None
-        logits = head(read)[:, 1:]
+        read = read_latents(dit, caches.dit, z, clock(0.0, 0))
+        logits = head(read)
         check_logits(logits, [i for i, _ in keys], f", cycle {number + 1}")
         kept, certain = accept(logits, tokens, keys, sampling)
-        counts = torch.tensor(kept, device=tokens.device)
-        caches = read_caches.count(read, counts)
-        encoder = None if caches.encoder is None else caches.encoder.append(counts)
-        caches = replace(caches, decoder=caches.decoder.append(counts), encoder=encoder)
+        caches = caches.count(torch.tensor(kept, device=tokens.device), read)
         new = [row[:count] for row, count in zip(tokens.tolist(), kept, strict=True)]
         for i, count in zip(active, kept, strict=True):
             written[i] += count
         blocks = policy.cut(active, new, number)
         yield blocks
-        still = [row for row, out in enumerate(blocks) if not out.finished]
+        still = unfinished(blocks)
         if not still:
             return
         if len(still) < len(active):
@@ -141,7 +133,7 @@ def accepts(logits: Tensor, token: int, key: tuple[int, int], sampling: ColaSamp
         entropy = torch.special.entr(p).sum()
         least = torch.minimum(p.new_tensor(sampling.typical_epsilon), sampling.typical_delta * torch.exp(-entropy))
         return bool(p[token] >= least)
-    if is_greedy(sampling):
+    if sampling.greedy:
         return int(logits.argmax()) == token
     p = probabilities(logits.double(), sampling)
     drawn = torch.rand((), generator=randomness.generator(sampling.seed, "verify", *key), dtype=torch.float64)
@@ -152,7 +144,7 @@ def choose(
     logits: Sequence[Tensor], keys: Sequence[tuple[int, int]], sampling: ColaSampling, refused: int | None = None
 ) -> Tensor:
     """The trunk's own choices (B,) by its logits, (V,) each, but for a token that was refused there."""
-    if is_greedy(sampling):
+    if sampling.greedy:
         return torch.stack([row.argmax() for row in logits])
     chosen = []
     for row, key in zip(logits, keys, strict=True):
@@ -162,8 +154,3 @@ def choose(
         generator = randomness.generator(sampling.seed, "token", *key)
         chosen.append(torch.multinomial(p, 1, generator=generator)[0].to(row.device))
     return torch.stack(chosen)
-
-
-def is_greedy(sampling: ColaSampling) -> bool:
-    """Whether the trunk takes its most probable token everywhere."""
-    return sampling.verify == "greedy" or sampling.temperature < 1e-5

@@ -17,7 +17,7 @@ from opencola.models.inputs import checked_prompts, sample_ids
 from opencola.models.llada.network import LLaDANetwork
 from opencola.models.llada.sampling import LLaDASampling
 from opencola.models.sampling import penalise, probabilities
-from opencola.models.stopping import OwnStop, StopRule, TokenBlock
+from opencola.models.stopping import OwnStop, StopRule, TokenBlock, unfinished
 
 Predict = Callable[[Tensor], Tensor]
 """Tokens (B, R), some of them masked -> logits (B, R, V) of what stands at every place."""
@@ -87,7 +87,7 @@ def generate(
         unmask(predict, canvas.tokens, block, sampling.steps, propose)
         blocks = policy.cut(active, canvas.tokens.gather(1, block).tolist(), number)
         yield blocks
-        still = [row for row, out in enumerate(blocks) if not out.finished]
+        still = unfinished(blocks)
         if not still:
             return
         if len(still) < len(active):
@@ -141,7 +141,7 @@ def proposer(sampling: LLaDASampling, keys: Sequence[tuple[int, int]], lengths: 
         check_logits(logits, [i for i, _ in keys], f", block {keys[0][1] + 1}, step {step + 1}")
         logits = penalise(logits.double(), seen, sampling.repetition_penalty)
         chosen = logits.argmax(-1)
-        if sampling.temperature >= 1e-5:
+        if not sampling.greedy:
             # minus the log of an exponential is Gumbel
             noise = -_draws(sampling.seed, "unmask token", keys, step, logits.shape[1:]).log().to(logits)
             chosen = (probabilities(logits, sampling).log() + noise).argmax(-1)

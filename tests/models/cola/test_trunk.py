@@ -33,7 +33,7 @@ def probabilities(model: Cola, text: list[int]) -> Tensor:
     head = model.dit.next_token
     assert head is not None
     if not text:
-        return head(torch.zeros(1, 0, model.dit.config.width).double())[0, 0].softmax(-1)
+        return head(head.start).softmax(-1)
     z = model.vae.normalise(model.vae.encode(torch.tensor([text])).mean)
     return head(model.dit.read_text(z))[0, -1].softmax(-1)
 
@@ -60,7 +60,7 @@ def test_the_loss_is_the_mean_cross_entropy_of_all_tokens_given_those_before() -
         for place, token in enumerate(tokens):
             before = model.vae.normalise(posterior[row : row + 1, :place])
             features = model.dit.read_text(before) if place else torch.zeros(1, 0, model.dit.config.width).double()
-            nats.append(-head(features)[0, -1].log_softmax(-1)[token])
+            nats.append(-head.out(head.features(features))[0, -1].log_softmax(-1)[token])
     torch.testing.assert_close(losses.terms["next_token"], 0.7 * torch.stack(nats).mean(), rtol=1e-10, atol=0)
 
 
