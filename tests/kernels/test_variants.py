@@ -13,6 +13,7 @@ from opencola.kernels import build
 
 HERE = Path(__file__).parent
 OTHERS = ("bfloat16", "choice", "library", "matmul", "variants", "wheel")
+LEAST = 700 // int(os.environ.get("OPENCOLA_EVERY", "1"))  # tests, and calls of theirs; elsewhere.py leaves out the others
 TESTS = sorted(map(str, {*HERE.glob("test_*.py")} - {HERE / f"test_{name}.py" for name in OTHERS}))
 
 
@@ -23,7 +24,7 @@ def passes(folder: Path, *options: str, **environment: str) -> str:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *options, *TESTS]
     said = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parents[1]).stdout
     summary = re.search(r"^(\d+) passed(, \d+ warnings?)? in .*$", said, re.MULTILINE)
-    assert summary and int(summary[1]) > 100, said
+    assert summary and int(summary[1]) > LEAST, said
     return said
 
 
@@ -56,7 +57,7 @@ def test_called_from_another_program(
     build.compile_kernels(kernels, variant)
     said = passes(tmp_path, "-s", "-p", "elsewhere", OPENCOLA_ELSEWHERE=f"{emulator}{driver} {kernels}")
     calls = re.search(r"^(\d+) calls elsewhere, which ended with 0$", said, re.MULTILINE)
-    assert calls and int(calls[1]) > 100, said
+    assert calls and int(calls[1]) > LEAST, said
 
 
 def test_the_best_variant_is_what_the_c_library_finds() -> None:
