@@ -14,6 +14,7 @@ from opencola.kernels.library import on_cpu, usable
 
 __all__ = [
     "Precision",
+    "adding_to",
     "implemented_by",
     "invariant",
     "is_invariant",
@@ -130,7 +131,7 @@ def invariant(function: Callable[P, R]) -> Callable[P, R]:
 
         @functools.wraps(function)
         def whole(*arguments: P.args, **named: P.kwargs) -> R:
-            with _adding_to({}):
+            with adding_to({}):
                 return function(*arguments, **named)
 
         return whole
@@ -139,7 +140,7 @@ def invariant(function: Callable[P, R]) -> Callable[P, R]:
     def step_by_step(*arguments: P.args, **named: P.kwargs) -> Iterator[Any]:
         steps, own = function(*arguments, **named), Packs()
         while True:
-            with _adding_to(own):
+            with adding_to(own):
                 try:
                     step = next(steps)
                 except StopIteration:
@@ -150,8 +151,9 @@ def invariant(function: Callable[P, R]) -> Callable[P, R]:
 
 
 @contextlib.contextmanager
-def _adding_to(own: Packs) -> Iterator[None]:
-    """An inner function adds to the packs of an outer one."""
+def adding_to(own: Packs) -> Iterator[None]:
+    """Within this context all is as in an `invariant` function, whose packs are these; an inner one adds to an outer
+    one's."""
     outer = packs()
     before = _packs.set((own if outer is None else outer) if usable() else None)
     try:

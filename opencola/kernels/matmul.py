@@ -54,17 +54,17 @@ def _torch(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _ours(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    return rows.product(a, _packed(b), bias, len(b), NO_INDEX)
+    return rows.product(a, packed(b), bias, len(b), NO_INDEX)
 
 
-def _packed(b: Tensor) -> Tensor:
+def packed(b: Tensor) -> Tensor:
     """In an `invariant` function, a parameter or its transpose as `rows.pack` has put it in order there; else b."""
     parameter, known = b if isinstance(b, Parameter) else b._base, packs()
     if known is None or not isinstance(parameter, Parameter):
         return b
     key = id(b) if b is parameter else (id(parameter), b.storage_offset(), b.shape, b.stride())
     if key not in known:
-        if sum(packed.nbytes for _, packed in known.values()) + b.nbytes > PACKED_BYTES:
+        if sum(own.nbytes for _, own in known.values()) + b.nbytes > PACKED_BYTES:
             return b
         known[key] = parameter, rows.pack(b)
     return known[key][1]

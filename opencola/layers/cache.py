@@ -76,6 +76,11 @@ class KVCache:
         keys, values = ([like.new_zeros(shape).transpose(1, 2) for _ in range(num_layers)] for _ in range(2))
         return cls(keys, values, torch.zeros(batch, dtype=torch.long, device=like.device))
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory."""
+        return sum(x.nbytes for x in (*self.keys, *self.values))
+
     def append(self, counts: Tensor | int) -> "KVCache":
         """Commit the first `counts` rows of the last read, per sample (B,) or for all."""
         return replace(self, lengths=self.lengths + counts)
@@ -83,6 +88,18 @@ class KVCache:
     def select(self, rows: Tensor) -> "KVCache":
         """The cache of the samples `rows` (indices), copied."""
         return KVCache([k[rows] for k in self.keys], [v[rows] for v in self.values], self.lengths[rows])
+
+    def join(self, other: "KVCache") -> "KVCache":
+        """The cache of these samples and those of another of the same layers, copied, with the room of the larger."""
+
+        def joined(a: Tensor, b: Tensor) -> Tensor:
+            rows = max(a.shape[1], b.shape[1])
+            both = a.new_zeros(len(a) + len(b), a.shape[2], rows, a.shape[3]).transpose(1, 2)
+            both[: len(a), : a.shape[1]], both[len(a) :, : b.shape[1]] = a, b
+            return both
+
+        keys, values = (list(map(joined, a, b)) for a, b in ((self.keys, other.keys), (self.values, other.values)))
+        return KVCache(keys, values, torch.cat((self.lengths, other.lengths)))
 
     def positions(self, num_rows: int) -> Tensor:
         """Positions (B, num_rows) of rows that follow the committed ones."""

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from opencola.kernels import rows as kernels
 from opencola.kernels.choice import implemented_by
+from opencola.kernels.matmul import PACKED_BYTES, packed
 from opencola.layers.attention import Attend
 from opencola.layers.operations import Linear, split_heads
 from opencola.layers.transformer import AdaptiveBlock
 
-PACKED_BYTES = 1 << 30
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -87,7 +87,7 @@ class FewRowsBlock(nn.Module):
         super().__init__()
         self.block, self.modulation = block, block.modulation
         layers = (block.qkv, block.attention_out, block.mlp_in, block.mlp_out)
-        self.weights = [kernels.pack(layer.weight) for layer in layers]
+        self.weights = [packed(layer.weight) for layer in layers]
 
     def forward(
         self, h: Tensor, layer: int, modulation: Tensor, index: Tensor, turn: Tensor, attend: Attend, skip: int = 0

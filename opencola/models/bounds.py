@@ -1,7 +1,11 @@
-"""Settings of scores that are means over draws, as those of LLaDA and Plaid are."""
+"""Scores that are means over draws, as those of LLaDA and Plaid are: their settings, and what they do not give."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
+from opencola.errors import UserError
 from opencola.ranges import Count, Seed, check
 
 
@@ -28,3 +32,8 @@ class BoundScoring:
     def texts_at_a_time(self) -> int:
         """How many to score together."""
         return max(1, self.rows // self.samples)
+
+
+def no_log_probabilities(model: object, text: Sequence[int], count: int) -> Tensor:
+    """Raises UserError: what a text's log-probability is bounded by does not tell that of a token."""
+    raise UserError(f"a {type(model).__name__} has no exact log-probabilities of tokens")

@@ -31,8 +31,14 @@ def exact_score(
         for first in range(0, len(places), rows):
             batch = places[first : first + rows]
             for place, h in zip(batch, features(batch, width), strict=True):
-                text, targets = texts[place], torch.tensor(continuations[place], device=h.device)
-                log_p = logits(h[len(text) - len(targets) : len(text)]).double().log_softmax(-1)
+                targets = torch.tensor(continuations[place], device=h.device)
+                log_p = last(h[: len(texts[place])], len(targets), logits)
                 total[place] = log_p.gather(-1, targets[:, None]).sum()
     counts = torch.tensor([len(continuation) for continuation in continuations])
     return Score(total, torch.zeros_like(total), counts, "exact", label, {})
+
+
+def last(h: Tensor, count: int, logits: Callable[[Tensor], Tensor]) -> Tensor:
+    """log p (count, V), float64, of what may stand in the place of each of a text's last tokens, from features (L, D)
+    that its tokens are predicted from."""
+    return logits(h[len(h) - count :]).double().log_softmax(-1)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from opencola.data.batch import Batch
 from opencola.errors import NotFiniteError
-from opencola.models.stopping import StopRule, TokenBlock
+from opencola.models.stopping import StopRule, Text, TokenBlock
+from opencola.models.writing import Writing
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,24 @@ class LanguageModel(Trainable, Protocol):
     @property
     def vocab_size(self) -> int:
         """Tokens that it knows."""
+        ...
+
+    def begin(self, texts: Sequence[Text], pad_id: int = 0) -> Writing:
+        """Texts whose prompts are read, to be written side by side; arguments and errors as in `generate`.
+
+        Their settings may differ in the fields that every family has (`Sampling`).
+        """
+        ...
+
+    def cache_bytes(self, text: Text) -> int:
+        """Bytes of memory that a text's caches take while it is written."""
+        ...
+
+    def log_probabilities(self, text: Sequence[int], count: int) -> Tensor:
+        """log p (count, V), float64, of what may stand in the place of each of the last `count` tokens of a text.
+
+        Raises UserError where the family has no exact ones, and for ids beyond the vocabulary.
+        """
         ...
 
     def generate(

@@ -2,7 +2,7 @@
 §6)."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Annotated, Any, ClassVar, get_type_hints
 
 import torch
@@ -57,6 +57,11 @@ class Sampling:
         return self.temperature < 1e-5
 
     @property
+    def common(self) -> "Sampling":
+        """Those settings in which texts that are written side by side have to be alike: what only the family has."""
+        return replace(self, **asdict(Sampling()))
+
+    @property
     def shows_padding(self) -> bool:
         """Whether the model sees the token that prompts are filled up with."""
         return False
@@ -67,15 +72,15 @@ class Sampling:
         return False
 
 
-def penalise(logits: Tensor, seen: Sequence[Sequence[int]], penalty: float) -> Tensor:
+def penalise(logits: Tensor, seen: Sequence[Sequence[int]], penalties: Sequence[float]) -> Tensor:
     """Logits (B, R, V) with every token of seen[b] made less likely, once however often it was seen."""
     logits = torch.nan_to_num(logits, nan=0.0, posinf=1e4, neginf=-1e4)
-    if penalty == 1:
-        return logits
-    before = torch.zeros(logits.shape[0], 1, logits.shape[-1], dtype=torch.bool, device=logits.device)
-    for row, tokens in zip(before, seen, strict=True):
-        row[:, list(tokens)] = True
-    return torch.where(before, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+    for row, tokens, penalty in zip(logits, seen, penalties, strict=True):
+        if penalty != 1 and tokens:
+            place = torch.tensor(sorted(set(tokens)), device=row.device)
+            known = row[:, place]
+            row[:, place] = torch.where(known < 0, known * penalty, known / penalty)
+    return logits
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -92,13 +97,20 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     return logits.softmax(-1)
 
 
-def choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator], *, wide: bool = True) -> Tensor:
-    """Token ids (B, R) from logits (B, R, V), every sample with its own generator.
+def choose(
+    logits: Tensor, samplings: Sequence[Sampling], generators: Sequence[torch.Generator], *, wide: bool = True
+) -> Tensor:
+    """Token ids (B, R) from logits (B, R, V), every sample with its own settings and generator.
 
     wide: draw in float64, so that no improbable token is lost to rounding; else in the logits' own type.
     """
-    if sampling.greedy:
+    if all(sampling.greedy for sampling in samplings):
         return logits.argmax(-1)
-    weights = probabilities(logits.double() if wide else logits, sampling).cpu()
-    drawn = [torch.multinomial(w, 1, generator=g)[:, 0] for w, g in zip(weights, generators, strict=True)]
-    return torch.stack(drawn).to(logits.device)
+    drawn = []
+    for row, sampling, generator in zip(logits, samplings, generators, strict=True):
+        if sampling.greedy:
+            drawn.append(row.argmax(-1))
+        else:
+            weights = probabilities(row.double() if wide else row, sampling).cpu()
+            drawn.append(torch.multinomial(weights, 1, generator=generator)[:, 0].to(row.device))
+    return torch.stack(drawn)

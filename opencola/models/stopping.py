@@ -1,13 +1,27 @@
-"""When a sample ends, and which of a block's tokens are given out."""
+"""When a text ends, and which of a block's tokens are given out."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from opencola.models.sampling import Sampling
+from torch import Tensor
 
 StopRule = Callable[[int, list[int]], int | None]
 Finished = Literal["", "eos", "stop", "length"]
+
+
+@dataclass(frozen=True)
+class State:
+    """What a block is on its way from noise to text, at one state of the solver."""
+
+    time: float
+    """From 1, noise, to 0, data."""
+    tokens: list[int]
+    """The most probable ones, as the decoder reads the state."""
+    margins: list[float]
+    """Of each token its probability less that of the second best."""
+    latents: Tensor
+    """(S, d)."""
 
 
 @dataclass(frozen=True)
@@ -17,6 +31,8 @@ class TokenBlock:
     sample: int
     tokens: list[int]
     finished: Finished
+    states: Sequence[State] = ()
+    """Those that the block went through, where the text is watched and its family has such."""
 
 
 def unfinished(blocks: Sequence[TokenBlock]) -> list[int]:
@@ -24,39 +40,49 @@ def unfinished(blocks: Sequence[TokenBlock]) -> list[int]:
     return [row for row, block in enumerate(blocks) if not block.finished]
 
 
-class OwnStop:
-    """Every sample ends on its own: at its end-of-text token, its stop rule, or exactly its budget of new tokens.
+@dataclass
+class Text:
+    """A text as it is written.
 
-    known: the tokens of each sample's prompt with which its block 0 begins.
+    It ends on its own: at its end-of-text token, its stop rule, or exactly its budget of new tokens.
     """
 
-    def __init__(
-        self, known: Sequence[Sequence[int]], sampling: Sampling, eos_ids: Sequence[int], stop: StopRule
-    ) -> None:
-        self.known = known
-        self.budget = sampling.max_new_tokens
-        self.eos_ids = set() if sampling.ignore_eos else set(eos_ids)
-        self.stop = stop
-        self.new: list[list[int]] = [[] for _ in known]
+    prompt: list[int]
+    sampling: Any
+    """Settings of generation, of the family's own class (`build.sampling_class`)."""
+    sample: int = 0
+    """What its blocks are marked with."""
+    id: int = 0
+    """Decides its draws, with the seed of its settings."""
+    eos_ids: Sequence[int] = ()
+    """Tokens that end it, and are not given out."""
+    stop: StopRule = lambda sample, tokens: None
+    """(sample, new tokens) -> how many of these to keep, or None to go on."""
+    watched: bool = False
+    """Whether to note the states of its blocks."""
+    new: list[int] = field(default_factory=list)
+    """Tokens written so far."""
+    blocks: int = 0
+    """Blocks written so far."""
 
-    def cut(self, active: Sequence[int], blocks: Sequence[list[int]], number: int) -> list[TokenBlock]:
-        """Tokens to give out of block `number` of the active samples; the end-of-text token is not among them."""
-        return [
-            self._cut(i, block[len(self.known[i]) if number == 0 else 0 :])
-            for i, block in zip(active, blocks, strict=True)
-        ]
+    @property
+    def tokens(self) -> list[int]:
+        """All of them, the prompt's first."""
+        return self.prompt + self.new
 
-    def _cut(self, sample: int, block: list[int]) -> TokenBlock:
-        before = len(self.new[sample])
+    def take(self, block: list[int], states: Sequence[State] = ()) -> TokenBlock:
+        """Go on with a block of new tokens: what of it to give out; the end-of-text token is not among that."""
+        before, budget = len(self.new), self.sampling.max_new_tokens
         finished: Finished = ""
-        block = block[: self.budget - before]
-        if before + len(block) == self.budget:
+        block = block[: budget - before]
+        if before + len(block) == budget:
             finished = "length"
-        end = next((place for place, token in enumerate(block) if token in self.eos_ids), None)
+        ends = () if self.sampling.ignore_eos else self.eos_ids
+        end = next((place for place, token in enumerate(block) if token in ends), None)
         if end is not None:
             block, finished = block[:end], "eos"
-        self.new[sample] += block
-        keep = self.stop(sample, self.new[sample])
+        self.new, self.blocks = self.new + block, self.blocks + 1
+        keep = self.stop(self.sample, self.new)
         if keep is not None:
             block, finished = block[: max(0, keep - before)], "stop"
-        return TokenBlock(sample, block, finished)
+        return TokenBlock(self.sample, block, finished, states)

@@ -20,7 +20,7 @@ TOLERANCE: dict[str, Any] = {"atol": 2e-4, "rtol": 0}
 @pytest.mark.parametrize("case", ["a", "b", "c"])
 def test_probabilities(stored, meta, case: str) -> None:
     expected, settings = stored("sampling"), meta["sampling"][case]
-    logits = penalise(expected["logits"], expected["generated_ids"].tolist(), settings["repetition_penalty"])
+    logits = penalise(expected["logits"], expected["generated_ids"].tolist(), [settings["repetition_penalty"]] * 2)
     found = probabilities(logits, ColaSampling(**settings))
     assert_close(found, expected[f"probs_{case}"], atol=1e-6, rtol=0)
 
@@ -28,8 +28,8 @@ def test_probabilities(stored, meta, case: str) -> None:
 @pytest.mark.parametrize("penalty", [1.0, 1.1])
 def test_greedy_choice(stored, penalty: float, generator) -> None:
     expected = stored("sampling")
-    logits = penalise(expected["logits"], expected["generated_ids"].tolist(), penalty)
-    ids = choose(logits, ColaSampling(temperature=0.0), [generator(0), generator(1)])
+    logits = penalise(expected["logits"], expected["generated_ids"].tolist(), [penalty] * 2)
+    ids = choose(logits, [ColaSampling(temperature=0.0)] * 2, [generator(0), generator(1)])
     assert torch.equal(ids, expected[f"greedy_rp{penalty}"])
 
 
@@ -71,13 +71,13 @@ def run(cola: Cola, meta, stored, monkeypatch: pytest.MonkeyPatch) -> Callable[.
     ) -> Run:
         result = Run([[] for _ in prompts], [""] * len(prompts))
 
-        def recorded_block(*arguments: Any) -> tuple[Tensor, Tensor, Any]:
-            z, tokens, caches = write_block(*arguments)
-            result.latents.append(z)
-            result.tokens.append(tokens)
-            return z, tokens, caches
+        def recorded_block(*arguments: Any) -> tuple[Tensor, Tensor, Any, Any]:
+            written = write_block(*arguments)
+            result.latents.append(written[0])
+            result.tokens.append(written[1])
+            return written
 
-        def recorded_penalty(logits: Tensor, seen: Any, penalty: float) -> Tensor:
+        def recorded_penalty(logits: Tensor, seen: Any, penalty: Sequence[float]) -> Tensor:
             result.raw.append(logits)
             result.penalised.append(penalise_block(logits, seen, penalty))
             return result.penalised[-1]

@@ -13,7 +13,8 @@ from opencola.kernels import build
 
 HERE = Path(__file__).parent
 OTHERS = ("bfloat16", "choice", "library", "matmul", "variants", "wheel")
-LEAST = 700 // int(os.environ.get("OPENCOLA_EVERY", "1"))  # tests, and calls of theirs; elsewhere.py leaves out the others
+# Of tests, and of calls of theirs: elsewhere.py may leave out others.
+LEAST = 700 // int(os.environ.get("OPENCOLA_EVERY", "1"))
 TESTS = sorted(map(str, {*HERE.glob("test_*.py")} - {HERE / f"test_{name}.py" for name in OTHERS}))
 
 

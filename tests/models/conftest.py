@@ -11,7 +11,7 @@ from torch import Tensor
 from opencola.models.cola import generate as generation
 from opencola.models.cola.model import Cola
 from opencola.models.cola.sampling import ColaSampling
-from opencola.models.stopping import TokenBlock
+from opencola.models.stopping import Text, TokenBlock
 
 
 @dataclass
@@ -48,11 +48,12 @@ def generate(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
     def run(model: Cola, prompts: Sequence[Sequence[int]], **fields: Any) -> Run:
         result = Run()
 
-        def recorded(vae: Any, dit: Any, caches: Any, block: generation.Block, *rest: Any) -> Any:
-            out = write_block(vae, dit, caches, block, *rest)
-            for place, key in enumerate((i, block.number) for i in block.ids):
+        def recorded(vae: Any, dit: Any, caches: Any, block: Any, texts: Sequence[Text], *rest: Any) -> Any:
+            out = write_block(vae, dit, caches, block, texts, *rest)
+            for place, text in enumerate(texts):
+                key = text.id, text.blocks
                 result.latents[key], result.ids[key] = out[0][place], out[1][place].tolist()
-                result.seen[key] = block.seen[place]
+                result.seen[key] = text.tokens
             return out
 
         monkeypatch.setattr(generation, "write_block", recorded)

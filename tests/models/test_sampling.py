@@ -51,14 +51,14 @@ def distribution(row: list[float], sampling: Sampling) -> list[float]:
 @pytest.mark.parametrize("seen", [[[], []], [[3, 3, 5], [0]], [list(range(12)), [11]]])
 def test_penalty_counts_every_seen_token_once(seen: list[list[int]], penalty: float) -> None:
     before = LOGITS.clone()
-    torch.testing.assert_close(penalise(LOGITS, seen, penalty), penalised(LOGITS, seen, penalty))
+    torch.testing.assert_close(penalise(LOGITS, seen, [penalty] * len(seen)), penalised(LOGITS, seen, penalty))
     assert torch.equal(LOGITS, before)
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.2])
 def test_broken_logits_become_finite(penalty: float) -> None:
     logits = torch.tensor([[[math.nan, math.inf, -math.inf, 1.0]]])
-    assert penalise(logits, [[]], penalty).tolist() == [[[0.0, 1e4, -1e4, 1.0]]]
+    assert penalise(logits, [[]], [penalty]).tolist() == [[[0.0, 1e4, -1e4, 1.0]]]
 
 
 SETTINGS: list[dict[str, Any]] = [
@@ -90,23 +90,23 @@ def generators(*seeds: int) -> list[torch.Generator]:
 
 
 def test_no_temperature_takes_the_most_probable_token() -> None:
-    tokens = choose(LOGITS, Sampling(temperature=0.0, top_p=0.5), generators(0, 1))
+    tokens = choose(LOGITS, [Sampling(temperature=0.0, top_p=0.5)] * 2, generators(0, 1))
     assert tokens.tolist() == [[row.index(max(row)) for row in rows] for rows in LOGITS.tolist()]
 
 
 def test_tokens_are_drawn_with_their_probabilities() -> None:
     sampling, count = Sampling(temperature=1.3, top_p=0.9), 20_000
     logits = LOGITS[:1, :1].expand(1, count, -1)
-    share = torch.bincount(choose(logits, sampling, generators(0))[0], minlength=12) / count
+    share = torch.bincount(choose(logits, [sampling] * 1, generators(0))[0], minlength=12) / count
     expected = probabilities(LOGITS[0, 0], sampling)
     assert ((share - expected).abs() <= 5 * (expected * (1 - expected) / count).sqrt()).all()
 
 
 def test_every_sample_has_its_own_generator() -> None:
     sampling, logits = Sampling(temperature=1.0), LOGITS[:1].expand(3, -1, -1).repeat(1, 20, 1)
-    a, b, c = choose(logits, sampling, generators(1, 2, 1))
+    a, b, c = choose(logits, [sampling] * 3, generators(1, 2, 1))
     assert torch.equal(a, c) and not torch.equal(a, b)
-    assert torch.equal(choose(logits[:1], sampling, generators(2))[0], b)
+    assert torch.equal(choose(logits[:1], [sampling] * 1, generators(2))[0], b)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_a_setting_that_is_not_there_is_told_with_those_that_are() -> None:
 
 def test_draws_in_the_logits_own_type() -> None:
     logits = LOGITS.float()
-    narrow = choose(logits, Sampling(temperature=1.0), generators(0, 1), wide=False)
+    narrow = choose(logits, [Sampling(temperature=1.0)] * 2, generators(0, 1), wide=False)
     weights = [probabilities(row, Sampling(temperature=1.0)) for row in logits]
     expected = [torch.multinomial(w, 1, generator=g)[:, 0] for w, g in zip(weights, generators(0, 1), strict=True)]
     assert torch.equal(narrow, torch.stack(expected))

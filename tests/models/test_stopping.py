@@ -9,7 +9,7 @@ import torch
 from opencola.models.cola.prompts import Prompts
 from opencola.models.cola.release import ReleaseStop
 from opencola.models.sampling import Sampling
-from opencola.models.stopping import OwnStop, TokenBlock
+from opencola.models.stopping import Text, TokenBlock
 
 EOS, STOP = 0, 1  # the stop rule below ends a sample at token 1, keeping what stands before it
 
@@ -48,14 +48,13 @@ def test_own_rule(size: int, ignore_eos: bool) -> None:
         batch, budget = 4, rng.randint(1, 20)
         known = [rng.randrange(size) for _ in range(batch)]
         texts = [[rng.choice([EOS, STOP, *range(2, 14)]) for _ in range(size * 24)] for _ in range(batch)]
-        rule = OwnStop(
-            [[9] * count for count in known], Sampling(max_new_tokens=budget, ignore_eos=ignore_eos), [EOS], stop
-        )
+        sampling = Sampling(max_new_tokens=budget, ignore_eos=ignore_eos)
+        growing = [Text([9], sampling, i, eos_ids=[EOS], stop=stop) for i in range(batch)]
         found: list[list[TokenBlock]] = [[] for _ in range(batch)]
         active, number = list(range(batch)), 0
         while active:
-            blocks = [texts[i][number * size : (number + 1) * size] for i in active]
-            out = rule.cut(active, blocks, number)
+            start = {i: number * size + (known[i] if number == 0 else 0) for i in active}
+            out = [growing[i].take(texts[i][start[i] : (number + 1) * size]) for i in active]
             assert [block.sample for block in out] == active
             for block in out:
                 found[block.sample].append(block)
@@ -73,15 +72,17 @@ def test_own_rule(size: int, ignore_eos: bool) -> None:
 
 
 def test_a_stop_rule_may_reach_back_over_blocks_given_out() -> None:
-    rule = OwnStop([[]], Sampling(), [], lambda sample, tokens: 2 if len(tokens) > 4 else None)
-    assert rule.cut([0], [[2, 3, 4, 5]], 0) == [TokenBlock(0, [2, 3, 4, 5], "")]
-    assert rule.cut([0], [[6, 7, 8, 9]], 1) == [TokenBlock(0, [], "stop")]
+    text = Text([], Sampling(), stop=lambda sample, tokens: 2 if len(tokens) > 4 else None)
+    assert text.take([2, 3, 4, 5]) == TokenBlock(0, [2, 3, 4, 5], "")
+    assert text.take([6, 7, 8, 9]) == TokenBlock(0, [], "stop")
+    assert text.blocks == 2
 
 
 def test_the_stop_rule_sees_what_stands_before_the_end_of_text_only() -> None:
     seen: list[list[int]] = []
-    rule = OwnStop([[9]], Sampling(max_new_tokens=3), [EOS], lambda sample, tokens: seen.append(list(tokens)))
-    assert rule.cut([0], [[9, 2, EOS, STOP]], 0) == [TokenBlock(0, [2], "eos")]
+    stop = lambda sample, tokens: seen.append(list(tokens))  # noqa: E731
+    text = Text([9], Sampling(max_new_tokens=3), eos_ids=[EOS], stop=stop)
+    assert text.take([2, EOS, STOP]) == TokenBlock(0, [2], "eos")
     assert seen == [[2]]
 
 
@@ -97,8 +98,9 @@ def test_the_stop_rule_sees_what_stands_before_the_end_of_text_only() -> None:
 )
 def test_release_rule(budget: int, pinned: list[int], texts: list[list[list[int]]], expected: list[str]) -> None:
     sampling = Sampling(max_new_tokens=budget)
-    rule = ReleaseStop(prompts(pinned, pinned), sampling, [EOS], chunk=4)
+    growing = [Text([], sampling, i, eos_ids=[EOS]) for i in range(2)]
+    rule = ReleaseStop(prompts(pinned, pinned), growing, chunk=4)
     for number, (blocks, reason) in enumerate(zip(texts, expected, strict=True)):
         start = pinned if number == 0 else [0, 0]
         out = [TokenBlock(i, blocks[i][start[i] :], reason) for i in range(2)]  # type: ignore[arg-type]
-        assert rule.cut([0, 1], blocks, number) == out
+        assert rule.take(growing, blocks) == out

@@ -12,8 +12,9 @@ from opencola.flow.dit import DiTConfig
 from opencola.models.cola.model import Cola
 from opencola.models.cola.parts import ColaConfig
 from opencola.models.cola.sampling import ColaSampling
-from opencola.models.stopping import OwnStop, TokenBlock
+from opencola.models.stopping import TokenBlock
 from opencola.models.text_stream import TextPiece, generate_text
+from opencola.models.writing import begun
 from opencola.text.conversations import ChatML, Message
 from opencola.text.tokenizer import Tokenizer
 from opencola.vae.text_vae import TextVAEConfig
@@ -32,12 +33,11 @@ class Scripted:
     def generate(
         self, prompts: list[list[int]], sampling: ColaSampling, *, eos_ids: Sequence[int], stop: Any, **rest: Any
     ) -> Iterator[list[TokenBlock]]:
-        policy = OwnStop([[] for _ in prompts], sampling, eos_ids, stop)
-        active = list(range(len(prompts)))
+        active = begun(prompts, sampling, eos_ids, None, stop)
         for start in range(0, 10_000, self.size):
-            blocks = policy.cut(active, [self.tokens[i][start : start + self.size] for i in active], 1)
+            blocks = [text.take(self.tokens[text.sample][start : start + self.size]) for text in active]
             yield blocks
-            active = [block.sample for block in blocks if not block.finished]
+            active = [text for text, block in zip(active, blocks, strict=True) if not block.finished]
             if not active:
                 return
 

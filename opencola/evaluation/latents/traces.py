@@ -1,5 +1,6 @@
 """A Cola DLM at work, made visible: stories given back, blocks being denoised, variables on a map of latents."""
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -56,22 +57,13 @@ def reconstruct_stories(model: Cola, tokenizer: Tokenizer, stories: Sequence[Sto
 
 def trace_blocks(model: Cola, tokenizer: Tokenizer, sampling: ColaSampling, prompt: str, sample_id: int) -> Trace:
     """Write the first blocks after a prompt and note what every state of the flow would decode to."""
-    states: list[list[list[str]]] = []
-    times: list[float] = []
-
-    def watch(block: int, t: float, tokens: Tensor) -> None:
-        if block == len(states):
-            states.append([])
-        states[block].append([_token_text(tokenizer, token) for token in tokens[0].tolist()])
-        if block == 0:
-            times.append(t)
-
     # of several candidates only one would be shown, perhaps not the one that was kept; of a checked draft not all stays
     settings = replace(sampling, candidates=1, verify="off")
     ids = tokenizer.encode(prompt)
-    blocks = model.generate([ids], settings, eos_ids=[tokenizer.eos_id], ids=[sample_id], watch=watch)
-    for _ in zip(range(BLOCKS_SHOWN), blocks, strict=False):
-        pass
+    blocks = model.generate([ids], settings, eos_ids=[tokenizer.eos_id], ids=[sample_id], watch=True)
+    seen = [block.states for (block,) in itertools.islice(blocks, BLOCKS_SHOWN)]
+    states = [[[_token_text(tokenizer, token) for token in state.tokens] for state in path] for path in seen]
+    times = [state.time for state in seen[0]]
     return Trace(prompt, times, states, len(ids) % (model.dit.config.grid * model.vae.config.patch_size))
 
 

@@ -6,17 +6,17 @@ import torch
 
 from opencola.kernels.choice import invariant
 from opencola.layers import randomness
-from opencola.layers.cache import KVCache, whole_steps
+from opencola.layers.cache import ROUND, KVCache, whole_steps
 from opencola.models.ar.network import ARNetwork
 from opencola.models.ar.sampling import ARSampling
 from opencola.models.finite import check_logits
-from opencola.models.inputs import checked_prompts, sample_ids
+from opencola.models.inputs import checked_prompts
 from opencola.models.sampling import choose, penalise
-from opencola.models.stopping import OwnStop, StopRule, TokenBlock, unfinished
+from opencola.models.stopping import StopRule, Text, TokenBlock
+from opencola.models.writing import begun, write
 
 
 @invariant
-@torch.inference_mode()
 def generate(
     model: ARNetwork,
     prompts: Sequence[Sequence[int]],
@@ -35,37 +35,61 @@ def generate(
     place in the text alone: going on from a text that was written gives what would have followed it. Raises ValueError
     for ids beyond the vocabulary.
     """
-    if not prompts:
-        return
-    texts = checked_prompts(prompts, model.config.vocab_size)
-    ids = sample_ids(texts, ids)
-    policy = OwnStop([[] for _ in texts], sampling, eos_ids, stop)
-    cache = prefill(model, texts, sampling.max_new_tokens, pad_id)
-    active = list(range(len(texts)))
-    while active:
-        last = [[texts[i][-1] if texts[i] else model.config.bos_id] for i in active]
-        logits = model.logits(torch.tensor(last, device=model.embedding.weight.device), cache=cache)
-        check_logits(logits, [ids[i] for i in active])
-        logits = penalise(logits, [texts[i] for i in active], sampling.repetition_penalty)
-        generators = [randomness.generator(sampling.seed, "token", ids[i], len(texts[i])) for i in active]
-        new = choose(logits, sampling, generators).tolist()
-        for i, token in zip(active, new, strict=True):
-            texts[i] += token
-        blocks = policy.cut(active, new, 0)
-        yield blocks
-        cache = cache.append(1)
-        still = unfinished(blocks)
-        if still and len(still) < len(active):
-            cache = cache.select(torch.tensor(still, device=cache.lengths.device))
-        active = [active[row] for row in still]
+    if texts := begun(prompts, sampling, eos_ids, ids, stop):
+        yield from write(begin(model, texts, pad_id))
 
 
-def prefill(model: ARNetwork, texts: Sequence[list[int]], room: int, pad_id: int) -> KVCache:
-    """A cache with all inputs but the last of every text, and room for so many more."""
-    counts = [len(text) for text in texts]
-    cache = model.trunk.empty_cache(len(texts), max(counts) + room)
-    if max(counts):
-        inputs = [[model.config.bos_id, *text[:-1]] if text else [] for text in texts]
-        rows = model.padded(inputs, whole_steps(max(counts)), pad_id)
-        model.features(rows, cache=cache)
+def begin(model: ARNetwork, texts: Sequence[Text], pad_id: int = 0) -> "ARWriting":
+    """Texts to write, whose prompts are read. Arguments and errors as those of `generate`."""
+    checked_prompts([text.prompt for text in texts], model.config.vocab_size)
+    return ARWriting(model, texts, prefill(model, texts, pad_id))
+
+
+class ARWriting:
+    """Texts that grow by a token at a time (`Writing`)."""
+
+    def __init__(self, model: ARNetwork, texts: Sequence[Text], cache: KVCache) -> None:
+        self.model, self.texts, self.cache = model, texts, cache
+
+    @torch.inference_mode()
+    def step(self) -> list[TokenBlock]:
+        """As in the protocol."""
+        model, texts = self.model, [text.tokens for text in self.texts]
+        last = torch.tensor([[tokens[-1] if tokens else model.config.bos_id] for tokens in texts])
+        logits = model.logits(last.to(model.embedding.weight.device), cache=self.cache)
+        check_logits(logits, [text.id for text in self.texts])
+        samplings = [text.sampling for text in self.texts]
+        logits = penalise(logits, texts, [sampling.repetition_penalty for sampling in samplings])
+        draws = [(text.sampling.seed, "token", text.id, len(text.tokens)) for text in self.texts]
+        new = choose(logits, samplings, [randomness.generator(*draw) for draw in draws]).tolist()
+        self.cache = self.cache.append(1)
+        return [text.take(tokens) for text, tokens in zip(self.texts, new, strict=True)]
+
+    @torch.inference_mode()
+    def select(self, rows: Sequence[int]) -> "ARWriting":
+        """As in the protocol."""
+        place = torch.tensor(rows, dtype=torch.long, device=self.cache.lengths.device)
+        return ARWriting(self.model, [self.texts[row] for row in rows], self.cache.select(place))
+
+    @torch.inference_mode()
+    def join(self, other: "ARWriting") -> "ARWriting":
+        """As in the protocol."""
+        return ARWriting(self.model, [*self.texts, *other.texts], self.cache.join(other.cache))
+
+
+def cache_bytes(model: ARNetwork, text: Text) -> int:
+    """Bytes that a text's cache takes."""
+    return model.trunk.empty_cache(1, 1).nbytes // ROUND * whole_steps(len(text.prompt) + text.sampling.max_new_tokens)
+
+
+@torch.inference_mode()
+def prefill(model: ARNetwork, texts: Sequence[Text], pad_id: int) -> KVCache:
+    """A cache with all inputs but the last of every text, and room for the rest."""
+    counts = [len(text.prompt) for text in texts]
+    room = max(count + text.sampling.max_new_tokens for count, text in zip(counts, texts, strict=True))
+    longest = whole_steps(max(counts))
+    cache = model.trunk.empty_cache(len(texts), max(room, longest))
+    if longest:
+        inputs = [[model.config.bos_id, *text.prompt[:-1]] if text.prompt else [] for text in texts]
+        model.features(model.padded(inputs, longest, pad_id), cache=cache)
     return cache.append(torch.tensor(counts, device=cache.lengths.device))

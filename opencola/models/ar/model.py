@@ -14,6 +14,9 @@ from opencola.models.language_model import Loss
 class AR(ARNetwork):
     """p(x) = prod_i p(x_i | bos, x_1 .. x_(i-1)), trained, writing and scoring."""
 
+    begin = generation.begin
+    cache_bytes = generation.cache_bytes
+    log_probabilities = scoring.log_probabilities
     generate = generation.generate
     score = scoring.score
 

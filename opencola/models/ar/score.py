@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from opencola.kernels.choice import invariant
+from opencola.layers.cache import whole_steps
 from opencola.models.ar.network import ARNetwork
-from opencola.models.exact import exact_score
-from opencola.models.inputs import checked_texts
+from opencola.models.exact import exact_score, last
+from opencola.models.inputs import checked_prompts, checked_texts
 from opencola.models.language_model import Score
 from opencola.ranges import Count, check
 
@@ -55,7 +56,19 @@ def score(
     texts = checked_texts(prompts, continuations, model.config.vocab_size)
 
     def features(places: list[int], width: int) -> Tensor:
-        inputs = [[model.config.bos_id, *texts[place][:-1]] for place in places]
-        return model.features(model.padded(inputs, width, pad_id))
+        return features_of(model, [texts[place] for place in places], width)
 
     return exact_score(texts, continuations, features, model.project, settings.rows, "autoregressive")
+
+
+def features_of(model: ARNetwork, texts: Sequence[Sequence[int]], width: int) -> Tensor:
+    """What the tokens of texts are predicted from: (B, width, D)."""
+    return model.features(model.padded([[model.config.bos_id, *text[:-1]] for text in texts], width, 0))
+
+
+@invariant
+@torch.no_grad()
+def log_probabilities(model: ARNetwork, text: Sequence[int], count: int) -> Tensor:
+    """log p (count, V), float64, of what may stand in the place of each of the last `count` tokens of a text."""
+    (checked,) = checked_prompts([text], model.config.vocab_size)
+    return last(features_of(model, [checked], whole_steps(len(text)))[0, : len(text)], count, model.project)

@@ -1,5 +1,6 @@
 """What generation remembers of the text so far (model.md §5)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,6 +28,12 @@ class Caches:
         encoder = None if self.encoder is None else self.encoder.select(rows)
         last = None if self.last is None else self.last[rows]
         return Caches(self.dit.select(rows), self.decoder.select(rows), encoder, last)
+
+    def join(self, other: "Caches") -> "Caches":
+        """The caches of these samples and of another's, copied."""
+        encoder = None if self.encoder is None or other.encoder is None else self.encoder.join(other.encoder)
+        last = None if self.last is None or other.last is None else torch.cat((self.last, other.last))
+        return Caches(self.dit.join(other.dit), self.decoder.join(other.decoder), encoder, last)
 
     @property
     def whole(self) -> bool:
@@ -79,12 +86,13 @@ def read_latents(dit: BlockCausalDiT, cache: KVCache, z: Tensor, modulation: Mod
 
 
 def prefill(
-    vae: TextVAE, dit: BlockCausalDiT, prompts: Prompts, sampling: ColaSampling, modulation: Modulation
+    vae: TextVAE, dit: BlockCausalDiT, prompts: Prompts, samplings: Sequence[ColaSampling], modulation: Modulation
 ) -> Caches:
     """Caches that hold the whole prompt blocks, with room for what will be written; modulation: of time 0."""
-    size, patch, batch = dit.config.block_size, vae.config.patch_size, len(prompts.latents)
+    size, patch, batch, sampling = dit.config.block_size, vae.config.patch_size, len(prompts.latents), samplings[0]
     longest = -(-int(prompts.history.max()) // FEW) * FEW  # so that no sum depends on the batch
-    room = longest + size * (2 + (sampling.max_new_tokens + size * patch - 1) // (size * patch))
+    most = max(own.max_new_tokens for own in samplings)
+    room = longest + size * (2 + (most + size * patch - 1) // (size * patch))
     dit_cache, decoder = dit.empty_cache(batch, room), vae.empty_cache(batch, room, "decoder")
     reads = (sampling.candidates > 1 and sampling.rank == "round_trip") or sampling.verify != "off"
     encoder = vae.empty_cache(batch, room, "encoder") if reads else None

@@ -12,23 +12,35 @@ from opencola.flow.ode import Velocity, evaluation_times, guide, repaint, solve,
 from opencola.layers.attention import Attend
 from opencola.layers.cache import KVCache
 from opencola.models.cola.sampling import ColaSampling
+from opencola.models.stopping import State
 
 
 @dataclass(frozen=True)
 class Block:
-    """The block that every active sample writes next."""
+    """The block that every text writes next."""
 
-    number: int  # blocks written before
-    ids: list[int]
     pinned: Tensor  # (B, S) bool: rows whose latents are known
     known: Tensor  # (B, S, d) their values, 0 elsewhere
-    seen: list[list[int]]  # tokens that the repetition penalty counts
+    first: bool = False  # of all texts
 
     def select(self, rows: Tensor) -> "Block":
         """The block of the samples `rows`."""
-        order = rows.tolist()
-        ids, seen = [self.ids[r] for r in order], [self.seen[r] for r in order]
-        return Block(self.number, ids, self.pinned[rows], self.known[rows], seen)
+        return Block(self.pinned[rows], self.known[rows], self.first)
+
+
+def looked(
+    path: Sequence[tuple[float, Tensor]], decode: Callable[[Tensor], Tensor], watched: Sequence[bool]
+) -> list[list[State]]:
+    """Of every text the states of a path from noise to latents (B, S, d), as they decode to logits (B, S * P, V); none
+    of those that are not watched."""
+    states: list[list[State]] = [[] for _ in watched]
+    for t, z in path if any(watched) else ():
+        best = decode(z).float().softmax(-1).topk(2, dim=-1)
+        margins = best.values[..., 0] - best.values[..., 1]
+        for row in (row for row, wanted in enumerate(watched) if wanted):
+            tokens: list[int] = best.indices[row, :, 0].tolist()
+            states[row].append(State(t, tokens, margins[row].tolist(), z[row]))
+    return states
 
 
 def seen_times(times: Sequence[float], sampling: ColaSampling) -> Tensor:
@@ -127,7 +139,7 @@ def denoise(
             yield step[0][0], torch.cat([state for _, state in step])
         return
     size = dit.config.block_size
-    partial = sampling.first_block == "partial" and block.number == 0
+    partial = sampling.first_block == "partial" and block.first
     pinned = torch.zeros_like(block.pinned) if partial else block.pinned
     alike = not bool(pinned.any())  # all rows have the same time: its modulation is then broadcast, not gathered
     moving = (~pinned).long()

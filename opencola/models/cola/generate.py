@@ -9,26 +9,27 @@ from torch import Tensor
 from opencola.flow.dit import BlockCausalDiT
 from opencola.kernels.choice import invariant
 from opencola.layers import randomness
+from opencola.layers.cache import ROUND, whole_steps
 from opencola.layers.few_rows import prepacked
 from opencola.models.cola.caches import Caches, prefill
-from opencola.models.cola.denoise import Block, Clock, denoise
+from opencola.models.cola.denoise import Block, Clock, denoise, looked
 from opencola.models.cola.parts import ColaParts
 from opencola.models.cola.prompts import Prompts, encode_prompts
 from opencola.models.cola.release import ReleaseStop
 from opencola.models.cola.release import noise as release_noise
 from opencola.models.cola.sampling import ColaSampling
-from opencola.models.cola.verify import check_verifiable, verified
+from opencola.models.cola.verify import Checked, check_verifiable
 from opencola.models.finite import check_logits, check_states
-from opencola.models.inputs import sample_ids
 from opencola.models.sampling import choose, penalise
-from opencola.models.stopping import OwnStop, StopRule, TokenBlock, unfinished
+from opencola.models.stopping import State, StopRule, Text, TokenBlock
+from opencola.models.writing import Writing, begun, write
 from opencola.vae.text_vae import TextVAE
 
-Watch = Callable[[int, float, Tensor], None]
+Noise = Callable[[int, int], Tensor]
+"""(id, block) -> (S, d): in place of the seeded noise."""
 
 
 @invariant
-@torch.inference_mode()
 def generate(
     model: ColaParts,
     prompts: Sequence[Sequence[int]],
@@ -38,71 +39,113 @@ def generate(
     pad_id: int = 0,
     ids: Sequence[int] | None = None,
     stop: StopRule = lambda sample, tokens: None,
-    watch: Watch | None = None,
-    noise: Callable[[int, int], Tensor] | None = None,
+    watch: bool = False,
+    noise: Noise | None = None,
 ) -> Iterator[list[TokenBlock]]:
     """Yield the new tokens of every unfinished sample, block by block.
 
     prompts: token ids; eos_ids end a sample and are not given out; ids: the samples' ids, which decide their noise
     (their place in the batch when not given); stop(sample, new tokens) -> how many of these to keep, or None to go on;
-    watch(block, time, tokens (B * candidates, S * P)): called with every solver state, decoded; noise(id, block) ->
-    (S, d): in place of the seeded noise. Raises ValueError for prompts with ids beyond the vocabulary.
+    watch: have the blocks tell all states of the solver. Raises ValueError for prompts with ids beyond the vocabulary.
     """
-    vae, dit = model.vae, model.dit
-    patch, size = vae.config.patch_size, dit.config.block_size
-    if not prompts:
-        return
-    check_verifiable(dit, sampling)
-    encoded = encode_prompts(vae, prompts, sampling, dit.config.grid, pad_id)
-    ids = sample_ids(prompts, ids)
-    clock = Clock(dit, sampling, encoded.latents)
-    policy: OwnStop | ReleaseStop = OwnStop(encoded.known, sampling, eos_ids, stop)
-    if sampling.release:
-        policy = ReleaseStop(encoded, sampling, eos_ids, size * patch)
-    written: list[list[int]] = [[] for _ in prompts]  # all tokens of the generated blocks
-    active = list(range(len(prompts)))
-    dit = prepacked(dit, "blocks", 2 * size * len(prompts))
-    caches = prefill(vae, dit, encoded, sampling, clock(0.0, 0))
+    if texts := begun(prompts, sampling, eos_ids, ids, stop, watch):
+        yield from write(begin(model, texts, pad_id, noise))
+
+
+@torch.inference_mode()
+def begin(model: ColaParts, texts: Sequence[Text], pad_id: int = 0, noise: Noise | None = None) -> Writing:
+    """Texts to write, whose prompts are read; their settings differ in nothing but the fields that every family has.
+
+    Arguments and errors as those of `generate`.
+    """
+    vae, sampling = model.vae, texts[0].sampling
+    check_verifiable(model.dit, sampling)
+    prompts = encode_prompts(vae, [text.prompt for text in texts], sampling, model.dit.config.grid, pad_id)
+    clock = Clock(model.dit, sampling, prompts.latents)
+    dit = prepacked(model.dit, "blocks", 2 * model.dit.config.block_size * len(texts))
+    caches = prefill(vae, dit, prompts, [text.sampling for text in texts], clock(0.0, 0))
     if sampling.verify != "off":
-        yield from verified(vae, dit, caches, ids, sampling, clock, policy)
-        return
-    for number in range(1 << 30):
-        rows = torch.tensor(active, device=encoded.tokens.device)
-        seen = [written[i] if sampling.release else list(prompts[i]) + written[i] for i in active]
-        first = number == 0
-        fixed = first_block(encoded, rows, size) if first else no_rows(len(active), size, encoded.latents)
-        block = Block(number, [ids[i] for i in active], *fixed, seen)
-        z, tokens, caches = write_block(vae, dit, caches, block, sampling, clock, watch, noise)
+        return Checked.begun(vae, dit, clock, texts, caches)
+    release = ReleaseStop(prompts, texts, dit.config.block_size * vae.config.patch_size) if sampling.release else None
+    return ColaWriting(vae, dit, clock, texts, caches, None, prompts, release, noise)
+
+
+class ColaWriting:
+    """Texts that grow by a block at a time (`Writing`).
+
+    z (B, S, d): the last latents, which the DiT has yet to read; prompts: of texts that have no block yet.
+    """
+
+    def __init__(
+        self,
+        vae: TextVAE,
+        dit: BlockCausalDiT,
+        clock: Clock,
+        texts: Sequence[Text],
+        caches: Caches,
+        z: Tensor | None = None,
+        prompts: Prompts | None = None,
+        release: ReleaseStop | None = None,
+        noise: Noise | None = None,
+    ) -> None:
+        self.vae, self.dit, self.clock, self.texts, self.caches, self.z = vae, dit, clock, texts, caches, z
+        self.prompts, self.release, self.noise = prompts, release, noise
+
+    @torch.inference_mode()
+    def step(self) -> list[TokenBlock]:
+        """As in the protocol."""
+        size, texts, caches, prompts = self.dit.config.block_size, self.texts, self.caches, self.prompts
+        if self.z is not None and not caches.whole:
+            caches, _ = caches.commit(self.dit, self.z, size, self.clock(0.0, 0))
+        block = first_block(prompts, size) if prompts is not None else no_rows(len(texts), size, self.clock.like)
+        written = write_block(self.vae, self.dit, caches, block, texts, self.clock, self.noise)
+        self.z, tokens, self.caches, states = written
+        given = prompts.known if prompts is not None else [[]] * len(texts)
+        self.prompts = None
         new = tokens.tolist()
-        if first and not sampling.release:
-            new = [encoded.known[i] + block[len(encoded.known[i]) :] for i, block in zip(active, new, strict=True)]
-        for i, tokens_of_block in zip(active, new, strict=True):
-            written[i] += tokens_of_block
-        blocks = policy.cut(active, new, number)
-        yield blocks
-        still = unfinished(blocks)
-        if not still:
-            return
-        if len(still) < len(active):
-            keep = torch.tensor(still, device=rows.device)
-            caches, z = caches.select(keep), z[keep]
-            active = [active[row] for row in still]
-        if not caches.whole:
-            caches, _ = caches.commit(dit, z, size, clock(0.0, 0))
+        if self.release is not None:
+            return self.release.take(texts, new)
+        rows = zip(texts, new, given, states, strict=True)
+        return [text.take(row[len(known) :], seen) for text, row, known, seen in rows]
+
+    @torch.inference_mode()
+    def select(self, rows: Sequence[int]) -> "ColaWriting":
+        """As in the protocol."""
+        place = torch.tensor(rows, dtype=torch.long, device=self.clock.like.device)
+        z = None if self.z is None else self.z[place]
+        return self._with([self.texts[row] for row in rows], self.caches.select(place), z)
+
+    @torch.inference_mode()
+    def join(self, other: "ColaWriting") -> "ColaWriting":
+        """As in the protocol."""
+        assert self.z is not None and other.z is not None
+        return self._with([*self.texts, *other.texts], self.caches.join(other.caches), torch.cat((self.z, other.z)))
+
+    def _with(self, texts: Sequence[Text], caches: Caches, z: Tensor | None) -> "ColaWriting":
+        return ColaWriting(self.vae, self.dit, self.clock, texts, caches, z, noise=self.noise)
 
 
-def first_block(prompts: Prompts, rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Which latents of the first generated block the prompt fixes, and their values."""
-    offset = torch.arange(size, device=rows.device)
-    pinned = offset < prompts.pinned[rows, None]
-    place = (prompts.history[rows, None] + offset).clamp(max=prompts.latents.shape[1] - 1)
-    return pinned, prompts.latents[rows[:, None], place] * pinned[..., None]
+def cache_bytes(model: ColaParts, text: Text) -> int:
+    """Bytes that a text's caches take, candidates and what reads tokens again included."""
+    sampling, size, patch = text.sampling, model.dit.config.block_size, model.vae.config.patch_size
+    caches = [model.dit.empty_cache(1, 1), *(model.vae.empty_cache(1, 1, part) for part in ("encoder", "decoder"))]
+    rows = whole_steps((len(text.prompt) + sampling.max_new_tokens) // patch + 3 * size)
+    return sum(cache.nbytes for cache in caches) // ROUND * rows * int(sampling.candidates)
 
 
-def no_rows(batch: int, size: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Nothing pinned."""
+def first_block(prompts: Prompts, size: int) -> Block:
+    """The block with which texts begin, and those of its latents that their prompts fix."""
+    offset = torch.arange(size, device=prompts.pinned.device)
+    pinned = offset < prompts.pinned[:, None]
+    place = (prompts.history[:, None] + offset).clamp(max=prompts.latents.shape[1] - 1)
+    rows = torch.arange(len(place), device=place.device)[:, None]
+    return Block(pinned, prompts.latents[rows, place] * pinned[..., None], first=True)
+
+
+def no_rows(batch: int, size: int, like: Tensor) -> Block:
+    """A block of which nothing is known."""
     pinned = torch.zeros(batch, size, dtype=torch.bool, device=like.device)
-    return pinned, like.new_zeros(batch, size, like.shape[-1])
+    return Block(pinned, like.new_zeros(batch, size, like.shape[-1]))
 
 
 def write_block(
@@ -110,48 +153,51 @@ def write_block(
     dit: BlockCausalDiT,
     caches: Caches,
     block: Block,
-    sampling: ColaSampling,
+    texts: Sequence[Text],
     clock: Clock,
-    watch: Watch | None,
-    noise: Callable[[int, int], Tensor] | None,
-) -> tuple[Tensor, Tensor, Caches]:
-    """Latents (B, S, d) and tokens (B, S * P) of the next block, and caches with the decoder's side committed."""
-    size, count, batch = dit.config.block_size, sampling.candidates, len(block.ids)
+    noise: Noise | None,
+) -> tuple[Tensor, Tensor, Caches, list[list[State]]]:
+    """Latents (B, S, d) and tokens (B, S * P) of the next block, caches with the decoder's side committed, and the
+    states of every text that is watched."""
+    sampling: ColaSampling = clock.sampling
+    size, count, batch = dit.config.block_size, sampling.candidates, len(texts)
     if count > 1:
         rows = torch.arange(batch, device=block.known.device).repeat_interleave(count)
-        caches = caches.select(rows)
-        block = block.select(rows)
-    copy = [row % count for row in range(len(block.ids))]
-    keys = list(zip(block.ids, copy, strict=True))
+        caches, block = caches.select(rows), block.select(rows)
+    copies = [(text, copy) for text in texts for copy in range(count)]
+    ids = [text.id for text, _ in copies]
+    where = f", block {texts[0].blocks + 1}"
+
+    def generators(purpose: str, *step: int) -> list[torch.Generator]:
+        keys = [(text.sampling.seed, purpose, text.id, text.blocks, copy, *step) for text, copy in copies]
+        return [randomness.generator(*key) for key in keys]
 
     def draw(purpose: str, *step: int) -> Tensor:
-        shape, seed = (size, dit.config.latent_dim), sampling.seed
-        generators = [randomness.generator(seed, purpose, i, block.number, c, *step) for i, c in keys]
-        return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(block.known)
+        shape = size, dit.config.latent_dim
+        return torch.stack([torch.randn(shape, generator=g) for g in generators(purpose, *step)]).to(block.known)
 
     if noise is not None:
-        z = torch.stack([noise(i, block.number) for i in block.ids]).to(block.known)
+        z = torch.stack([noise(text.id, text.blocks) for text, _ in copies]).to(block.known)
     elif sampling.release:
-        shape = (size, dit.config.latent_dim)
-        z = release_noise(sampling.seed, block.ids, block.number, shape).to(block.known)
+        z = release_noise(sampling.seed, ids, texts[0].blocks, (size, dit.config.latent_dim)).to(block.known)
     else:
         z = draw("noise")
 
     def decode(latents: Tensor) -> Tensor:
         return vae.decode(latents if sampling.release else vae.denormalise(latents), caches.decoder)
 
-    states: list[Tensor] = []
-    for t, z in denoise(dit, caches.dit, z, block, sampling, clock, draw, caches.last):  # noqa: B020 the last state is the block
-        states.append(z)
-        if watch is not None:
-            watch(block.number, t, decode(z).argmax(-1))
-    check_states(states, block.ids, f", block {block.number + 1}")
+    path = list(denoise(dit, caches.dit, z, block, sampling, clock, draw, caches.last))
+    z = path[-1][1]
+    check_states([state for _, state in path], ids, where)
+    states = looked(path, decode, [text.watched for text, _ in copies])
     logits = decode(z)
-    check_logits(logits, block.ids, f", block {block.number + 1}")
-    if not (sampling.release and block.number == 0):
-        logits = penalise(logits, block.seen, sampling.repetition_penalty)
-    generators = [randomness.generator(sampling.seed, "token", i, block.number, c) for i, c in keys]
-    tokens = choose(logits, sampling, generators, wide=not sampling.release)  # the release draws in the logits' type
+    check_logits(logits, ids, where)
+    if not (sampling.release and block.first):
+        seen = [text.new if sampling.release else text.tokens for text, _ in copies]
+        logits = penalise(logits, seen, [text.sampling.repetition_penalty for text, _ in copies])
+    settings = [text.sampling for text, _ in copies]
+    # the release draws in the logits' type
+    tokens = choose(logits, settings, generators("token"), wide=not sampling.release)
     caches = replace(caches, decoder=caches.decoder.append(size))
     if count > 1:
         if caches.encoder is not None:
@@ -162,7 +208,8 @@ def write_block(
             merit, caches = log_probability(dit, caches, z, tokens, clock)
         best = merit.view(batch, count).argmax(-1) + torch.arange(batch, device=z.device) * count
         z, tokens, caches = z[best], tokens[best], caches.select(best)
-    return z, tokens, caches
+        states = [states[row] for row in best.tolist()]
+    return z, tokens, caches, states
 
 
 def log_probability(

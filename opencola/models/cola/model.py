@@ -12,6 +12,7 @@ from opencola.flow.dit import BlockCausalDiT
 from opencola.flow.path import interpolate, target_velocity
 from opencola.layers import randomness
 from opencola.models.cola import generate as generation
+from opencola.models.cola import predict
 from opencola.models.cola import score as scoring
 from opencola.models.cola.distil import grid_times, two_steps
 from opencola.models.cola.parts import ColaConfig, ColaParts
@@ -24,6 +25,9 @@ from opencola.vae.text_vae import TextVAE
 class Cola(ColaParts):
     """A whole Cola DLM: Text VAE `vae` and prior `dit`. It is trained, writes, and scores (`LanguageModel`)."""
 
+    begin = generation.begin
+    cache_bytes = generation.cache_bytes
+    log_probabilities = predict.log_probabilities
     generate = generation.generate
     score = scoring.score
 

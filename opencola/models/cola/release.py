@@ -6,31 +6,33 @@ import torch
 from torch import Tensor
 
 from opencola.models.cola.prompts import Prompts
-from opencola.models.sampling import Sampling
-from opencola.models.stopping import Finished, TokenBlock
+from opencola.models.stopping import Finished, Text, TokenBlock
 
 
 class ReleaseStop:
-    """The release's rule (official-format §5, Q11): all samples end together, tokens known from the prompt count."""
+    """The release's rule (official-format §5, Q11): all samples end together, tokens known from the prompt count.
 
-    def __init__(self, prompts: Prompts, sampling: Sampling, eos_ids: Sequence[int], chunk: int) -> None:
-        self.known = prompts.known
-        self.eos_ids = set(eos_ids)
-        self.budget = sampling.max_new_tokens
-        self.chunk = chunk  # tokens of a block
-        self.ended = [False] * len(prompts.known)
+    chunk: tokens of a block.
+    """
 
-    def cut(self, active: Sequence[int], blocks: Sequence[list[int]], number: int) -> list[TokenBlock]:
-        """Tokens to give out of block `number`: everything but the prompt's own."""
-        for i, block in zip(active, blocks, strict=True):
-            self.ended[i] |= not self.eos_ids.isdisjoint(block)
+    def __init__(self, prompts: Prompts, texts: Sequence[Text], chunk: int) -> None:
+        self.known, self.chunk = prompts.known, chunk
+        self.ended = [False] * len(texts)
+
+    def take(self, texts: Sequence[Text], blocks: Sequence[list[int]]) -> list[TokenBlock]:
+        """Go on with a block of tokens each: of it everything but the prompt's own is given out."""
+        number = texts[0].blocks
+        for row, (text, block) in enumerate(zip(texts, blocks, strict=True)):
+            self.ended[row] |= not set(text.eos_ids).isdisjoint(block)
+            text.new, text.blocks = text.new + block, number + 1
         finished: Finished = ""
-        if (number + 1) * self.chunk >= self.budget:
+        if (number + 1) * self.chunk >= texts[0].sampling.max_new_tokens:
             finished = "length"
         elif all(self.ended):
             finished = "eos"
-        start = [len(self.known[i]) if number == 0 else 0 for i in active]
-        return [TokenBlock(i, block[s:], finished) for i, block, s in zip(active, blocks, start, strict=True)]
+        start = [len(known) if number == 0 else 0 for known in self.known]
+        rows = zip(texts, blocks, start, strict=True)
+        return [TokenBlock(text.sample, block[first:], finished) for text, block, first in rows]
 
 
 def noise(seed: int, ids: Sequence[int], block: int, shape: tuple[int, ...]) -> Tensor:

@@ -11,7 +11,7 @@ is kept with probability p, and else one of the others is drawn in proportion to
 probability Pr(draft = x) p(x) + sum over y != x of Pr(draft = y) (1 - p(y)) p(x) / (1 - p(y)) = p(x), whatever drafts.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,13 +20,12 @@ from opencola.errors import UserError
 from opencola.flow.dit import BlockCausalDiT
 from opencola.layers import randomness
 from opencola.models.cola.caches import Caches, read_latents
-from opencola.models.cola.denoise import Block, Clock, denoise
+from opencola.models.cola.denoise import Block, Clock, denoise, looked
 from opencola.models.cola.predict import predictor
-from opencola.models.cola.release import ReleaseStop
 from opencola.models.cola.sampling import ColaSampling
 from opencola.models.finite import check_logits, check_states
 from opencola.models.sampling import probabilities
-from opencola.models.stopping import OwnStop, TokenBlock, unfinished
+from opencola.models.stopping import State, Text, TokenBlock
 from opencola.vae.text_vae import TextVAE
 
 
@@ -40,94 +39,106 @@ def check_verifiable(dit: BlockCausalDiT, sampling: ColaSampling) -> None:
         raise UserError(f"compatibility release: it has no trunk, but this prior has one of {dit.config.trunk_layers}")
 
 
-def verified(
-    vae: TextVAE,
-    dit: BlockCausalDiT,
-    caches: Caches,
-    ids: Sequence[int],
-    sampling: ColaSampling,
-    clock: Clock,
-    policy: OwnStop | ReleaseStop,
-) -> Iterator[list[TokenBlock]]:
-    """Yield the new tokens of every unfinished sample, cycle by cycle. caches: of the prompts."""
-    head, active = predictor(dit, f"verify {sampling.verify}"), list(range(len(ids)))
-    written = [0] * len(ids)
-    certain = choose(list(caches.next_token(dit)), [(ids[i], 0) for i in active], sampling)
-    for number in range(1 << 30):
-        keys = [(ids[i], written[i]) for i in active]
-        tokens = draft(vae, dit, caches, certain, keys, sampling, clock)
+class Checked:
+    """Texts that grow by the tokens of a draft that the trunk keeps (`Writing`). certain (B,): those that come next."""
+
+    def __init__(
+        self,
+        vae: TextVAE,
+        dit: BlockCausalDiT,
+        clock: Clock,
+        texts: Sequence[Text],
+        caches: Caches,
+        certain: Tensor,
+    ) -> None:
+        self.vae, self.dit, self.clock, self.texts = vae, dit, clock, texts
+        self.caches, self.certain = caches, certain
+
+    @classmethod
+    def begun(cls, vae: TextVAE, dit: BlockCausalDiT, clock: Clock, texts: Sequence[Text], caches: Caches) -> "Checked":
+        """Texts of which nothing is written. caches: of the prompts."""
+        certain = [next_token(row, text, 0) for row, text in zip(caches.next_token(dit), texts, strict=True)]
+        return cls(vae, dit, clock, texts, caches, torch.stack(certain))
+
+    @torch.inference_mode()
+    def step(self) -> list[TokenBlock]:
+        """As in the protocol."""
+        vae, dit, caches, texts = self.vae, self.dit, self.caches, self.texts
+        head = predictor(dit, f"verify {self.clock.sampling.verify}")
+        tokens, states = draft(vae, dit, caches, self.certain, texts, self.clock)
         z = vae.normalise(vae.encode(tokens, cache=caches.encoder).mean)
-        read = read_latents(dit, caches.dit, z, clock(0.0, 0))
+        read = read_latents(dit, caches.dit, z, self.clock(0.0, 0))
         logits = head(read)
-        check_logits(logits, [i for i, _ in keys], f", cycle {number + 1}")
-        kept, certain = accept(logits, tokens, keys, sampling)
-        caches = caches.count(torch.tensor(kept, device=tokens.device), read)
-        new = [row[:count] for row, count in zip(tokens.tolist(), kept, strict=True)]
-        for i, count in zip(active, kept, strict=True):
-            written[i] += count
-        blocks = policy.cut(active, new, number)
-        yield blocks
-        still = unfinished(blocks)
-        if not still:
-            return
-        if len(still) < len(active):
-            keep = torch.tensor(still, device=tokens.device)
-            caches, certain = caches.select(keep), certain[keep]
-            active = [active[row] for row in still]
+        check_logits(logits, [text.id for text in texts], f", cycle {texts[0].blocks + 1}")
+        kept, self.certain = accept(logits, tokens, texts)
+        self.caches = caches.count(torch.tensor(kept, device=tokens.device), read)
+        rows = zip(texts, tokens.tolist(), kept, states, strict=True)
+        return [text.take(row[:count], seen) for text, row, count, seen in rows]
+
+    @torch.inference_mode()
+    def select(self, rows: Sequence[int]) -> "Checked":
+        """As in the protocol."""
+        place = torch.tensor(rows, dtype=torch.long, device=self.certain.device)
+        return self._with([self.texts[row] for row in rows], self.caches.select(place), self.certain[place])
+
+    @torch.inference_mode()
+    def join(self, other: "Checked") -> "Checked":
+        """As in the protocol."""
+        certain = torch.cat((self.certain, other.certain))
+        return self._with([*self.texts, *other.texts], self.caches.join(other.caches), certain)
+
+    def _with(self, texts: Sequence[Text], caches: Caches, certain: Tensor) -> "Checked":
+        return Checked(self.vae, self.dit, self.clock, texts, caches, certain)
 
 
 def draft(
-    vae: TextVAE,
-    dit: BlockCausalDiT,
-    caches: Caches,
-    certain: Tensor,
-    keys: Sequence[tuple[int, int]],
-    sampling: ColaSampling,
-    clock: Clock,
-) -> Tensor:
-    """Tokens (B, S) of a block that begins with the certain ones (B,): the denoiser's, read by the decoder.
-
-    keys: every sample's id and how many tokens it has written. The decoder's cache is read, not counted.
-    """
+    vae: TextVAE, dit: BlockCausalDiT, caches: Caches, certain: Tensor, texts: Sequence[Text], clock: Clock
+) -> tuple[Tensor, list[list[State]]]:
+    """Tokens (B, S) of a block that begins with the certain ones (B,): the denoiser's, read by the decoder; and the
+    states of every text that is watched. The decoder's cache is read, not counted."""
     size, dim = dit.config.block_size, dit.config.latent_dim
     first = vae.normalise(vae.encode(certain[:, None], cache=caches.encoder).mean)
     pinned = (torch.arange(size, device=first.device) == 0).expand(len(first), size)
     known = torch.nn.functional.pad(first, (0, 0, 0, size - 1))
     if size == 1:  # the decoder, too, reads what is certain
         vae.features(vae.denormalise(first), caches.decoder)
-        return certain[:, None]
+        return certain[:, None], [[] for _ in texts]
 
     def draw(purpose: str, *step: int) -> Tensor:
-        generators = [randomness.generator(sampling.seed, f"draft {purpose}", *key, *step) for key in keys]
+        keys = [(text.sampling.seed, f"draft {purpose}", text.id, len(text.new), *step) for text in texts]
+        generators = [randomness.generator(*key) for key in keys]
         return torch.stack([torch.randn((size, dim), generator=g) for g in generators]).to(first)
 
-    block = Block(1, [i for i, _ in keys], pinned, known, [])
-    states = [z for _, z in denoise(dit, caches.dit, draw("noise"), block, sampling, clock, draw, caches.last)]
-    check_states(states, block.ids, "")
-    tokens = vae.decode(vae.denormalise(states[-1]), caches.decoder).argmax(-1)
-    return torch.cat((certain[:, None], tokens[:, 1:]), dim=1)
+    def decode(latents: Tensor) -> Tensor:
+        return vae.decode(vae.denormalise(latents), caches.decoder)
+
+    block = Block(pinned, known)
+    path = list(denoise(dit, caches.dit, draw("noise"), block, clock.sampling, clock, draw, caches.last))
+    check_states([z for _, z in path], [text.id for text in texts])
+    states = looked(path, decode, [text.watched for text in texts])
+    tokens = decode(path[-1][1]).argmax(-1)
+    return torch.cat((certain[:, None], tokens[:, 1:]), dim=1), states
 
 
-def accept(
-    logits: Tensor, tokens: Tensor, keys: Sequence[tuple[int, int]], sampling: ColaSampling
-) -> tuple[list[int], Tensor]:
-    """How many of each sample's tokens (B, S) are kept, the certain first one among them, and the next one (B,).
+def accept(logits: Tensor, tokens: Tensor, texts: Sequence[Text]) -> tuple[list[int], Tensor]:
+    """How many of each text's tokens (B, S) are kept, the certain first one among them, and the next one (B,).
 
     logits (B, S, V): the trunk's, of the token after each.
     """
     kept, following = [], []
-    for row, drafted, (i, place) in zip(logits, tokens.tolist(), keys, strict=True):
+    for row, drafted, text in zip(logits, tokens.tolist(), texts, strict=True):
         count = 1
-        while count < len(drafted) and accepts(row[count - 1], drafted[count], (i, place + count), sampling):
+        while count < len(drafted) and accepts(row[count - 1], drafted[count], text, count):
             count += 1
-        refused = drafted[count] if count < len(drafted) and sampling.verify == "lossless" else None
+        refused = drafted[count] if count < len(drafted) and text.sampling.verify == "lossless" else None
         kept.append(count)
-        following.append(choose([row[count - 1]], [(i, place + count)], sampling, refused))
-    return kept, torch.cat(following).to(tokens.device)
+        following.append(next_token(row[count - 1], text, count, refused))
+    return kept, torch.stack(following)
 
 
-def accepts(logits: Tensor, token: int, key: tuple[int, int], sampling: ColaSampling) -> bool:
-    """Whether a drafted token is kept, given the trunk's logits (V,) at its place; key: sample's id and place."""
+def accepts(logits: Tensor, token: int, text: Text, place: int) -> bool:
+    """Whether a drafted token is kept, `place` tokens behind the text, given the trunk's logits (V,) there."""
+    sampling: ColaSampling = text.sampling
     if sampling.verify == "typical":
         p = logits.double().softmax(-1)
         entropy = torch.special.entr(p).sum()
@@ -136,21 +147,17 @@ def accepts(logits: Tensor, token: int, key: tuple[int, int], sampling: ColaSamp
     if sampling.greedy:
         return int(logits.argmax()) == token
     p = probabilities(logits.double(), sampling)
-    drawn = torch.rand((), generator=randomness.generator(sampling.seed, "verify", *key), dtype=torch.float64)
-    return bool(drawn < p[token])
+    generator = randomness.generator(sampling.seed, "verify", text.id, len(text.new) + place)
+    return bool(torch.rand((), generator=generator, dtype=torch.float64) < p[token])
 
 
-def choose(
-    logits: Sequence[Tensor], keys: Sequence[tuple[int, int]], sampling: ColaSampling, refused: int | None = None
-) -> Tensor:
-    """The trunk's own choices (B,) by its logits, (V,) each, but for a token that was refused there."""
+def next_token(logits: Tensor, text: Text, place: int, refused: int | None = None) -> Tensor:
+    """The trunk's own choice () `place` tokens behind the text, by its logits (V,), but for a token refused there."""
+    sampling: ColaSampling = text.sampling
     if sampling.greedy:
-        return torch.stack([row.argmax() for row in logits])
-    chosen = []
-    for row, key in zip(logits, keys, strict=True):
-        p = probabilities(row.double(), sampling).cpu()
-        if refused is not None:
-            p[refused] = 0
-        generator = randomness.generator(sampling.seed, "token", *key)
-        chosen.append(torch.multinomial(p, 1, generator=generator)[0].to(row.device))
-    return torch.stack(chosen)
+        return logits.argmax()
+    p = probabilities(logits.double(), sampling).cpu()
+    if refused is not None:
+        p[refused] = 0
+    generator = randomness.generator(sampling.seed, "token", text.id, len(text.new) + place)
+    return torch.multinomial(p, 1, generator=generator)[0].to(logits.device)

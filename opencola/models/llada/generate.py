@@ -5,7 +5,6 @@ depends on how many follow. Blocks are unmasked from left to right, the tokens o
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,11 +12,12 @@ from torch import Tensor
 from opencola.kernels.choice import invariant
 from opencola.layers import randomness
 from opencola.models.finite import check_logits
-from opencola.models.inputs import checked_prompts, sample_ids
+from opencola.models.inputs import checked_prompts
 from opencola.models.llada.network import LLaDANetwork
 from opencola.models.llada.sampling import LLaDASampling
 from opencola.models.sampling import penalise, probabilities
-from opencola.models.stopping import OwnStop, StopRule, TokenBlock, unfinished
+from opencola.models.stopping import StopRule, Text, TokenBlock
+from opencola.models.writing import begun, write
 
 Predict = Callable[[Tensor], Tensor]
 """Tokens (B, R), some of them masked -> logits (B, R, V) of what stands at every place."""
@@ -25,35 +25,7 @@ Propose = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 """Step, tokens (B, R), logits (B, S, V) of a block -> a token and the priority of keeping it, for each place (B, S)."""
 
 
-@dataclass(frozen=True)
-class Canvas:
-    """B samples of different lengths, padded at the end to R tokens."""
-
-    tokens: Tensor  # (B, R) prompts, then [MASK] for all that is to be written, then padding
-    prompts: Tensor  # (B,) tokens of each prompt
-    lengths: Tensor  # (B,) tokens of prompt and text; what stands behind is never seen
-    known: list[list[int]]  # of every sample none: blocks begin behind the prompt
-
-    @classmethod
-    def of(
-        cls, prompts: Sequence[Sequence[int]], new: int, mask_id: int, pad_id: int, device: torch.device
-    ) -> "Canvas":
-        """Prompts, each with `new` masks. Raises ValueError for ids beyond the vocabulary."""
-        prompts = checked_prompts(prompts, mask_id)
-        longest = max(map(len, prompts))
-        rows = [[*prompt] + [mask_id] * new + [pad_id] * (longest - len(prompt)) for prompt in prompts]
-        count = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        return cls(torch.tensor(rows, device=device), count, count + new, [[] for _ in prompts])
-
-    def select(self, rows: Sequence[int]) -> "Canvas":
-        """The samples `rows`, copied."""
-        place = torch.tensor(rows, device=self.tokens.device)
-        known = [self.known[row] for row in rows]
-        return Canvas(self.tokens[place], self.prompts[place], self.lengths[place], known)
-
-
 @invariant
-@torch.inference_mode()
 def generate(
     model: LLaDANetwork,
     prompts: Sequence[Sequence[int]],
@@ -71,27 +43,68 @@ def generate(
     None to go on. A block takes sampling.steps steps, at most one a token. What a sample becomes does not depend on the
     others. Raises ValueError for prompts with ids beyond the vocabulary.
     """
-    if not prompts:
-        return
-    ids = sample_ids(prompts, ids)
-    budget, size, mask = sampling.max_new_tokens, sampling.block_length, model.mask_id
-    canvas = Canvas.of(prompts, budget, mask, pad_id, model.head.weight.device)
-    policy = OwnStop(canvas.known, sampling, eos_ids, stop)
-    active = list(range(len(prompts)))
-    for number in range(-(-budget // size)):
-        width = min(size, budget - number * size)
-        block = canvas.prompts[:, None] + number * size + torch.arange(width, device=canvas.tokens.device)
-        in_prompt = torch.arange(canvas.tokens.shape[1], device=block.device) < canvas.prompts[:, None]
-        predict = guided(model.within(canvas.lengths), in_prompt, sampling.guidance, mask)
-        propose = proposer(sampling, [(ids[i], number) for i in active], canvas.lengths.tolist(), mask)
-        unmask(predict, canvas.tokens, block, sampling.steps, propose)
-        blocks = policy.cut(active, canvas.tokens.gather(1, block).tolist(), number)
-        yield blocks
-        still = unfinished(blocks)
-        if not still:
-            return
-        if len(still) < len(active):
-            canvas, active = canvas.select(still), [active[row] for row in still]
+    if texts := begun(prompts, sampling, eos_ids, ids, stop):
+        yield from write(begin(model, texts, pad_id))
+
+
+def begin(model: LLaDANetwork, texts: Sequence[Text], pad_id: int = 0) -> "LLaDAWriting":
+    """Texts to write. Arguments and errors as those of `generate`."""
+    checked_prompts([text.prompt for text in texts], model.mask_id)
+    return LLaDAWriting(model, texts, pad_id)
+
+
+class LLaDAWriting:
+    """Texts that grow by a block at a time (`Writing`)."""
+
+    def __init__(self, model: LLaDANetwork, texts: Sequence[Text], pad_id: int) -> None:
+        self.model, self.texts, self.pad_id = model, texts, pad_id
+
+    @torch.inference_mode()
+    def step(self) -> list[TokenBlock]:
+        """As in the protocol."""
+        widths = [min(text.sampling.block_length, text.sampling.max_new_tokens - len(text.new)) for text in self.texts]
+        new: dict[int, list[int]] = {}
+        for width in set(widths):
+            rows = [row for row, own in enumerate(widths) if own == width]
+            new |= zip(rows, self._blocks([self.texts[row] for row in rows], width), strict=True)
+        return [text.take(new[row]) for row, text in enumerate(self.texts)]
+
+    def _blocks(self, texts: Sequence[Text], width: int) -> list[list[int]]:
+        """The next so many tokens of texts."""
+        model, mask = self.model, self.model.mask_id
+        canvas = [text.tokens + [mask] * (text.sampling.max_new_tokens - len(text.new)) for text in texts]
+        longest = max(map(len, canvas))
+        padded = [row + [self.pad_id] * (longest - len(row)) for row in canvas]
+        tokens, prompts, written, lengths = (
+            torch.tensor(values, device=model.head.weight.device)
+            for values in (
+                padded,
+                [len(text.prompt) for text in texts],
+                [len(text.tokens) for text in texts],
+                [len(row) for row in canvas],
+            )
+        )
+        block = written[:, None] + torch.arange(width, device=tokens.device)
+        in_prompt = torch.arange(longest, device=tokens.device) < prompts[:, None]
+        shared: LLaDASampling = texts[0].sampling
+        predict = guided(model.within(lengths), in_prompt, shared.guidance, mask)
+        propose = proposer(texts, mask)
+        unmask(predict, tokens, block, shared.steps, propose)
+        found: list[list[int]] = tokens.gather(1, block).tolist()
+        return found
+
+    def select(self, rows: Sequence[int]) -> "LLaDAWriting":
+        """As in the protocol."""
+        return LLaDAWriting(self.model, [self.texts[row] for row in rows], self.pad_id)
+
+    def join(self, other: "LLaDAWriting") -> "LLaDAWriting":
+        """As in the protocol."""
+        return LLaDAWriting(self.model, [*self.texts, *other.texts], self.pad_id)
+
+
+def cache_bytes(model: LLaDANetwork, text: Text) -> int:
+    """There is no cache: bytes of the logits of a text, the largest of what is computed for it."""
+    return 8 * (len(text.prompt) + text.sampling.max_new_tokens) * model.config.vocab_size
 
 
 def guided(predict: Predict, prompt: Tensor, scale: float, mask_id: int) -> Predict:
@@ -128,31 +141,35 @@ def unmask(predict: Predict, tokens: Tensor, block: Tensor, steps: int, propose:
         done[rows, order] = True
 
 
-def proposer(sampling: LLaDASampling, keys: Sequence[tuple[int, int]], lengths: Sequence[int], mask_id: int) -> Propose:
-    """Draw tokens as `sampling` says. keys: of every row (sample id, block), for its draws; lengths: without padding.
+def proposer(texts: Sequence[Text], mask_id: int) -> Propose:
+    """Draw tokens as the texts' settings say.
 
     A token's priority is its probability before temperature, or random. Tokens are drawn by Gumbel noise in float64,
     which in float32 would thin out the improbable ones.
     """
+    samplings: list[LLaDASampling] = [text.sampling for text in texts]
+    lengths = [len(text.prompt) + text.sampling.max_new_tokens for text in texts]
+    draws = [(text.sampling.seed, text.id, text.blocks) for text in texts]
+
+    def noise(purpose: str, step: int, shape: Sequence[int]) -> Tensor:
+        """Exponential float64 (B, *shape), every row from its own generator."""
+        generators = [randomness.generator(seed, purpose, *key, step) for seed, *key in draws]
+        return torch.stack([torch.empty(*shape, dtype=torch.float64).exponential_(generator=g) for g in generators])
 
     def propose(step: int, tokens: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        texts = (row[:length] for row, length in zip(tokens.tolist(), lengths, strict=True))
-        seen = [[token for token in text if token != mask_id] for text in texts]
-        check_logits(logits, [i for i, _ in keys], f", block {keys[0][1] + 1}, step {step + 1}")
-        logits = penalise(logits.double(), seen, sampling.repetition_penalty)
+        rows = (row[:length] for row, length in zip(tokens.tolist(), lengths, strict=True))
+        seen = [[token for token in row if token != mask_id] for row in rows]
+        check_logits(logits, [text.id for text in texts], f", block {texts[0].blocks + 1}, step {step + 1}")
+        logits = penalise(logits.double(), seen, [sampling.repetition_penalty for sampling in samplings])
         chosen = logits.argmax(-1)
-        if not sampling.greedy:
+        if not all(sampling.greedy for sampling in samplings):
             # minus the log of an exponential is Gumbel
-            noise = -_draws(sampling.seed, "unmask token", keys, step, logits.shape[1:]).log().to(logits)
-            chosen = (probabilities(logits, sampling).log() + noise).argmax(-1)
-        if sampling.remasking == "random":
-            return chosen, _draws(sampling.seed, "unmask order", keys, step, logits.shape[1:2]).to(logits)
+            gumbel = -noise("unmask token", step, logits.shape[1:]).log().to(logits)
+            for row, sampling in enumerate(samplings):
+                if not sampling.greedy:
+                    chosen[row] = (probabilities(logits[row], sampling).log() + gumbel[row]).argmax(-1)
+        if samplings[0].remasking == "random":
+            return chosen, noise("unmask order", step, logits.shape[1:2]).to(logits)
         return chosen, logits.softmax(-1).gather(-1, chosen[..., None])[..., 0]
 
     return propose
-
-
-def _draws(seed: int, purpose: str, keys: Sequence[tuple[int, int]], step: int, shape: Sequence[int]) -> Tensor:
-    """Exponential float64 (len(keys), *shape), every row from its own generator."""
-    generators = [randomness.generator(seed, purpose, *key, step) for key in keys]
-    return torch.stack([torch.empty(*shape, dtype=torch.float64).exponential_(generator=g) for g in generators])

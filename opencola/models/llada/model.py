@@ -10,6 +10,7 @@ from torch import Tensor
 
 from opencola.data.batch import Batch, divisor
 from opencola.layers import randomness
+from opencola.models.bounds import no_log_probabilities
 from opencola.models.language_model import Loss
 from opencola.models.llada import generate as generation
 from opencola.models.llada import score as scoring
@@ -19,6 +20,9 @@ from opencola.models.llada.network import LLaDANetwork
 class LLaDA(LLaDANetwork):
     """The mask predictor, trained, writing and scoring."""
 
+    begin = generation.begin
+    cache_bytes = generation.cache_bytes
+    log_probabilities = no_log_probabilities
     generate = generation.generate
     score = scoring.score
 

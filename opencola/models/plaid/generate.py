@@ -8,15 +8,15 @@ from torch import Tensor
 from opencola.kernels.choice import invariant
 from opencola.layers import randomness
 from opencola.models.finite import check_logits, check_states
-from opencola.models.inputs import checked_prompts, sample_ids
+from opencola.models.inputs import checked_prompts
 from opencola.models.plaid.network import PlaidNetwork, pattern
 from opencola.models.plaid.sampling import PlaidSampling
 from opencola.models.sampling import choose, penalise
-from opencola.models.stopping import OwnStop, StopRule, TokenBlock
+from opencola.models.stopping import StopRule, Text, TokenBlock
+from opencola.models.writing import begun, write
 
 
 @invariant
-@torch.no_grad()
 def generate(
     model: PlaidNetwork,
     prompts: Sequence[Sequence[int]],
@@ -33,35 +33,75 @@ def generate(
     (their place in the batch when not given); stop(sample, new tokens) -> how many of these to keep, or None; pad_id
     changes nothing: no prompt is filled up. Raises ValueError for prompts with ids beyond the vocabulary.
     """
-    ids = sample_ids(prompts, ids)
-    texts = checked_prompts(prompts, model.config.vocab_size)
-    policy = OwnStop(texts, sampling, eos_ids, stop)
-    for length in sorted({len(text) for text in texts}):
-        active = [place for place, text in enumerate(texts) if len(text) == length]
-        known = torch.tensor([texts[place] for place in active], dtype=torch.long, device=model.embedding.device)
-        written = write(model, known, [ids[place] for place in active], sampling)
-        yield policy.cut(active, written.tolist(), 0)
+    texts = begin(model, begun(prompts, sampling, eos_ids, ids, stop)).texts
+    for rows in _alike(texts):
+        yield from write(PlaidWriting(model, [texts[row] for row in rows]))
 
 
-def write(model: PlaidNetwork, known: Tensor, ids: Sequence[int], sampling: PlaidSampling) -> Tensor:
-    """Tokens (B, P + max_new_tokens) that begin with the prompts known (B, P); draws depend on the ids (B)."""
+def begin(model: PlaidNetwork, texts: Sequence[Text], pad_id: int = 0) -> "PlaidWriting":
+    """Texts to write. Arguments and errors as those of `generate`."""
+    checked_prompts([text.prompt for text in texts], model.config.vocab_size)
+    return PlaidWriting(model, texts)
+
+
+def _alike(texts: Sequence[Text]) -> list[list[int]]:
+    """The places of texts that can be written together: those of one length."""
+    lengths = [(len(text.prompt), text.sampling.max_new_tokens) for text in texts]
+    return [[row for row, own in enumerate(lengths) if own == length] for length in sorted(set(lengths))]
+
+
+class PlaidWriting:
+    """Texts that are written whole, in one step (`Writing`)."""
+
+    def __init__(self, model: PlaidNetwork, texts: Sequence[Text]) -> None:
+        self.model, self.texts = model, texts
+
+    @torch.no_grad()
+    def step(self) -> list[TokenBlock]:
+        """As in the protocol."""
+        new: dict[int, list[int]] = {}
+        for rows in _alike(self.texts):
+            new |= zip(rows, write_whole(self.model, [self.texts[row] for row in rows]).tolist(), strict=True)
+        return [text.take(new[row]) for row, text in enumerate(self.texts)]
+
+    def select(self, rows: Sequence[int]) -> "PlaidWriting":
+        """As in the protocol."""
+        return PlaidWriting(self.model, [self.texts[row] for row in rows])
+
+    def join(self, other: "PlaidWriting") -> "PlaidWriting":
+        """As in the protocol."""
+        return PlaidWriting(self.model, [*self.texts, *other.texts])
+
+
+def cache_bytes(model: PlaidNetwork, text: Text) -> int:
+    """There is no cache: bytes of the logits of a text, the largest of what is computed for it."""
+    return 8 * (len(text.prompt) + text.sampling.max_new_tokens) * model.config.vocab_size
+
+
+def write_whole(model: PlaidNetwork, texts: Sequence[Text]) -> Tensor:
+    """The new tokens (B, max_new_tokens) of texts whose prompts are of one length, and their budgets, too."""
+    samplings: list[PlaidSampling] = [text.sampling for text in texts]
+    shared, ids = samplings[0], [text.id for text in texts]
+    known = torch.tensor([text.prompt for text in texts], dtype=torch.long, device=model.embedding.device)
     table, length = model.embeddings(), known.shape[1]
-    shape = length + sampling.max_new_tokens, model.config.embedding_dim
+    shape = length + shared.max_new_tokens, model.config.embedding_dim
     x = torch.nn.functional.embedding(known, table)
 
-    def draw(step: int) -> Tensor:
-        generators = [randomness.generator(sampling.seed, "ancestral", i, step) for i in ids]
-        return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(table)
+    def generators(purpose: str, *step: int) -> list[torch.Generator]:
+        return [randomness.generator(text.sampling.seed, purpose, text.id, *step) for text in texts]
 
-    u = torch.linspace(1, 0, sampling.steps + 1, dtype=torch.float64).to(table)
-    times = sampling.shift * u / (1 + (sampling.shift - 1) * u)
+    def draw(step: int) -> Tensor:
+        return torch.stack([torch.randn(shape, generator=g) for g in generators("ancestral", step)]).to(table)
+
+    u = torch.linspace(1, 0, shared.steps + 1, dtype=torch.float64).to(table)
+    times = shared.shift * u / (1 + (shared.shift - 1) * u)
     shapes = model.schedule.shape(times)[0]
     noise = draw(0)
     z, first = clamp(noise, noise, x, model.schedule.gamma(shapes[0])), torch.zeros_like(noise)
     states: list[Tensor] = []
-    for step in range(sampling.steps):
+    for step in range(shared.steps):
         later, sooner = shapes[step], shapes[step + 1]
-        first = guided(model, z, later, first, known, sampling.guidance - 1)
+        first = guided(model, z, later, first, known, shared.guidance - 1)
         first[:, :length] = x
         noise = draw(step + 1)
         z = ancestral(z, first, noise, model.schedule.gamma(later), model.schedule.gamma(sooner))
@@ -70,9 +110,8 @@ def write(model: PlaidNetwork, known: Tensor, ids: Sequence[int], sampling: Plai
     check_states(states, ids)
     logits = model.decoder(z)[:, length:]
     check_logits(logits, ids)
-    logits = penalise(logits, known.tolist(), sampling.repetition_penalty)
-    tokens = choose(logits, sampling, [randomness.generator(sampling.seed, "token", i) for i in ids])
-    return torch.cat((known, tokens), dim=1)
+    logits = penalise(logits, known.tolist(), [sampling.repetition_penalty for sampling in samplings])
+    return choose(logits, samplings, generators("token"))
 
 
 def ancestral(z: Tensor, estimate: Tensor, noise: Tensor, gamma: Tensor, gamma_sooner: Tensor) -> Tensor:

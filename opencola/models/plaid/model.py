@@ -7,6 +7,7 @@ from torch import Tensor
 
 from opencola.data.batch import Batch, divisor
 from opencola.layers import randomness
+from opencola.models.bounds import no_log_probabilities
 from opencola.models.language_model import Loss
 from opencola.models.plaid import generate as generation
 from opencola.models.plaid import score as scoring
@@ -19,6 +20,9 @@ GOLDEN, SILVER = (math.sqrt(5) - 1) / 2, math.sqrt(2) - 1
 class Plaid(PlaidNetwork):
     """Embeddings, noise schedule and trunk, trained, writing and scoring."""
 
+    begin = generation.begin
+    cache_bytes = generation.cache_bytes
+    log_probabilities = no_log_probabilities
     generate = generation.generate
     score = scoring.score
 

@@ -180,25 +180,22 @@ def test_finished_samples_leave_the_batch(generate: Generate) -> None:
 
 
 @pytest.mark.parametrize("candidates", [1, 2])
-def test_watch_sees_every_step(generate: Generate, candidates: int) -> None:
-    seen: list[tuple[int, float, Tensor]] = []
-    run = generate(
-        tiny_cola(),
-        [prompt(7), prompt(4)],
-        steps=4,
-        max_new_tokens=5,
-        candidates=candidates,
-        watch=lambda *state: seen.append(state),
-    )
-    assert [state[:2] for state in seen] == [(block, t) for block in (0, 1) for t in (0.75, 0.5, 0.25, 0.0)]
-    assert all(tokens.shape == (2 * candidates, S) for _, _, tokens in seen)
-    if candidates == 1:
-        assert [tokens.tolist() for _, t, tokens in seen if t == 0] == [
-            [run.ids[0, block], run.ids[1, block]] for block in (0, 1)
-        ]
-    assert not torch.equal(seen[0][2], seen[3][2])
-    watched = generate(tiny_cola(), [prompt(7), prompt(4)], steps=4, max_new_tokens=5, candidates=candidates)
-    assert watched.tokens == run.tokens  # to look changes nothing
+def test_the_states_of_a_watched_text(generate: Generate, candidates: int) -> None:
+    """Are those of the candidate that is kept; to look changes nothing."""
+    settings: dict[str, Any] = {"steps": 4, "max_new_tokens": 5, "candidates": candidates}
+    run = generate(tiny_cola(), [prompt(7), prompt(4)], watch=True, **settings)
+    assert len(run.blocks) == 2
+    for number, blocks in enumerate(run.blocks):
+        for i, block in enumerate(blocks):
+            assert [state.time for state in block.states] == [0.75, 0.5, 0.25, 0.0]
+            assert block.states[-1].tokens == run.ids[i, number]
+            assert torch.equal(block.states[-1].latents, run.latents[i, number])
+            assert not torch.equal(block.states[0].latents, block.states[-1].latents)
+            assert all(len(state.tokens) == len(state.margins) == S for state in block.states)
+            assert all(0 <= margin <= 1 for state in block.states for margin in state.margins)
+    unwatched = generate(tiny_cola(), [prompt(7), prompt(4)], **settings)
+    assert unwatched.tokens == run.tokens
+    assert not any(block.states for blocks in unwatched.blocks for block in blocks)
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun", "midpoint", "stochastic", "adaptive"])
@@ -225,7 +222,7 @@ def test_a_known_token_of_a_partial_patch_is_forced_and_not_given_out(generate: 
     torch.testing.assert_close(run.latents[0, 0][:1], mean[4:], rtol=0, atol=1e-11)  # its latent is generated
     assert [len(b.tokens) for (b,) in run.blocks] == [5, 8]
     assert run.tokens[0] == run.ids[0, 0][3:] + run.ids[0, 1]
-    assert run.seen[0, 1] == text + text[8:] + run.ids[0, 0][3:]
+    assert run.seen[0, 1] == text + run.ids[0, 0][3:]
     assert run.ids[0, 0][2] != text[10]  # what the latent says, and what is overruled
 
 
@@ -346,6 +343,5 @@ def test_guidance_now_and_then(generate: Generate, every: int, until: float) -> 
 
 
 def test_a_shifted_grid_is_followed(generate: Generate) -> None:
-    times: list[float] = []
-    generate(tiny_cola(), [prompt(4)], steps=4, shift=3.0, max_new_tokens=4, watch=lambda b, t, k: times.append(t))
-    assert times == pytest.approx([0.9, 0.75, 0.5, 0])
+    run = generate(tiny_cola(), [prompt(4)], steps=4, shift=3.0, max_new_tokens=4, watch=True)
+    assert [state.time for state in run.blocks[0][0].states] == pytest.approx([0.9, 0.75, 0.5, 0])

@@ -16,6 +16,7 @@ from opencola.models.cola.model import Cola
 from opencola.models.cola.sampling import ColaSampling
 from opencola.models.cola.score import Scoring
 from opencola.models.cola.verify import accept
+from opencola.models.stopping import Text
 
 TRUNK = Scoring(estimator="trunk")
 PROMPTS = [[1, 2, 3, 4], [], [7, 1, 0, 4, 2, 2, 8]]
@@ -138,20 +139,19 @@ def test_what_follows_a_draft_is_distributed_as_if_there_were_none(drafted: int)
     logits = p.log().expand(number, 2, 4).clone()
     tokens = torch.tensor([[0, drafted]]).expand(number, 2)
     sampling = ColaSampling(verify="lossless", temperature=1.0)
-    kept, following = accept(logits, tokens, [(i, 0) for i in range(number)], sampling)
+    kept, following = accept(logits, tokens, [Text([], sampling, id=i) for i in range(number)])
     chosen = torch.tensor([drafted if count == 2 else int(token) for count, token in zip(kept, following, strict=True)])
     share = (torch.tensor(kept) == 2).double().mean().item()
     assert share == pytest.approx(float(p[drafted]), abs=4 * float((p[drafted] * (1 - p[drafted]) / number).sqrt()))
     counts = torch.bincount(chosen, minlength=4).double()
     assert ((counts - number * p).square() / (number * p)).sum() < chi2.ppf(1 - 1e-4, 3)
-    alone = accept(logits[5:6], tokens[5:6], [(5, 0)], sampling)
+    alone = accept(logits[5:6], tokens[5:6], [Text([], sampling, id=5)])
     assert alone[0][0] == kept[5] and alone[1][0] == following[5]
 
 
 def test_typical_verification_keeps_what_does_not_surprise() -> None:
     logits = torch.tensor([0.6, 0.3, 0.06, 0.04]).double().log().expand(4, 2, 4)
     tokens = torch.tensor([[0, drafted] for drafted in range(4)])
-    keys = [(i, 0) for i in range(4)]
     # exp(-entropy) is 0.394, and 0.6 of it less than 0.3
     for fields, expected in (
         ({}, [2, 2, 1, 1]),
@@ -159,7 +159,8 @@ def test_typical_verification_keeps_what_does_not_surprise() -> None:
         ({"typical_delta": 0.1}, [2, 2, 2, 2]),
         ({"typical_epsilon": 0.5, "typical_delta": 9.0}, [2, 1, 1, 1]),
     ):
-        kept, following = accept(logits, tokens, keys, ColaSampling(verify="typical", **fields))
+        sampling = ColaSampling(verify="typical", **fields)
+        kept, following = accept(logits, tokens, [Text([], sampling, id=i) for i in range(4)])
         assert kept == expected and (following == 0).all()
 
 

@@ -13,16 +13,16 @@ from torch import Tensor
 from opencola.models.llada.generate import guided, proposer, unmask
 from opencola.models.llada.model import LLaDA
 from opencola.models.llada.sampling import LLaDASampling
+from opencola.models.stopping import Text
 
 PROMPTS = [[1, 2, 3], [], [7, 8, 9, 10, 11, 12], [4]]
 
 
 def written(predict: Exact | Arbitrary, samples: int, steps: int = LENGTH, **fields: Any) -> Tensor:
     """Number of each of TEXTS among so many samples, (27,)."""
-    sampling = LLaDASampling(**{"temperature": 1.0, "remasking": "random"} | fields)
+    sampling = LLaDASampling(**{"temperature": 1.0, "remasking": "random", "max_new_tokens": LENGTH} | fields)
     tokens, block = torch.full((samples, LENGTH), MASK), torch.arange(LENGTH).expand(samples, -1)
-    keys = [(i, 0) for i in range(samples)]
-    unmask(predict, tokens, block, steps, proposer(sampling, keys, [LENGTH] * samples, MASK))
+    unmask(predict, tokens, block, steps, proposer([Text([], sampling, id=i) for i in range(samples)], MASK))
     return (tokens[:, None] == TEXTS).all(-1).sum(0)
 
 
@@ -81,7 +81,7 @@ def test_the_surest_tokens_are_kept_first(steps: int, orders: list[list[int]]) -
         return fixed(tokens)
 
     tokens, block = torch.full((1, 5), MASK), torch.arange(5)[None]
-    unmask(predict, tokens, block, steps, proposer(LLaDASampling(), [(0, 0)], [5], MASK))
+    unmask(predict, tokens, block, steps, proposer([Text([], LLaDASampling(max_new_tokens=5))], MASK))
     states = [*seen, tokens]
     kept = [
         ((before == MASK) & (after != MASK)).nonzero()[:, 1].tolist() for before, after in itertools.pairwise(states)

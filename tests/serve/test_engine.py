@@ -1,0 +1,396 @@
+"""The engine: what a request is given does not depend on who else is there, and nothing is left behind."""
+
+import asyncio
+import contextlib
+import random
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from tiny import randomise, tiny_cola
+
+from opencola.errors import NotFiniteError, UserError
+from opencola.layers.llama import LlamaConfig
+from opencola.models import build
+from opencola.models.ar.model import AR
+from opencola.models.ar.network import ARConfig
+from opencola.models.cola import generate
+from opencola.models.llada.model import LLaDA
+from opencola.models.llada.network import LLaDAConfig
+from opencola.models.plaid.model import Plaid
+from opencola.models.plaid.network import PlaidConfig
+from opencola.models.stopping import Text
+from opencola.serve.engine import Engine
+from opencola.serve.requests import Limits, Piece, QueueFullError, Request, StoppingError, Stream, TooLargeError
+from opencola.text.tokenizer import Tokenizer
+
+TOKENIZER = Tokenizer.train(["the fox sat down. the fox ran off. she said stop it now."] * 9, 280)
+SIZE = TOKENIZER.vocab_size
+TRUNK = LlamaConfig(width=84, num_layers=2, num_heads=6, num_kv_heads=2, ffn_dim=75)
+VAE = {"vocab_size": SIZE, "latent_dim": 5, "width": 66, "ffn_dim": 90, "num_heads": 3}
+DIT = {"latent_dim": 5, "width": 45, "num_heads": 3, "head_dim": 22, "expansion": 3}
+PREDICTS = {"num_layers": 3, "trunk_layers": 2, "vocab_size": SIZE}
+MODELS: dict[str, tuple[Callable[[], Any], list[dict[str, Any]]]] = {
+    # each with the settings of its own that requests differ in
+    "cola": (
+        lambda: tiny_cola(VAE, DIT),
+        [
+            {"guidance": 3.0},
+            {"steps": 5, "solver": "stochastic"},
+            {"candidates": 2},
+            {"first_block": "partial"},
+            {"compatibility": "release", "stop": (), "ignore_eos": True},
+        ],
+    ),
+    "cola, checked": (
+        lambda: tiny_cola(VAE, DIT | PREDICTS),
+        [{"verify": "lossless"}, {"verify": "typical"}, {"verify": "greedy"}, {"candidates": 2, "rank": "trunk"}],
+    ),
+    "ar": (lambda: randomise(AR(ARConfig(SIZE, TRUNK))), [{}]),
+    "llada": (lambda: randomise(LLaDA(LLaDAConfig(SIZE, TRUNK))), [{"block_length": 4}, {"remasking": "random"}]),
+    "plaid": (lambda: Plaid(PlaidConfig(SIZE, 7, TRUNK)), [{"steps": 3, "guidance": 1.5}, {"steps": 4}]),
+}
+WORDS = ["the", " fox", " sat", " down", " she said", " stop", ".", " é", " now"]
+COMMON = {"cola": {"steps": 3}}
+
+
+def requests_for(name: str, number: int, seed: int = 0) -> list[Request]:
+    """Of mixed prompts, seeds, lengths and settings."""
+    rng, family = random.Random(seed), name.partition(",")[0]
+    made = []
+    for _ in range(number):
+        prompt = TOKENIZER.encode("".join(rng.choices(WORDS, k=rng.choice([0, 1, 2, 5, 9, 30]))))
+        fields = {
+            "max_new_tokens": rng.choice([1, 3, 8, 17]),
+            "temperature": rng.choice([0.0, 0.7, 1.0]),
+            "top_k": rng.choice([0, 0, 20]),
+            "top_p": rng.choice([1.0, 0.9]),
+            "stop": rng.choice([(), (), (" s", "t")]),
+            "seed": rng.randrange(3),
+        }
+        fields |= COMMON.get(family, {}) | rng.choice(MODELS[name][1])
+        if fields.get("verify", "off") == "off" and fields.get("candidates", 1) == 1:
+            fields["repetition_penalty"] = rng.choice([1.0, 1.3])
+        sampling = build.sampling_class(family)(**fields)
+        made.append(Request(prompt, sampling, (TOKENIZER.eos_id,), rng.randrange(3)))
+    return made
+
+
+@contextmanager
+def engine_of(model: Any, **limits: int) -> Iterator[Engine]:
+    """An engine that is closed at the end."""
+    engine = Engine(model, TOKENIZER, Limits(**limits))
+    try:
+        yield engine
+    finally:
+        engine.abort()
+
+
+async def read(stream: Stream) -> list[Piece]:
+    return [piece async for piece in stream]
+
+
+async def texts_of(engine: Engine, requests: Sequence[Request]) -> list[tuple[str, list[int], str]]:
+    """What each is given when all are asked for at once: text, tokens and why it ended."""
+    pieces = await asyncio.gather(*(read(stream) for stream in engine.submit(*requests)))
+    return [whole(found) for found in pieces]
+
+
+def whole(pieces: Sequence[Piece]) -> tuple[str, list[int], str]:
+    text, tokens = "".join(piece.text for piece in pieces), [token for piece in pieces for token in piece.tokens]
+    return text, tokens, pieces[-1].finished
+
+
+def model_of(name: str) -> Any:
+    torch.manual_seed(3)
+    return MODELS[name][0]().float().requires_grad_(False)
+
+
+async def alone_and_together(model: Any, requests: Sequence[Request], seed: int) -> None:
+    """One at a time, then all at once in random order, at different times, some of which go away: the same texts."""
+    rng = random.Random(seed)
+    with engine_of(model, max_batch=1, max_waiting=len(requests)) as engine:
+        alone = [(await texts_of(engine, [request]))[0] for request in requests]
+    leaving = set(rng.sample(range(len(requests)), len(requests) // 5))
+    found: dict[int, Any] = {}
+
+    async def visit(place: int) -> None:
+        await asyncio.sleep(rng.random() / 5)
+        (stream,) = engine.submit(requests[place])
+        pieces = []
+        async for piece in stream:
+            pieces.append(piece)
+            if place in leaving:
+                stream.cancel()
+                return
+        found[place] = whole(pieces)
+
+    with engine_of(model, max_batch=7, max_waiting=len(requests)) as engine:
+        order = rng.sample(range(len(requests)), len(requests))
+        await asyncio.gather(*map(visit, order))
+        assert engine.close(60) and engine.running == 0 and not engine.waiting
+    assert found.keys() == set(range(len(requests))) - leaving
+    for place, text in found.items():
+        assert text == alone[place], requests[place]
+
+
+@pytest.mark.usefixtures("need_kernels")
+@pytest.mark.parametrize("name", MODELS)
+def test_texts_are_the_same_alone_and_together(name: str) -> None:
+    asyncio.run(alone_and_together(model_of(name), requests_for(name, 15), 0))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("need_kernels")
+@pytest.mark.parametrize("name", MODELS)
+def test_many_texts_are_the_same_alone_and_together(name: str) -> None:
+    """Minutes, in all."""
+    asyncio.run(alone_and_together(model_of(name), requests_for(name, 200, 1), 1))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_texts_are_what_generate_writes(name: str) -> None:
+    model, requests = model_of(name), requests_for(name, 6, 2)
+
+    async def ask() -> list[tuple[str, list[int], str]]:
+        with engine_of(model) as engine:
+            return await texts_of(engine, requests)
+
+    for request, (_, tokens, finished) in zip(requests, asyncio.run(ask()), strict=True):
+        if request.sampling.stop:
+            continue  # text_stream cuts those
+        blocks = model.generate([request.prompt], request.sampling, eos_ids=request.end_ids, ids=[request.sample])
+        expected = [block for (block,) in blocks]
+        assert tokens == [token for block in expected for token in block.tokens]
+        assert finished == expected[-1].finished
+
+
+def sampling_of(family: str, **fields: Any) -> Any:
+    return build.sampling_class(family)(**fields)
+
+
+def test_they_are_written_side_by_side_and_leave() -> None:
+    """As many rows in a call as there are texts, though settings of the choice of tokens differ."""
+    model, rows = model_of("ar"), []
+    model.trunk.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    requests = [
+        Request([5, 6], sampling_of("ar", max_new_tokens=count, temperature=count / 9, seed=count))
+        for count in (2, 5, 9)
+    ]
+
+    async def ask() -> None:
+        with engine_of(model) as engine:
+            await texts_of(engine, requests)
+
+    asyncio.run(ask())
+    assert rows == [3] + [3] * 2 + [2] * 3 + [1] * 4
+
+
+def test_the_first_block_does_not_wait_for_others() -> None:
+    """Who comes while others are being written is given a block at their next border."""
+    model = model_of("cola")
+
+    async def ask() -> None:
+        with engine_of(model) as engine:
+            (long,) = engine.submit(Request([1, 2], sampling_of("cola", max_new_tokens=400, steps=2)))
+            await anext(aiter(long))
+            (short,) = engine.submit(Request([3], sampling_of("cola", max_new_tokens=4, steps=2)))
+            found = await read(short)
+            assert found[-1].finished == "length" and engine.running == 1
+            assert not any(piece.finished for piece in list(long.pieces._queue))  # type: ignore[attr-defined]
+
+    asyncio.run(ask())
+
+
+def test_one_bad_text_does_not_spoil_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers of its own that are not finite, or a fault of ours while it is read: it is told, they go on."""
+    model = model_of("cola, checked")
+    requests = requests_for("cola, checked", 6, 3)
+    requests[4] = replace(requests[3], prompt=[9, 9, 9, 9, 9])
+
+    async def ask(spoil: bool) -> list[Any]:
+        with engine_of(model) as engine:
+            streams = engine.submit(*requests)
+            if spoil:
+                return await asyncio.gather(*map(read, streams), return_exceptions=True)
+            return await asyncio.gather(*map(read, streams))
+
+    before = asyncio.run(ask(False))
+    encode = generate.encode_prompts
+
+    def encode_all_but_one(vae: Any, prompts: Any, *rest: Any) -> Any:
+        found = encode(vae, prompts, *rest)
+        for row, prompt in enumerate(prompts):
+            if list(prompt) == [9, 9, 9, 9, 9]:
+                found.latents[row] = torch.nan
+        return found
+
+    monkeypatch.setattr(generate, "encode_prompts", encode_all_but_one)
+    after = asyncio.run(ask(True))
+    for place, (one, other) in enumerate(zip(before, after, strict=True)):
+        if place == 4:
+            assert isinstance(other, NotFiniteError)
+        else:
+            assert whole(one) == whole(other)
+
+
+def test_limits() -> None:
+    model = model_of("ar")
+    one = Request([1] * 10, sampling_of("ar", max_new_tokens=38))
+    needed = model.cache_bytes(Text([1] * 10, one.sampling))
+
+    async def ask() -> None:
+        with engine_of(model, cache_mib=1, max_waiting=3) as engine:
+            with pytest.raises(TooLargeError, match=r"prompt \(10 tokens\) and max_tokens \(90000\) need"):
+                engine.submit(replace(one, sampling=replace(one.sampling, max_new_tokens=90000)))
+            with pytest.raises(QueueFullError, match="of at most 3"):
+                engine.submit(*[one] * 4)
+            assert not engine.waiting
+            streams = engine.submit(*[one] * 3)
+            most = 0
+            for stream in streams:
+                async for _ in stream:
+                    most = max(most, engine.cache_bytes)
+            assert 0 < most <= 1 << 20 and most % needed == 0
+            assert engine.cache_bytes == 0
+
+    asyncio.run(ask())
+
+
+def test_as_many_as_have_room_are_written_at_a_time() -> None:
+    model, rows = model_of("ar"), []
+    model.trunk.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    many = [Request([1, 2], sampling_of("ar", max_new_tokens=700))] * 5
+
+    async def ask() -> None:
+        with engine_of(model, cache_mib=2) as engine:
+            per_text = model.cache_bytes(Text([1, 2], many[0].sampling))
+            assert 2 * per_text <= 2 << 20 < 3 * per_text
+            streams = engine.submit(*many)
+            await anext(aiter(streams[0]))
+            assert engine.running == 2 and len(engine.waiting) == 3
+            for stream in streams[:2]:
+                stream.cancel()
+            await anext(aiter(streams[3]))
+            assert engine.running <= 2
+
+    asyncio.run(ask())
+    assert max(rows) == 2
+
+
+def test_closing_writes_what_is_begun_and_refuses_what_waits() -> None:
+    model = model_of("cola")
+    slow = Request([1, 2], sampling_of("cola", max_new_tokens=60, steps=2))
+
+    async def ask() -> None:
+        engine = Engine(model, TOKENIZER, Limits(max_batch=1))
+        first, second = engine.submit(slow, slow)
+        begun = aiter(first)
+        pieces = [await anext(begun)]
+        closing = threading.Thread(target=engine.close)
+        closing.start()
+        pieces += [piece async for piece in begun]
+        assert len(whole(pieces)[1]) == 60
+        with pytest.raises(StoppingError):
+            await read(second)
+        closing.join()
+        with pytest.raises(StoppingError):
+            engine.submit(slow)
+
+    asyncio.run(ask())
+
+
+def test_aborting_does_not_wait() -> None:
+    model = model_of("cola")
+
+    async def ask() -> None:
+        engine = Engine(model, TOKENIZER)
+        (stream,) = engine.submit(Request([1], sampling_of("cola", max_new_tokens=100_000)))
+        pieces = aiter(stream)
+        await anext(pieces)
+        engine.abort()
+        with pytest.raises(StoppingError):
+            async for _ in pieces:
+                pass
+
+    asyncio.run(ask())
+
+
+def test_who_comes_and_vanishes_leaves_nothing() -> None:
+    model = model_of("cola")
+    request = Request([1, 2, 3], sampling_of("cola", max_new_tokens=50, steps=2))
+
+    async def ask() -> None:
+        with engine_of(model, max_batch=2, max_waiting=10) as engine:
+            refused = 0
+            for place in range(500):
+                with contextlib.suppress(QueueFullError):
+                    (stream,) = engine.submit(request)
+                    if place % 3 == 0:
+                        await asyncio.sleep(0)
+                    stream.cancel()
+                    continue
+                refused += 1
+            assert refused == 0  # those that have gone wait for nothing
+            found = await texts_of(engine, [request])
+            assert len(found[0][1]) == 50
+            assert engine.running == 0 and not engine.waiting and not engine._lanes
+
+    asyncio.run(ask())
+
+
+@pytest.mark.parametrize("name", ["ar", "cola, checked"])
+def test_log_probabilities_of_tokens_add_up_to_the_score(name: str) -> None:
+    family, model = name.partition(",")[0], model_of(name)
+    prompt = TOKENIZER.encode("the fox sat")
+    fields = {"temperature": 1.0, "max_new_tokens": 12, "ignore_eos": True}
+    request = Request(prompt, sampling_of(family, **fields), logprobs=3, prompt_logprobs=True)
+
+    async def ask() -> list[Piece]:
+        with engine_of(model) as engine:
+            return await read(engine.submit(request)[0])
+
+    pieces = asyncio.run(ask())
+    tokens = [token for piece in pieces for token in piece.tokens]
+    scores = [score for piece in pieces for score in piece.scores]
+    assert [score.token for score in scores] == tokens
+    scoring = build.scoring_class(family).quick()
+    if family == "cola":
+        scoring = replace(scoring, estimator="trunk")
+    expected = model.score([prompt, []], [tokens, prompt], scoring).total
+    assert sum(score.logprob for score in scores) == pytest.approx(float(expected[0]), abs=1e-4)
+    assert sum(score.logprob for score in pieces[0].prompt_scores) == pytest.approx(float(expected[1]), abs=1e-4)
+    for score in scores:
+        assert len(score.best) == 3 and score.best == sorted(score.best, key=lambda pair: -pair[1])
+        assert score.logprob <= score.best[0][1]
+
+
+@pytest.mark.parametrize("name", ["cola", "llada", "plaid"])
+def test_where_there_are_none_they_are_refused_beforehand(name: str) -> None:
+    model = model_of(name)
+    request = Request([1], sampling_of(name, max_new_tokens=2), logprobs=0)
+
+    async def ask() -> None:
+        with engine_of(model) as engine, pytest.raises(UserError, match="log-probabilities of tokens"):
+            engine.submit(request)
+
+    asyncio.run(ask())
+
+
+@pytest.mark.parametrize("name", ["cola", "cola, checked"])
+def test_a_watched_text_tells_its_states_and_is_the_same(name: str) -> None:
+    model = model_of(name)
+    request = Request([1, 2], sampling_of("cola", max_new_tokens=9, steps=4, **MODELS[name][1][0]))
+
+    async def ask() -> list[list[Piece]]:
+        with engine_of(model) as engine:
+            return await asyncio.gather(*map(read, engine.submit(request, replace(request, watch=True))))
+
+    plain, watched = asyncio.run(ask())
+    assert whole(plain) == whole(watched)
+    assert not any(piece.states for piece in plain)
+    assert all(len(piece.states) == 4 for piece in watched)
