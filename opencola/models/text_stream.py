@@ -46,7 +46,7 @@ def generate_text(
     if "" in sampling.stop:
         raise UserError("an empty stop string would end every text at once: leave it out")
     encoded, end_ids = encode(tokenizer, prompts, sampling.chat)
-    texts = [_Continuation(tokenizer, prompt, sampling.stop) for prompt in encoded]
+    texts = [Continuation(tokenizer, prompt, sampling.stop) for prompt in encoded]
     blocks = model.generate(
         encoded,
         sampling,
@@ -89,7 +89,7 @@ def encode(
     return [chatml.prompt(messages) for messages in turns], (tokenizer.eos_id, chatml.end_id)
 
 
-class _Continuation:
+class Continuation:
     """The text of one sample as it grows."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: list[int], stops: Sequence[str]) -> None:
