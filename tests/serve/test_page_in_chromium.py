@@ -97,18 +97,45 @@ def test_the_map_shows_latents_by_rows_and_channels(page: Page) -> None:
     assert page["map"].get_attribute("aria-label") == "Latents at t = 1.00: 2 rows, 8 channels"
 
 
-def test_play_goes_through_time_once(page: Page) -> None:
+def test_of_a_block_of_one_latent_all_states_are_rows(page: Page) -> None:
+    page.stub.blocks = [block(n, [word], states=5) for n, word in enumerate([" found", " the", " box"])]
+    page.open().write()
+    states = page.stub.blocks[2]["opencola"]["states"]
+    assert page.texts(".cell") == [state["tokens"][0].replace(" ", "·").replace("\n", "↵") for state in states]
+    assert page.texts("#cells small") == [f"{state['t']:.2f}" for state in states]
+    assert page["map"].get_attribute("aria-label") == "The latent in every state: 5 rows, 16 channels"
+    page.all("#cells li")[2].click()
+    assert page["time"].text == "t = 0.50" and page["scrub"].get_property("value") == "2"
+    assert page.texts("#cells .now small") == ["0.50"]
+    page.shot("one-latent-light")
+
+
+def test_play_goes_through_time_and_on_through_the_text(page: Page) -> None:
     page.open().write()
     page.script(
-        "window.times = []; new MutationObserver(() => times.push(document.getElementById('time').textContent))"
-        ".observe(document.getElementById('time'), { childList: true })"
+        "window.seen = []; new MutationObserver(() => seen.push(['which', 'time'].map((id) => $(id).textContent)))"
+        ".observe($('time'), { childList: true })"
     )
-    page["play"].send_keys(Keys.SPACE)
-    assert page["play"].get_attribute("aria-label") == "Pause"
-    page.settled()
-    times = [float(text.removeprefix("t = ")) for text in page.script("return times")]
+
+    def played() -> list[tuple[str, float]]:
+        page.script("seen.splice(0)")
+        page["play"].send_keys(Keys.SPACE)
+        assert page["play"].get_attribute("aria-label") == "Pause"
+        page.settled()
+        assert page["play"].get_attribute("aria-label") == "Play"
+        return [(which, float(time.removeprefix("t = "))) for which, time in page.script("return seen")]
+
+    last = played()
+    assert {which for which, _ in last} == {"Block 2 of 2"}
+    times = [time for _, time in last]
     assert times[0] == 1 and times[-1] == 0 and times == sorted(times, reverse=True) and len(set(times)) > 3
-    assert page["play"].get_attribute("aria-label") == "Play"
+    page["before"].click()
+    both = played()
+    assert [both[0], both[-1]] == [("Block 1 of 2", 1.0), ("Block 2 of 2", 0.0)]
+    assert both == sorted(both, key=lambda state: (state[0], -state[1]))
+    page["before"].click()
+    page["through"].click()
+    assert {which for which, _ in played()} == {"Block 1 of 2"}
 
 
 def test_stop_ends_the_request(page: Page) -> None:
