@@ -43,6 +43,19 @@ def test_narrow_windows_do_not_scroll_sideways(page: Page, chat: bool) -> None:
     assert page["error"].is_displayed() and page.fits()
 
 
+@pytest.mark.parametrize("calm", [False, True])
+def test_a_text_that_grows_out_of_the_window_is_followed(page: Page, calm: bool) -> None:
+    page.stub.blocks = [block(n, 16 * [" word"], states=2) for n in range(12)]
+    page.open(width=360, height=500, calm=calm).write()
+    bottom = page.script("return document.querySelector('.turn').getBoundingClientRect().bottom")
+    assert 400 < bottom <= 500
+    page.script("scrollTo(0, 0)")
+    page["write"].click()
+    page.settled()
+    bottom = page.script("return document.querySelector('.turn').getBoundingClientRect().bottom")
+    assert 400 < bottom <= 500
+
+
 def test_dark(page: Page) -> None:
     ground = "return getComputedStyle(document.body).backgroundColor"
     light = page.open().script(ground)
