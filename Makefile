@@ -9,7 +9,7 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-kernels test-oldest lint format map docs gpu-bundle clean
+.PHONY: help demo test test-slow test-page test-kernels test-oldest lint format map docs gpu-bundle clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,6 +22,9 @@ test: lint  ## Lint, type-check and run the fast tests
 
 test-slow: $(STAMP)  ## Run the slow tests
 	$(PYTEST) -m slow
+
+test-page: $(STAMP)  ## Run the tests of the server's page in headless Chromium; screenshots lie in build/screenshots
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" tests/serve/test_page*.py
 
 test-kernels: $(STAMP)  ## Run the kernels' tests by clang and for other processors
 	$(PYTEST) -m slow tests/kernels/test_variants.py tests/kernels/test_wheel.py

@@ -1,4 +1,4 @@
-"""The engine: requests wait, are written together, and leave, whoever else is there (docs/guide/serving.md)."""
+"""The engine: requests wait, are written together, and leave, whoever else is there."""
 
 import asyncio
 import itertools
