@@ -9,7 +9,7 @@ from tokenizers import pre_tokenizers
 from opencola.errors import UserError
 
 # Steps of decoders that read each token by itself, but for the first of a text.
-APART = {"ByteFallback", "Fuse", "Metaspace", "Replace", "Strip", "WordPiece"}
+APART = {"ByteFallback", "Fuse", "Metaspace", "Replace", "Strip"}
 
 # The byte-level alphabet writes each byte as one character: itself where it can be printed, else one behind U+00FF.
 _CODES = sorted(map(ord, pre_tokenizers.ByteLevel.alphabet()))
@@ -35,8 +35,8 @@ def token_bytes(backend: tokenizers.Tokenizer, count: int) -> list[bytes]:
         special = {id_ for id_, token in added.items() if token.special}
         tokens = ("" if id_ in special else backend.id_to_token(id_) or "" for id_ in range(count))
         return [_of_byte_level(token) for token in tokens]
-    if strange := {*steps} - APART:
-        raise UserError(f"what a token stands for depends on those around it: the decoder has {', '.join(strange)}")
+    if not steps or not APART.issuperset(steps):
+        raise UserError(f"what a token stands for depends on those around it (decoder: {', '.join(steps) or 'none'})")
 
     decode: Callable[[list[int]], str] = backend.decode
     first = next((id_ for id_ in range(count) if decode([id_]).isalnum()), None)

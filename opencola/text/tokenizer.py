@@ -271,6 +271,8 @@ class TextStream:
 
 def num_shared(first: Sequence[int], second: Sequence[int]) -> int:
     """How many tokens two lists begin with alike."""
+    if first[: len(second)] == second:
+        return len(second)
     pairs = enumerate(zip(first, second, strict=False))
     return next((place for place, (here, there) in pairs if here != there), min(len(first), len(second)))
 

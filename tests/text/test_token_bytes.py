@@ -70,11 +70,17 @@ def test_special_tokens_and_gaps_are_no_bytes() -> None:
     assert len({*tokenizer.bytes}) == tokenizer.vocab_size - 2  # the three special ones alone are alike
 
 
-def test_a_decoder_that_looks_around_is_refused() -> None:
+@pytest.mark.parametrize("decoder", [decoders.BPEDecoder(), decoders.WordPiece(), None])
+def test_a_decoder_that_looks_around_is_refused(decoder: decoders.Decoder | None) -> None:
     backend = tokenizers.Tokenizer(models.WordLevel({"a": 0, "b</w>": 1}, "a"))
-    backend.decoder = decoders.BPEDecoder()
-    with pytest.raises(UserError, match="depends on those around it: the decoder has BPEDecoder"):
+    if decoder is not None:
+        backend.decoder = decoder
+    with pytest.raises(UserError, match=r"depends on those around it \(decoder: (BPEDecoder|WordPiece|none)\)"):
         _ = Tokenizer(backend).bytes
-    signs = tokenizers.Tokenizer(models.WordLevel({"+": 0}, "+"))
+
+
+def test_a_vocabulary_without_letters_is_refused() -> None:
+    backend = tokenizers.Tokenizer(models.WordLevel({"+": 0}, "+"))
+    backend.decoder = decoders.Fuse()
     with pytest.raises(UserError, match="no token of the tokenizer is a letter or a digit"):
-        _ = Tokenizer(signs).bytes
+        _ = Tokenizer(backend).bytes
