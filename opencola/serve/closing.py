@@ -134,6 +134,8 @@ class Ways:
 
     def after(self, tokens: Sequence[int]) -> bytes | None:
         """The way from behind these tokens; None where none is known, or where they are no beginning of a text."""
+        if self._matcher.is_error():
+            self._begin()
         tokens = list(tokens)
         shared = num_shared(tokens, self._at)
         self._matcher.rollback(sum(len(self._tokens[token]) for token in self._at[shared:]))
@@ -150,7 +152,4 @@ class Ways:
                 way = search(self._matcher, before, self._alphabet, NODES)
             self._at.append(token)
             self._ways.append(way)
-            if self._matcher.is_error():
-                self._begin()
-                return None
-        return self._ways[-1]
+        return None if self._matcher.is_error() else self._ways[-1]

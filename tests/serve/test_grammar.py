@@ -363,6 +363,14 @@ def test_a_text_needs_an_end_and_a_beginning_that_fits() -> None:
         constraint(grammar, "x")
 
 
+def test_a_grammar_that_cannot_be_followed_further_is_a_users_error() -> None:
+    held_to = constraint(grammars().compile("regex", "a+"))
+    assert held_to._matcher.consume_token(tokenizer().pad_id) is False  # breaks it, as its limits do
+    with pytest.raises(UserError, match="the grammar is too involved to be followed further: "):
+        held_to.allowed([])
+    assert held_to.allowed([])[tokenizer().encode("a")]
+
+
 def test_without_the_library_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opencola.serve.matching", None)
     with pytest.raises(UserError, match=r"by llguidance: pip install 'opencola\[serve\]'"):
