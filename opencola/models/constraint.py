@@ -75,7 +75,8 @@ def next_token(
 
     tokens: the new ones so far; room: how many more there may be, this one and the end among them; choose(logits (V,))
     -> token. One after which the text could not be ended is left out and chosen again, which is a draw from the
-    distribution without such tokens. The text so far must fit.
+    distribution without such tokens: with fresh noise, or with the same for every token (torch.multinomial's). The text
+    so far must fit.
     """
     logits = masked(constraint, tokens, logits)
     for _ in range(TRIES):
