@@ -1,6 +1,7 @@
 """What tokens a text of a grammar may go on with, by llguidance."""
 
 import json
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import takewhile
@@ -17,11 +18,13 @@ from opencola.text.tokenizer import UNFINISHED, Tokenizer, num_shared
 
 Kind = Literal["json_schema", "regex", "grammar"]
 
-MAX_BYTES = 1 << 16
-"""Largest size of a grammar."""
+MAX_BYTES = 1 << 15
+"""Largest size of a grammar: the worst of it takes seconds to compile."""
 
 # Any token whose bytes may follow is allowed, not only the one that the tokenizer would have cut.
 _BYTEWISE = '\n%llguidance {"no_forcing": true}\n'
+# What Lark's grammars may say of tokens: how many, and which by their ids or names.
+_OF_TOKENS = re.compile(r"\bmax_tokens\s*=|<\[[\d^*,\s-]+\]>|<\|\w+\|>")
 # Room for indentation, but not for white space without end.
 _JSON = {"whitespace_pattern": r"[ \t]{0,2}|\n[ \t]{0,32}"}
 
@@ -84,16 +87,20 @@ class Grammar:
 
     def __init__(self, kind: Kind, text: str, vocabulary: Vocabulary) -> None:
         """Raises UserError for what is no grammar, or none that can be held to."""
-        if len(text.encode()) > MAX_BYTES:
-            raise UserError(f"a {_called(kind)} may have {MAX_BYTES} bytes, but this one has {len(text.encode())}")
+        size = len(text.encode(errors="replace"))
+        if size > MAX_BYTES:
+            raise UserError(f"a {_called(kind)} may have {MAX_BYTES} bytes, but this one has {size}")
+        if text != text.encode(errors="replace").decode():
+            raise UserError(f"a {_called(kind)} must be Unicode, but this one has half of a surrogate pair")
         self.vocabulary = vocabulary
         lark = _lark(kind, text) + _BYTEWISE
         limits = llguidance.LLParserLimits(verbose_errors=False)
         grammar = llguidance.LLMatcher.grammar_from_lark(lark)
         self._tokens = llguidance.LLMatcher(vocabulary.llguidance, grammar, log_level=0, limits=limits)
-        if self._tokens.is_error():
-            raise UserError(f"not a {_called(kind)} that texts can be held to: {reason(self._tokens)}")
         self._bytes = llguidance.LLMatcher(byte_tokenizer(), grammar, log_level=0, limits=limits)
+        for matcher in (self._tokens, self._bytes):
+            if matcher.is_error():
+                raise UserError(f"not a {_called(kind)} that texts can be held to: {reason(matcher)}")
         way = search(self._bytes.deep_copy(), b"", vocabulary.alphabet, FIRST_NODES)
         if way is None:
             raise UserError(f"no text was found that this {_called(kind)} allows")
@@ -204,6 +211,8 @@ def _lark(kind: Kind, text: str) -> str:
     if kind == "json_schema":
         try:
             schema = json.loads(text)
+        except RecursionError:
+            raise UserError("the JSON schema is nested too deeply") from None
         except ValueError as error:
             raise UserError(f"a JSON schema must be JSON: {error}") from error
         if not isinstance(schema, dict):
@@ -211,8 +220,8 @@ def _lark(kind: Kind, text: str) -> str:
         return f"start: %json {json.dumps(schema | {'x-guidance': _JSON})}"
     if kind == "regex":
         return json.loads(llguidance.LLMatcher.grammar_from_regex(text))["grammars"][0]["lark_grammar"]
-    if "max_tokens" in text:
-        raise UserError("a grammar cannot count tokens (max_tokens): the request's own max_tokens can")
+    if found := _OF_TOKENS.search(text):
+        raise UserError(f"a grammar is one of characters, so that it may not speak of tokens: {found[0]}")
     return text
 
 
