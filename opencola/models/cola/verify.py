@@ -154,7 +154,8 @@ def accept_held(constraint: Constraint, logits: Tensor, drafted: list[int], text
 
     typical = takes if text.sampling.verify == "typical" else None
     count, token = agreed(constraint, text.new, logits, drafted, text.room, own, typical)
-    text.forced += own(count, logits[count - 1]) != token
+    if constraint.closing([*text.new, *drafted[:count]]) != []:  # behind the end nothing is chosen
+        text.forced += own(count, logits[count - 1]) != token
     return count, token
 
 

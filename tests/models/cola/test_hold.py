@@ -59,7 +59,7 @@ def drawn(texts: Sequence[Begun | None], tokens: list[list[int]], pinned: int = 
     made = caches(len(tokens))
     VAE.decode(z, made.decoder)
     known = (torch.arange(SIZE) < pinned).expand(len(tokens), SIZE)
-    block = Block(0, [*range(len(tokens))], known, z * known[..., None], [[]] * len(tokens))
+    block = Block(known, z * known[..., None], given=[0] * len(tokens))
     places: list[tuple[int, int]] = []
 
     def choose(row: int, place: int, scores: Tensor) -> int:
