@@ -57,6 +57,11 @@ class Sampling:
         return self.temperature < 1e-5
 
     @property
+    def work(self) -> int:
+        """What a block costs, in passes of the network: at most, and roughly."""
+        return 1
+
+    @property
     def shows_padding(self) -> bool:
         """Whether the model sees the token that prompts are filled up with."""
         return False
