@@ -80,7 +80,8 @@ def penalise(logits: Tensor, seen: Sequence[Sequence[int]], penalty: float) -> T
     before = torch.zeros(logits.shape[0], 1, logits.shape[-1], dtype=torch.bool, device=logits.device)
     for row, tokens in zip(before, seen, strict=True):
         row[:, list(tokens)] = True
-    return torch.where(before, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+    penalised = torch.where(logits < 0, logits * penalty, logits / penalty)
+    return torch.where(before, penalised.clamp(-1e30, 1e30), logits)  # finite by any penalty and temperature
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:

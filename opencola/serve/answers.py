@@ -2,11 +2,13 @@
 
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any, Protocol
 
 from opencola.models.stopping import Finished
+from opencola.serve.engine import Piece
 from opencola.serve.service import Service
 from opencola.serve.texts import Texts
 
@@ -62,7 +64,7 @@ class Answer:
     """The answer to one request."""
 
     def __init__(self, service: Service, texts: Texts, shape: Shape) -> None:
-        self.texts, self._shape = texts, shape
+        self.texts, self._shape, self._decode = texts, shape, service.engine.tokenizer.decode
         self._head = {"id": f"{shape.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.name}
         self._foot = {"system_fingerprint": service.fingerprint, "seed": texts.work.seed}
 
@@ -82,23 +84,27 @@ class Answer:
 
     async def chunks(self, counted: bool) -> AsyncGenerator[dict[str, Any], None]:
         """The answer piece by piece; counted: the last says what was used."""
-        begun: set[int] = set()
+        told = Counter[int]()
         usage: dict[str, Any] = {"usage": None} if counted else {}
         async with aclosing(self.texts.pieces()) as pieces:
             async for i, piece in pieces:
-                text = piece.text
-                if i not in begun:
-                    text = self.texts.work.heads[i] + text
-                if text or i not in begun:
-                    yield self._chunk(i, text, None, i not in begun) | usage
-                    begun.add(i)
+                first = not told[i]
+                text = self.texts.work.heads[i] + piece.text if first else piece.text
+                if text or first or self.texts.work.watch:
+                    seen = {"opencola": self._seen(told[i], piece)} if self.texts.work.watch else {}
+                    yield self._chunk(i, text, None, first, seen) | usage
+                told[i] += 1
                 if piece.finished:
-                    yield self._chunk(i, "", REASONS[piece.finished], False) | usage
+                    yield self._chunk(i, "", REASONS[piece.finished], False, {}) | usage
         if counted:
             yield self._body(self._shape.part, []) | {"usage": self.texts.usage}
 
-    def _chunk(self, i: int, text: str, reason: str | None, first: bool) -> dict[str, Any]:
-        return self._body(self._shape.part, [self._choice(i, self._shape.delta(text, first), reason)])
+    def _seen(self, block: int, piece: Piece) -> dict[str, Any]:
+        """What a page shows of a block beside its text."""
+        return {"block": block, "tokens": [[token, self._decode([token])] for token in piece.tokens]}
+
+    def _chunk(self, i: int, text: str, reason: str | None, first: bool, seen: dict[str, Any]) -> dict[str, Any]:
+        return self._body(self._shape.part, [self._choice(i, self._shape.delta(text, first), reason) | seen])
 
     def _choice(self, i: int, content: dict[str, Any], reason: str | None) -> dict[str, Any]:
         return {"index": i, **content, "logprobs": None, "finish_reason": reason}

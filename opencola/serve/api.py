@@ -1,25 +1,26 @@
 """The HTTP interface: OpenAI's, with settings of our own beside its fields (docs/guide/serving.md)."""
 
 import asyncio
-import json
 import time
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import Coroutine
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
-from starlette.types import Receive, Scope, Send
 
 from opencola.errors import UserError
 from opencola.models.sampling import Sampling
-from opencola.serve.access import LOG, Access
+from opencola.serve.about import about
+from opencola.serve.access import Access
 from opencola.serve.answers import Answer, Chat, Completion, Shape
 from opencola.serve.body import read
 from opencola.serve.engine import Engine
-from opencola.serve.errors import GONE, ApiError, failed
+from opencola.serve.errors import GONE, ApiError, unknown_model, unwritable
+from opencola.serve.events import Events
 from opencola.serve.prompts import work_of
 from opencola.serve.protocol import Body, ChatBody, CompletionBody, with_settings
 from opencola.serve.service import Service
@@ -38,7 +39,8 @@ def app(engine: Engine, name: str, sampling: Sampling, **options: Any) -> FastAP
         "/v1/chat/completions": (with_settings(ChatBody, type(sampling)), Chat()),
     }
     api = FastAPI(title="OpenCola", docs_url=None, redoc_url=None)
-    model = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "opencola"}
+    created = int(time.time())
+    model = {"id": name, "object": "model", "created": created, "owned_by": "opencola", "opencola": about(sampling)}
 
     @api.get("/")
     async def page() -> Response:
@@ -59,20 +61,17 @@ def app(engine: Engine, name: str, sampling: Sampling, **options: Any) -> FastAP
     @api.get("/v1/models/{asked:path}")
     async def one_model(asked: str) -> dict[str, Any]:
         if asked != name:
-            raise ApiError(
-                404, f"there is no model {asked!r}; there is {name!r}", param="model", code="model_not_found"
-            )
+            raise unknown_model(asked, name)
         return model
 
     def route(path: str, kind: type[Body], shape: Shape) -> None:
         async def answer(request: Request) -> Response:
             return await answered(service, request, kind, shape)
 
-        schema = kind.model_json_schema(
-            ref_template=f"#/paths/{path.replace('/', '~1')}/post/requestBody/content/"
-            "application~1json/schema/$defs/{model}"
-        )
-        api.post(path, openapi_extra={"requestBody": {"content": {"application/json": {"schema": schema}}}})(answer)
+        place = f"#/paths/{path.replace('/', '~1')}/post/requestBody/content/application~1json/schema/$defs"
+        schema = kind.model_json_schema(ref_template=f"{place}/{{model}}")
+        asked = {"required": True, "content": {"application/json": {"schema": schema}}}
+        api.post(path, openapi_extra={"requestBody": asked})(answer)
 
     for path, (kind, shape) in kinds.items():
         route(path, kind, shape)
@@ -87,20 +86,23 @@ async def answered(service: Service, request: Request, kind: type[Body], shape: 
     """The answer to a request for texts. Raises ApiError."""
     body = await read(request, kind, service.max_body)
     work = await asyncio.to_thread(work_of, service, body)
-    answer = Answer(service, Texts(service, work), shape)
-    if body.stream:
-        return Events(answer, body.counted, request.state.told, service.timeout + GRACE)
-    try:
-        whole = await _unless_gone(request, answer.whole())
-    except UserError as error:  # what only comes out in writing, such as settings beyond a model's numbers
-        raise ApiError(400, str(error), code="invalid_value") from None
-    finally:
-        answer.texts.cancel()
-        request.state.told |= answer.texts.usage
-    if whole is None:
-        request.state.told["status"] = GONE
-        return Response(status_code=GONE)
-    return JSONResponse(whole)
+    answer, told = Answer(service, Texts(service, work), shape), request.state.told
+    with ExitStack() as unless_streamed:
+        unless_streamed.callback(lambda: told.update(answer.texts.usage))
+        unless_streamed.callback(answer.texts.cancel)
+        chunks = answer.chunks(body.counted)
+        try:
+            # of a stream the first chunk, so that what goes wrong before it has a status
+            first = await _unless_gone(request, anext(chunks) if body.stream else answer.whole())
+        except UserError as error:  # comes out in writing only, as of settings beyond a model's numbers
+            raise unwritable(error) from None
+        if first is None:
+            told["status"] = GONE
+            return Response(status_code=GONE)
+        if not body.stream:
+            return JSONResponse(first)
+        unless_streamed.pop_all()
+    return Events(answer.texts, first, chunks, told, service.timeout + GRACE)
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, Any]) -> Any:
@@ -118,51 +120,6 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, Any]) -> Any:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-class Events(StreamingResponse):
-    """An answer's chunks as server-sent events; it takes its texts along when it ends, whatever ends it."""
-
-    media_type = "text/event-stream"
-
-    def __init__(self, answer: Answer, counted: bool, told: dict[str, Any], seconds: float) -> None:
-        self._texts, self._told, self._seconds = answer.texts, told, seconds
-        self._told["status"] = GONE  # unless it comes to its end
-        self._events = self._lines(answer.chunks(counted))
-        super().__init__(self._events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
-        try:
-            async with asyncio.timeout(self._seconds):
-                await super().__call__(scope, receive, send)
-        finally:
-            self._texts.cancel()
-            await self._events.aclose()
-            self._told |= self._texts.usage
-
-    async def _lines(self, chunks: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[str, None]:
-        status = 200
-        try:
-            async for chunk in chunks:
-                yield _event(json.dumps(chunk, ensure_ascii=False))
-        except ApiError as error:
-            status = error.status
-            yield _event(json.dumps(error.body))
-        except UserError as error:
-            status = 400
-            yield _event(json.dumps(ApiError(status, str(error), code="invalid_value").body))
-        except Exception:
-            LOG.exception("a stream failed")
-            status = 500
-            yield _event(json.dumps(failed().body))
-        else:
-            yield _event("[DONE]")
-        self._told["status"] = status
-
-
-def _event(data: str) -> str:
-    return f"data: {data}\n\n"
 
 
 def _error(_: Request, error: Exception) -> Response:

@@ -6,6 +6,8 @@ from typing import Any
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 
+from opencola.errors import UserError
+
 INVALID, SERVER = "invalid_request_error", "server_error"
 GONE = 499
 """The status, in logs and counts alone, of requests whose client left before the answer."""
@@ -36,6 +38,11 @@ class ApiError(Exception):
 def failed() -> ApiError:
     """What a client is told of a bug of ours; the log has the rest."""
     return ApiError(500, "the server failed; its log says more", type=SERVER, code="internal_error")
+
+
+def unwritable(error: UserError) -> ApiError:
+    """For what only comes out when a text is written, such as settings beyond a model's numbers."""
+    return ApiError(400, str(error), code="invalid_value")
 
 
 def unknown_model(asked: str, there: str) -> ApiError:

@@ -27,6 +27,8 @@ class Work:
     """What each text begins with: with `echo` its prompt."""
     prompt_tokens: int
     seed: int
+    watch: bool
+    """Whether the answer is to tell of blocks and tokens, too."""
 
 
 def work_of(service: Service, body: Body) -> Work:
@@ -63,6 +65,7 @@ def work_of(service: Service, body: Body) -> Work:
         [heads[i] for i in choices],
         sum(map(len, prompts)),
         sampling.seed,
+        bool(body.watch),
     )
 
 
@@ -72,8 +75,9 @@ def _check(service: Service, body: Body) -> None:
         raise unknown_model(str(body.model), service.name)
     if body.max_tokens is not None and body.max_completion_tokens is not None:
         raise _wrong("max_tokens", "is max_completion_tokens by its older name: leave out one")
-    if body.stream_options is not None and not body.stream:
-        raise _wrong("stream_options", "is for streams only")
+    for field in ("stream_options", "watch"):
+        if getattr(body, field) and not body.stream:
+            raise _wrong(field, "is for streams only")
     match body:
         case CompletionBody(best_of=int(best_of)) if best_of != body.choices:
             raise _wrong("best_of", "must be n: no text is written to be thrown away")
@@ -86,8 +90,6 @@ def _check(service: Service, body: Body) -> None:
         raise _wrong(grammars[1][0], f"excludes {grammars[0][0]}: leave out one")
     for field, _ in grammars:
         raise _wrong(field, "this server holds texts to no grammar: leave it out")
-    if body.watch:
-        raise _wrong("watch", "this server shows no states: leave it out")
 
 
 def _wrong(param: str, problem: str) -> ApiError:

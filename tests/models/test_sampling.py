@@ -55,6 +55,17 @@ def test_penalty_counts_every_seen_token_once(seen: list[list[int]], penalty: fl
     assert torch.equal(LOGITS, before)
 
 
+@pytest.mark.parametrize("penalty", [1e-40, 1e-300, 3e38])
+@pytest.mark.parametrize("temperature", [1e-5, 1.0, 3e38])
+def test_no_penalty_is_too_large_for_a_choice(penalty: float, temperature: float) -> None:
+    sampling = Sampling(temperature=temperature, repetition_penalty=penalty)
+    for dtype in (torch.float32, torch.float64):
+        logits = penalise(LOGITS.to(dtype), [[0, 1, 2], [*range(12)]], penalty)
+        assert probabilities(logits, sampling).isfinite().all()
+    generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
+    assert choose(logits, sampling, generators).shape == (2, 3)
+
+
 @pytest.mark.parametrize("penalty", [1.0, 1.2])
 def test_broken_logits_become_finite(penalty: float) -> None:
     logits = torch.tensor([[[math.nan, math.inf, -math.inf, 1.0]]])

@@ -24,7 +24,7 @@ from opencola.serve.server import Server, bound
 from opencola.text.conversations import TURN_END, TURN_START
 from opencola.text.tokenizer import Tokenizer
 
-WAIT = 60.0
+WAIT = 30.0
 """Seconds after which something that is to happen has not."""
 
 
@@ -99,21 +99,22 @@ class Running:
     url: str
     engine: Any
     server: Server
+    http: httpx.Client
 
     def client(self, **options: Any) -> openai.OpenAI:
         """The official client."""
-        given = {"api_key": "none", "max_retries": 0, "timeout": WAIT} | options
+        given = {"api_key": "none", "max_retries": 0, "http_client": self.http} | options
         return openai.OpenAI(base_url=f"{self.url}/v1", **given)
 
     def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
         """An answer to a body as it is."""
         content = {"content": body} if isinstance(body, bytes) else {"json": body}
         headers = {"Content-Type": "application/json"} | options.pop("headers", {})
-        return httpx.post(f"{self.url}{path}", headers=headers, timeout=WAIT, **content, **options)
+        return self.http.post(path, headers=headers, **content, **options)
 
     def get(self, path: str, **options: Any) -> httpx.Response:
         """An answer."""
-        return httpx.get(f"{self.url}{path}", timeout=WAIT, **options)
+        return self.http.get(path, **options)
 
 
 @contextlib.contextmanager
@@ -131,8 +132,10 @@ def running(engine: Engine, sampling: Sampling, name: str = "tiny", **options: A
     thread = threading.Thread(target=server.run, kwargs={"sockets": [place]}, daemon=True)
     thread.start()
     assert ready.wait(WAIT)
+    url = f"http://127.0.0.1:{place.getsockname()[1]}"
     try:
-        yield Running(f"http://127.0.0.1:{place.getsockname()[1]}", engine, server)
+        with httpx.Client(base_url=url, timeout=WAIT, verify=False) as http:  # certificates take long to load
+            yield Running(url, engine, server, http)
     finally:
         server.should_exit = True
         thread.join(WAIT)
