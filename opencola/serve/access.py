@@ -58,7 +58,7 @@ class Access:
             await error.response()(scope, receive, send_with_id)
         except Exception as error:
             LOG.exception("request %s failed", request_id.decode())
-            told["error"] = repr(error)
+            told["error"] = type(error).__name__
             if status:  # the answer has begun, and ends here
                 raise
             await failed().response()(scope, receive, send_with_id)

@@ -7,7 +7,7 @@ from fastapi import Request
 from pydantic import ValidationError
 from starlette.requests import ClientDisconnect
 
-from opencola.serve.errors import ApiError, invalid
+from opencola.serve.errors import GONE, ApiError, invalid
 from opencola.serve.protocol import BodyKind
 
 SECONDS = 60.0
@@ -44,7 +44,7 @@ async def _read(request: Request, limit: int) -> bytes:
     except TimeoutError:
         raise ApiError(408, f"the body did not arrive within {SECONDS:g} seconds", code="timeout") from None
     except ClientDisconnect:
-        raise ApiError(400, "the client left while it sent the body") from None
+        raise ApiError(GONE, "the client left while it sent the body") from None
     if size > limit:
         raise _too_long(limit)
     return b"".join(parts)

@@ -1,5 +1,6 @@
 """Errors as clients of OpenAI's interface know them: {"error": {"message", "type", "param", "code"}}."""
 
+import reprlib
 import textwrap
 from typing import Any
 
@@ -47,7 +48,8 @@ def unwritable(error: UserError) -> ApiError:
 
 def unknown_model(asked: str, there: str) -> ApiError:
     """For a request that names a model which is not there."""
-    return ApiError(404, f"there is no model {asked!r}; there is {there!r}", param="model", code="model_not_found")
+    message = f"there is no model {reprlib.repr(asked)}; there is {there!r}"
+    return ApiError(404, message, param="model", code="model_not_found")
 
 
 def invalid(error: ValidationError, fields: list[str]) -> ApiError:

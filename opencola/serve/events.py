@@ -35,6 +35,8 @@ class Events(StreamingResponse):
         try:
             async with asyncio.timeout(self._seconds):
                 await super().__call__(scope, receive, send)
+        except TimeoutError:  # nobody reads
+            pass
         finally:
             self._texts.cancel()
             await self._lines.aclose()

@@ -250,6 +250,21 @@ def test_who_leaves_is_logged_and_counted(server: Running, log: "queue.Queue[str
     assert 'opencola_requests_total{path="/v1/completions",status="499"}' in server.get("/metrics").text
 
 
+def test_who_does_not_read_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opencola.serve.api.GRACE", 0.0)
+    body = b'{"prompt": "a", "stream": true}'
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    with running(Scripted(), COLA, timeout=1.0) as server:
+        with socket.create_connection(server.url.removeprefix("http://").split(":"), timeout=WAIT) as connection:
+            connection.sendall(head % len(body) + body)
+            (stream,) = server.engine.next()
+            for _ in range(20):  # more than fits between the two
+                stream.put(Piece("a" * 2**20, [9], ""))
+            assert stream.dropped.wait(WAIT)
+        text = server.get("/metrics").text
+    assert 'status="500"' not in text
+
+
 def test_what_is_done_leaves_nothing_behind(server: Running) -> None:
     def streams() -> list[Any]:
         for body in ({"prompt": "a"}, {"prompt": "a", "stream": True}):
