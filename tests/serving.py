@@ -10,13 +10,17 @@ from typing import Any
 import httpx
 import openai
 import torch
-from tiny import randomise, tiny_cola
+from tiny import randomise, tiny_cola, tiny_llada
 
 from opencola.layers.llama import LlamaConfig
 from opencola.models.ar.model import AR
 from opencola.models.ar.network import ARConfig
 from opencola.models.ar.sampling import ARSampling
 from opencola.models.cola.sampling import ColaSampling
+from opencola.models.llada.sampling import LLaDASampling
+from opencola.models.plaid.model import Plaid
+from opencola.models.plaid.network import PlaidConfig
+from opencola.models.plaid.sampling import PlaidSampling
 from opencola.models.sampling import Sampling
 from opencola.serve.api import app
 from opencola.serve.engine import Engine, Limits, Request, StoppingError, Stream
@@ -43,6 +47,17 @@ def ar(vocab_size: int) -> Any:
     """A tiny AR model in float32."""
     trunk = LlamaConfig(width=16, num_layers=1, num_heads=2, ffn_dim=24)
     return randomise(AR(ARConfig(vocab_size=vocab_size, bos_id=0, trunk=trunk))).float().eval()
+
+
+def others(vocab_size: int) -> dict[str, tuple[Any, Sampling]]:
+    """Tiny models of the other families, each with settings."""
+    trunk = LlamaConfig(width=16, num_layers=1, num_heads=2, ffn_dim=24)
+    plaid = Plaid(PlaidConfig(vocab_size, 4, trunk, 0.5)).float().eval()
+    return {
+        "ar": (ar(vocab_size), AR_SAMPLING),
+        "llada": (tiny_llada(vocab_size=vocab_size).float().eval(), LLaDASampling(steps=2, block_length=4)),
+        "plaid": (plaid, PlaidSampling(steps=2)),
+    }
 
 
 COLA = ColaSampling(steps=2, max_new_tokens=10, temperature=1.0)

@@ -11,10 +11,11 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from schemathesis.generation import GenerationMode
-from serving import COLA, Running, cola_engine, running
+from serving import COLA, Running, cola_engine, others, running, tokenizer
 
 from opencola.models.cola.sampling import ColaSampling
 from opencola.ranges import ranged
+from opencola.serve.engine import Engine
 
 PATHS = ("/v1/completions", "/v1/chat/completions")
 
@@ -72,14 +73,14 @@ def fuzz(server: Running, path: str, bodies: Any, count: int) -> None:
     assert statuses[200] and statuses[400] > count / 10, statuses
 
 
-def extremes() -> Any:
+def extremes(sampling: Any = ColaSampling) -> Any:
     """Right bodies but for settings at the ends of their ranges, whose numbers a model may not stand."""
     values: dict[str, Any] = {}
-    for name, kind, allowed, _ in ranged(ColaSampling):
+    for name, kind, allowed, _ in ranged(sampling):
         ends = [max(allowed.low, -3e38), min(allowed.high, 3e38), 1, 2, 8]
         ends += [allowed.low + 1e-30, 1e-300, 1e30] if get_args(kind)[0] is float else []
         values[name] = st.sampled_from([get_args(kind)[0](end) for end in ends])
-    for name, kind in ColaSampling.hints().items():
+    for name, kind in sampling.hints().items():
         if get_origin(kind) is Literal:
             values[name] = st.sampled_from(get_args(kind))
     del values["max_new_tokens"]
@@ -103,6 +104,17 @@ def test_settings_at_their_ends(server: Running) -> None:
 @pytest.mark.parametrize("path", PATHS)
 def test_much_of_what_a_schema_generates(server: Running, path: str) -> None:
     fuzz(server, path, bodies(server, path), 4000)
+
+
+@pytest.mark.slow  # five hundred of a family
+@pytest.mark.parametrize("family", ["ar", "llada", "plaid"])
+def test_settings_of_other_families_at_their_ends(family: str) -> None:
+    own = tokenizer()
+    model, sampling = others(own.vocab_size)[family]
+    engine = Engine(model, own)
+    with running(engine, replace(sampling, max_new_tokens=4), max_work=8, timeout=20) as server:
+        fuzz(server, PATHS[0], extremes(type(sampling)), 500)
+    engine.close()
 
 
 @pytest.mark.slow  # two thousand of these
