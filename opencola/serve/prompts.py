@@ -85,11 +85,11 @@ def _check(service: Service, body: Body) -> None:
             raise _wrong("top_logprobs", "needs logprobs")
     if body.scored:
         raise _wrong("logprobs", "this server gives none: leave it out")
-    grammars = body.held_to()
-    if len(grammars) > 1:
-        raise _wrong(grammars[1][0], f"excludes {grammars[0][0]}: leave out one")
-    for field, _ in grammars:
-        raise _wrong(field, "this server holds texts to no grammar: leave it out")
+    rules = body.rules()
+    if len(rules) > 1:
+        raise _wrong(rules[1].field, f"excludes {rules[0].field}: leave out one")
+    if rules:
+        raise _wrong(rules[0].field, "this server holds texts to no grammar: leave it out")
 
 
 def _wrong(param: str, problem: str) -> ApiError:

@@ -3,6 +3,7 @@
 An unknown field is an error, and so is one of OpenAI's that cannot be honoured, unless its value asks for nothing.
 """
 
+import json
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
 from pydantic import (
@@ -124,12 +125,13 @@ class ResponseFormat(Strict):
         return self
 
 
-class Grammar(NamedTuple):
+class Rule(NamedTuple):
     """What a text is held to."""
 
-    kind: Literal["json", "schema", "regex", "lark"]
-    text: str | dict[str, Any]
-    """An expression, a grammar, a schema; of any JSON object "" ."""
+    field: str
+    """That asks for it."""
+    kind: Literal["json_schema", "regex", "grammar"]
+    text: str
 
 
 class Body(Strict):
@@ -162,18 +164,18 @@ class Body(Strict):
             values["stop"] = ()
         return {name: value for name, value in values.items() if value is not None}
 
-    def held_to(self) -> list[tuple[str, Grammar]]:
-        """Every grammar that the request names, after its field."""
-        found: list[tuple[str, Grammar]] = []
+    def rules(self) -> list[Rule]:
+        """What the request holds its texts to."""
+        found: list[Rule] = []
         match self.response_format:
             case ResponseFormat(type="json_object"):
-                found.append(("response_format", Grammar("json", "")))
+                found.append(Rule("response_format", "json_schema", '{"type": "object"}'))
             case ResponseFormat(type="json_schema", json_schema=JsonSchema(schema_=schema)):
-                found.append(("response_format", Grammar("schema", schema)))
+                found.append(Rule("response_format", "json_schema", json.dumps(schema)))
         if self.regex is not None:
-            found.append(("regex", Grammar("regex", self.regex)))
+            found.append(Rule("regex", "regex", self.regex))
         if self.grammar is not None:
-            found.append(("grammar", Grammar("lark", self.grammar)))
+            found.append(Rule("grammar", "grammar", self.grammar))
         return found
 
     @property
