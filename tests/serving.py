@@ -68,11 +68,12 @@ AR_SAMPLING = ARSampling(max_new_tokens=10, temperature=1.0)
 class Scripted(Engine):
     """An engine that writes nothing: its texts are handed out by the test, by `put` of the streams in `taken`."""
 
+    running = cache_bytes = 0
+
     def __init__(self, limits: Limits | None = None) -> None:
         self.tokenizer, self.limits = tokenizer(), limits or Limits()
         self.model = cola(self.tokenizer.vocab_size)
         self.waiting: Any = []
-        self.running = []
         self.refuse: Exception | None = None
         self.taken: list[Stream] = []
         self.arrived = threading.Semaphore(0)

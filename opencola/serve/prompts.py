@@ -31,6 +31,10 @@ class Work:
     """Whether the answer is to tell of blocks and tokens, too."""
     held: bool
     """Whether the texts are held to a grammar."""
+    scored: bool
+    """Whether the answer is to tell log-probabilities."""
+    echo: bool
+    """Whether texts begin with their prompts."""
 
 
 def work_of(service: Service, body: Body) -> Work:
@@ -59,12 +63,12 @@ def work_of(service: Service, body: Body) -> Work:
         )
     prompts, end_ids, heads = _encoded(service.engine.tokenizer, service.engine.model.vocab_size, body)
     choices = [i for i in range(len(prompts)) for _ in range(body.choices)]
-    held = body.held_to()
+    rules = body.rules()
     try:
-        grammar = service.grammars.of_format(held[0][1]) if held else None
-        constraints = [None if grammar is None else grammar.constraint(end_ids) for _ in choices]
+        grammars = [service.grammars.compile(rule.kind, rule.text) for rule in rules]
+        constraints = [grammars[0].constraint(end_ids) if grammars else None for _ in choices]
     except UserError as error:
-        raise ApiError(400, str(error), param=held[0][0], code="invalid_value") from None
+        raise ApiError(400, str(error), param=rules[0].field, code="invalid_value") from None
     ends = () if sampling.ignore_eos else end_ids
     echo = isinstance(body, CompletionBody) and bool(body.echo)
     return Work(
@@ -76,7 +80,9 @@ def work_of(service: Service, body: Body) -> Work:
         sum(map(len, prompts)),
         sampling.seed,
         bool(body.watch),
-        bool(held),
+        bool(rules),
+        body.scored is not None,
+        echo,
     )
 
 
@@ -94,8 +100,8 @@ def _check(service: Service, body: Body) -> None:
             raise _wrong("best_of", "must be n: no text is written to be thrown away")
         case ChatBody(top_logprobs=int(), logprobs=None | False):
             raise _wrong("top_logprobs", "needs logprobs")
-    if len(grammars := body.held_to()) > 1:
-        raise _wrong(grammars[1][0], f"excludes {grammars[0][0]}: leave out one")
+    if len(rules := body.rules()) > 1:
+        raise _wrong(rules[1].field, f"excludes {rules[0].field}: leave out one")
 
 
 def _wrong(param: str, problem: str) -> ApiError:

@@ -3,7 +3,8 @@
 An unknown field is an error, and so is one of OpenAI's that cannot be honoured, unless its value asks for nothing.
 """
 
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+import json
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -124,6 +125,15 @@ class ResponseFormat(Strict):
         return self
 
 
+class Rule(NamedTuple):
+    """What a text is held to."""
+
+    field: str
+    """That asks for it."""
+    kind: Literal["json_schema", "regex", "grammar"]
+    text: str
+
+
 class Body(Strict):
     """What both kinds of requests have."""
 
@@ -154,15 +164,18 @@ class Body(Strict):
             values["stop"] = ()
         return {name: value for name, value in values.items() if value is not None}
 
-    def held_to(self) -> list[tuple[str, dict[str, Any]]]:
-        """Every grammar that the request names, as `Grammars.of_format` takes them, after its field."""
-        found: list[tuple[str, dict[str, Any]]] = []
-        if self.response_format is not None and self.response_format.type != "text":
-            found.append(("response_format", self.response_format.model_dump(by_alias=True)))
+    def rules(self) -> list[Rule]:
+        """What the request holds its texts to."""
+        found: list[Rule] = []
+        match self.response_format:
+            case ResponseFormat(type="json_object"):
+                found.append(Rule("response_format", "json_schema", '{"type": "object"}'))
+            case ResponseFormat(type="json_schema", json_schema=JsonSchema(schema_=schema)):
+                found.append(Rule("response_format", "json_schema", json.dumps(schema)))
         if self.regex is not None:
-            found.append(("regex", {"type": "regex", "regex": self.regex}))
+            found.append(Rule("regex", "regex", self.regex))
         if self.grammar is not None:
-            found.append(("grammar", {"type": "grammar", "grammar": self.grammar}))
+            found.append(Rule("grammar", "grammar", self.grammar))
         return found
 
     @property

@@ -73,8 +73,8 @@ class Texts:
 
     @property
     def usage(self) -> dict[str, int]:
-        """Tokens so far: of prompts, however many texts each has, and those that were given out; where texts are held to a
-        grammar, those that it put in the place of others, too."""
+        """Tokens so far: of prompts, however many texts each has, those that were given out, and where texts are held
+        to a grammar, those that it put in the place of others."""
         prompt, completion = self.work.prompt_tokens, self.completion_tokens
         counts = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
         return counts | ({"forced_tokens": sum(self._forced.values())} if self.work.held else {})

@@ -68,7 +68,7 @@ def grammars() -> Grammars:
 
 
 def of_schema(schema: Any) -> Grammar:
-    grammar = grammars().of_format({"type": "json_schema", "json_schema": {"name": "x", "schema": schema}})
+    grammar = grammars().compile("json_schema", json.dumps(schema))
     assert grammar is not None
     return grammar
 
@@ -332,34 +332,11 @@ def test_what_is_no_grammar_is_refused_with_the_reason(kind: Any, text: str, mes
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("asked", "message"),
-    [
-        ("json", "response_format must be an object with a type"),
-        ({"type": "xml"}, "must be text, json_object, json_schema, regex or grammar, but is 'xml'"),
-        ({}, "but is None"),
-        ({"type": "json_schema"}, "json_schema must hold a schema, which is an object"),
-        ({"type": "json_schema", "json_schema": {"name": "x", "schema": "{}"}}, "which is an object"),
-        ({"type": "regex"}, "regex must hold a text"),
-        ({"type": "grammar", "grammar": 3}, "grammar must hold a text"),
-        ({"type": "regex", "regex": "["}, "unclosed character class"),
-    ],
-)
-def test_a_bad_response_format_is_refused(asked: Any, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        grammars().of_format(asked)
-
-
-def test_what_response_format_asks_for() -> None:
-    assert grammars().of_format(None) is grammars().of_format({"type": "text"}) is None
-    json_object = grammars().of_format({"type": "json_object"})
-    assert json_object is not None and json_object is grammars().of_format({"type": "json_object"})  # compiled once
+def test_grammars_are_compiled_once() -> None:
+    json_object = grammars().compile("json_schema", '{"type": "object"}')
+    assert json_object is grammars().compile("json_schema", '{"type": "object"}')
     for seed in range(5):
         assert isinstance(json.loads(tokenizer().decode(write(constraint(json_object), 20, seed))), dict)
-    for asked in ({"type": "regex", "regex": "[0-9]{4}"}, {"type": "grammar", "grammar": "start: /[0-9]{4}/"}):
-        grammar = grammars().of_format(asked)
-        assert grammar is not None
-        assert re.fullmatch("[0-9]{4}", tokenizer().decode(write(constraint(grammar), 9, 0)))
 
 
 def test_a_text_needs_an_end_and_a_beginning_that_fits() -> None:

@@ -38,7 +38,7 @@ GRAMMARS = Grammars(TOKENIZER)
 
 
 def asked(family: str, fields: dict[str, Any], schema: dict[str, Any], seed: int) -> Request:
-    grammar = GRAMMARS.of_format({"type": "json_schema", "json_schema": {"schema": schema}})
+    grammar = GRAMMARS.compile("json_schema", json.dumps(schema))
     sampling = sampling_of(family, max_new_tokens=60 + seed, temperature=float(seed % 3) / 2, seed=seed, **fields)
     prompt = TOKENIZER.encode("the fox" * (seed % 4))
     return Request(prompt, sampling, (TOKENIZER.eos_id,), constraint=grammar.constraint((TOKENIZER.eos_id,)))

@@ -47,7 +47,7 @@ def started(model: Path, *argv: str, **env: str) -> "Iterator[tuple[subprocess.P
 
 
 def test_a_signal_ends_it_when_what_is_begun_is_written(model: Path) -> None:
-    asked = {"prompt": "The fox", "stream": True, "max_tokens": 200, "ignore_eos": True, "seed": 1}
+    asked = {"prompt": "The fox", "stream": True, "max_tokens": 100, "ignore_eos": True, "seed": 1}
     with started(model, "--max-batch", "1", OPENCOLA_API_KEY="secret") as (process, url):
         key = {"Authorization": "Bearer secret"}
         assert httpx.get(f"{url}/v1/models").status_code == 401
@@ -59,7 +59,7 @@ def test_a_signal_ends_it_when_what_is_begun_is_written(model: Path) -> None:
             process.send_signal(signal.SIGTERM)
             said = [line.removeprefix("data: ") for line in lines if line]
         assert said[-1] == "[DONE]" and json.loads(said[-2])["choices"][0]["finish_reason"] == "length"
-        assert len(said) > 25
+        assert len(said) > 12
         assert process.wait(WAIT) == 0
         logged = [json.loads(line) for line in process.stderr.read().splitlines()]
     assert [(line["path"], line["status"]) for line in logged] == [
@@ -67,7 +67,7 @@ def test_a_signal_ends_it_when_what_is_begun_is_written(model: Path) -> None:
         ("/v1/models", 200),
         ("/v1/completions", 200),
     ]
-    assert logged[-1]["completion_tokens"] == 200
+    assert logged[-1]["completion_tokens"] == 100
 
 
 @pytest.mark.slow  # another process that loads all
