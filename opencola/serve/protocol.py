@@ -159,9 +159,7 @@ class Body(Strict):
         """The settings of generation that the request names."""
         values = {name: getattr(self, name) for name in self.settings.hints() if name not in RENAMED}
         values["max_new_tokens"] = self.max_completion_tokens if self.max_tokens is None else self.max_tokens
-        values["stop"] = (self.stop,) if isinstance(self.stop, str) else self.stop and tuple(self.stop)
-        if self.stop == []:
-            values["stop"] = ()
+        values["stop"] = (self.stop,) if isinstance(self.stop, str) else None if self.stop is None else tuple(self.stop)
         return {name: value for name, value in values.items() if value is not None}
 
     def rules(self) -> list[Rule]:

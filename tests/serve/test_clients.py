@@ -63,7 +63,7 @@ def test_settings_are_the_models_own_unless_given(server: Running, client: opena
 def test_tokens_are_counted_that_are_given_out(server: Running, client: openai.OpenAI, stream: bool) -> None:
     model, own = server.engine.model, server.engine.tokenizer
     ends = set()
-    for seed in range(12):
+    for seed in range(8):
         sampling = replace(COLA, seed=seed, max_new_tokens=30, stop=("a", "o"))
         pieces = [piece for (piece,) in generate_text(model, own, ["The fox"], sampling)]
         asked: dict[str, Any] = {"prompt": "The fox", "seed": seed, "max_tokens": 30, "stop": ["a", "o"]}
@@ -83,6 +83,32 @@ def test_tokens_are_counted_that_are_given_out(server: Running, client: openai.O
         assert reason == ("length" if pieces[-1].finished == "length" else "stop")
         assert not any(mark in text for mark in ("a", "o"))
     assert ends >= {"stop", "length"}
+
+
+def test_no_part_of_a_stop_string_is_told(client: openai.OpenAI) -> None:
+    lengths = []
+    for seed in range(8):
+        asked: dict[str, Any] = {"prompt": "The fox", "seed": seed, "max_tokens": 30, "stream": True}
+        text = "".join(chunk.choices[0].text for chunk in client.completions.create(model="tiny", **asked))
+        stop = max(re.findall(r"[^\ufffd]+", text), key=len)  # halves of characters are whole with what follows
+        chunks = client.completions.create(model="tiny", **asked, stop=["never", stop])
+        assert "".join(chunk.choices[0].text for chunk in chunks) == text[: text.find(stop)]
+        lengths.append(len(stop))
+    assert sum(length > 2 for length in lengths) > 4
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_leaves_holds_up_nobody(server: Running, stream: bool) -> None:
+    body = {"prompt": "The fox", "stream": stream, "max_tokens": 10**6, "ignore_eos": True}
+    if stream:
+        with server.http.stream("POST", "/v1/completions", json=body) as response:
+            assert next(response.iter_lines())
+    else:
+        with pytest.raises(httpx.ReadTimeout):
+            server.post("/v1/completions", body, timeout=0.3)
+    (text,) = whole_texts(*server_parts(server), ["The bear"], replace(COLA, seed=3))
+    answer = server.post("/v1/completions", {"prompt": "The bear", "seed": 3})
+    assert answer.json()["choices"][0]["text"] == text
 
 
 def test_chunks_are_blocks(server: Running, client: openai.OpenAI) -> None:

@@ -93,11 +93,11 @@ def extremes(sampling: Any = ColaSampling) -> Any:
 
 def test_what_a_schema_generates(server: Running) -> None:
     for path in PATHS:
-        fuzz(server, path, bodies(server, path), 60)
+        fuzz(server, path, bodies(server, path), 40)
 
 
 def test_settings_at_their_ends(server: Running) -> None:
-    fuzz(server, PATHS[0], extremes(), 120)
+    fuzz(server, PATHS[0], extremes(), 100)
 
 
 @pytest.mark.slow  # ten thousand requests
