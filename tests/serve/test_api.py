@@ -357,6 +357,9 @@ def test_a_request_has_its_time() -> None:
         assert last["error"]["code"] == "timeout" and server.engine.taken[0].cancelled
 
 
+BAD_SCHEMA = {"name": "x", "schema": {"type": 3}}
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -366,7 +369,10 @@ def test_a_request_has_its_time() -> None:
         ({"watch": True}, "watch"),
         ({"best_of": 2}, "best_of"),
         ({"regex": "("}, "regex"),
-        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": 3}}}}, "response_format"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": 3}}}},
+            "response_format",
+        ),
         ({"regex": "a", "grammar": "b"}, "grammar"),
         ({"prompt": [0, 10**6]}, "prompt"),
         ({"n": 7}, "n"),
