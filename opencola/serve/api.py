@@ -27,6 +27,8 @@ from opencola.serve.service import Service
 from opencola.serve.texts import Texts
 
 PAGE = Path(__file__).parent / "page.html"
+UNFRAMED = {"Content-Security-Policy": "frame-ancestors 'none'"}
+"""The page says all else of its policy itself; this is only heeded in a header."""
 GRACE = 5.0
 """Seconds beyond a request's time until a client that does not read is left."""
 
@@ -44,7 +46,7 @@ def app(engine: Engine, name: str, sampling: Sampling, **options: Any) -> FastAP
 
     @api.get("/")
     async def page() -> Response:
-        return HTMLResponse(PAGE.read_text(encoding="utf-8"))
+        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=UNFRAMED)
 
     @api.get("/health")
     async def health() -> dict[str, str]:
