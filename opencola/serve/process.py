@@ -25,12 +25,12 @@ class Started:
 
 
 @contextmanager
-def started(model: Path, *flags: str) -> Iterator[Started]:
-    """Run `opencola serve` on a free port, or that of its flags, and stop it in the end.
+def started(model: Path, *flags: str, port: int = 0) -> Iterator[Started]:
+    """Run `opencola serve` with these flags, at any port that is free for 0, and stop it in the end.
 
     Raises UserError, with its last words, where it does not come up.
     """
-    argv = [sys.executable, "-m", "opencola", "serve", "--model", str(model), "--port=0", *flags]
+    argv = [sys.executable, "-m", "opencola", "serve", "--model", str(model), f"--port={port}", *flags]
     with tempfile.TemporaryFile("w+", encoding="utf-8") as log:
         # a session of its own: Ctrl-C is for the client, which stops the server then
         process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True)

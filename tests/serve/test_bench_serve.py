@@ -119,7 +119,7 @@ def test_who_does_not_answer_is_left(stub: Stub) -> None:
 
 
 def test_figures() -> None:
-    """Of latencies 0 to 100 seconds, of which the percentiles are plain; one refused and one broken are not among them."""
+    """Of latencies 0 to 100 seconds, whose percentiles are plain; one refused and one broken are not among them."""
     outcomes = [
         Outcome(i, 0.0, 200, first_block=i / 10, between=[i / 100, i / 100], latency=float(i), tokens=2)
         for i in range(101)
