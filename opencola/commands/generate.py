@@ -19,13 +19,13 @@ from typing import TextIO
 import tyro
 
 from opencola.checkpoints.hub import load
-from opencola.commands.terminal import ModelFlags, check_apart, read_flags, show
+from opencola.commands.terminal import ModelFlags, check_apart, read_flags, read_prompts, show
 from opencola.errors import UserError
 from opencola.models.language_model import LanguageModel
 from opencola.models.text_stream import TextPiece, generate_text
 from opencola.ranges import Count, check
 from opencola.storage import growing
-from opencola.text.lines import append_objects, check_text, holds_object, parse_json, read_lines
+from opencola.text.lines import append_objects, check_text
 from opencola.text.tokenizer import Tokenizer
 
 
@@ -108,24 +108,3 @@ def write_batch(
                 "model": str(options.model),
             }
             append_objects(file, [record])
-
-
-def read_prompts(file: Path) -> list[str]:
-    """Prompts from a .txt or .jsonl file; blank lines are none.
-
-    Raises FileNotFoundError, and UserError naming the line that is no prompt.
-    """
-    lines = read_lines(file, "prompts")
-    prompts = [prompt_of(line, place) if holds_object(file, line) else line for place, line in lines]
-    if not prompts:
-        raise UserError(f"{file} holds no prompts")
-    return prompts
-
-
-def prompt_of(line: str, place: str) -> str:
-    """The prompt in a line of a .jsonl file; raises ValueError, naming the place, where it holds none."""
-    row = parse_json(line, place)
-    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-        raise UserError(f"{place}: expected an object with a string in its field 'prompt'")
-    check_text(row["prompt"], place)
-    return row["prompt"]

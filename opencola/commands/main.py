@@ -1,7 +1,7 @@
 """The command `opencola`: which commands there are, and how they fail: one line on stderr and exit code 2.
 
-A command is a module of its name beside this one: its docstring is its help, and `command(argv)` runs it. Only the one
-that is asked for is loaded, so that help comes at once.
+A command is a module of its name beside this one (`-` is `_` there): its docstring is its help, and `command(argv)`
+runs it. Only the one that is asked for is loaded, so that help comes at once.
 """
 
 import difflib
@@ -46,6 +46,7 @@ COMMANDS = (
     "report",
     "quality",
     "diagnose",
+    "bench-serve",
     "export",
     "kernels",
 )
@@ -101,9 +102,9 @@ def dispatch(argv: Sequence[str]) -> int:
         case ["--version" | "-V"]:
             print(f"opencola {__version__}")
         case [] | ["--help" | "-h" | "help"]:
-            print(USAGE.format(commands="\n".join(f"  {name:<10} {summary(name)}" for name in COMMANDS)))
+            print(USAGE.format(commands="\n".join(f"  {name:<11} {summary(name)}" for name in COMMANDS)))
         case [name, *rest] if name in COMMANDS:
-            importlib.import_module(f"opencola.commands.{name}").command(rest)
+            importlib.import_module(f"opencola.commands.{module_of(name)}").command(rest)
         case [name, *_]:
             near = difflib.get_close_matches(name, COMMANDS, 1)
             advice = f"did you mean {near[0]}?" if near else f"the commands are: {', '.join(COMMANDS)}"
@@ -111,7 +112,12 @@ def dispatch(argv: Sequence[str]) -> int:
     return 0
 
 
+def module_of(command: str) -> str:
+    """The name of a command's module."""
+    return command.replace("-", "_")
+
+
 def summary(command: str) -> str:
     """What a command does, in a line: the first of its module, which is not loaded."""
-    with (Path(__file__).parent / f"{command}.py").open(encoding="utf-8") as source:
+    with (Path(__file__).parent / f"{module_of(command)}.py").open(encoding="utf-8") as source:
         return source.readline().strip().strip('"')

@@ -1,4 +1,4 @@
-"""What commands with a model share: its flags, and text on a terminal."""
+"""What commands with a model share: its flags, prompts in files, and text on a terminal."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from opencola.models import build
 from opencola.models.sampling import Sampling
 from opencola.run import flags
 from opencola.storage import draft_of
-from opencola.text.lines import is_pipe
+from opencola.text.lines import check_text, holds_object, is_pipe, parse_json, read_lines
 
 # What a terminal would obey instead of showing: control characters other than tab and line feed.
 CONTROL = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)), "�")
@@ -75,6 +75,27 @@ def check_apart(jsonl: Path | None, file: Path, what: str) -> None:
         for out in (jsonl, draft_of(jsonl)):
             if out.exists() and out.samefile(file):
                 raise UserError(f"{out} holds the {what}: choose another file for --jsonl")
+
+
+def read_prompts(file: Path) -> list[str]:
+    """Prompts from a .txt or .jsonl file; blank lines are none.
+
+    Raises FileNotFoundError, and UserError naming the line that is no prompt.
+    """
+    lines = read_lines(file, "prompts")
+    prompts = [prompt_of(line, place) if holds_object(file, line) else line for place, line in lines]
+    if not prompts:
+        raise UserError(f"{file} holds no prompts")
+    return prompts
+
+
+def prompt_of(line: str, place: str) -> str:
+    """The prompt in a line of a .jsonl file; raises ValueError, naming the place, where it holds none."""
+    row = parse_json(line, place)
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        raise UserError(f"{place}: expected an object with a string in its field 'prompt'")
+    check_text(row["prompt"], place)
+    return row["prompt"]
 
 
 def show(text: str, bold: bool = False) -> None:

@@ -95,7 +95,7 @@ def test_they_are_collected() -> None:
     shown = {words[0] for _, program, words in COMMANDS if program == "opencola"}
     assert shown >= {*cli.COMMANDS}
     for command in cli.COMMANDS:  # each has examples in its help
-        assert any(place == f"opencola/commands/{command}.py" for place, *_ in COMMANDS), command
+        assert any(place == f"opencola/commands/{cli.module_of(command)}.py" for place, *_ in COMMANDS), command
 
 
 @pytest.mark.usefixtures("files")
