@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import json
+import queue
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,9 +24,10 @@ from opencola.models.plaid.model import Plaid
 from opencola.models.plaid.network import PlaidConfig
 from opencola.models.plaid.sampling import PlaidSampling
 from opencola.models.sampling import Sampling
+from opencola.serve.admission import Admission
 from opencola.serve.api import app
 from opencola.serve.engine import Engine
-from opencola.serve.requests import Limits, Request, StoppingError, Stream
+from opencola.serve.requests import Limits, Piece, Request, StoppingError, Stream
 from opencola.serve.server import Server, bound
 from opencola.text.conversations import TURN_END, TURN_START
 from opencola.text.tokenizer import Tokenizer
@@ -164,3 +167,72 @@ def cola_engine(**limits: Any) -> Engine:
     torch.manual_seed(0)
     own = tokenizer()
     return Engine(cola(own.vocab_size), own, Limits(**limits))
+
+
+CHAT = {"messages": [{"role": "user", "content": "Hello"}]}
+PATHS: dict[str, dict[str, Any]] = {"/v1/completions": {"prompt": "The fox"}, "/v1/chat/completions": CHAT}
+
+
+@contextlib.contextmanager
+def scripted() -> Iterator[Running]:
+    """A server of a scripted engine, in which six texts may wait."""
+    admission = Admission(max_body=100_000)
+    with running(Scripted(Limits(max_waiting=6)), COLA, fingerprint="mark", admission=admission) as server:
+        yield server
+
+
+def fresh(server: Running) -> Running:
+    """A scripted server as if nothing had been asked yet."""
+    server.engine.refuse, server.engine.taken = None, []
+    return server
+
+
+def later(call: Any, *args: Any, **named: Any) -> "tuple[threading.Thread, list[Any]]":
+    """A call in a thread, and the list that its answer will be in."""
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(call(*args, **named)), daemon=True)
+    thread.start()
+    return thread, found
+
+
+def line_of(log: "queue.Queue[str]", request_id: str) -> dict[str, Any]:
+    """The line of a request; those of others that come before it are passed over."""
+    while True:
+        line: dict[str, Any] = json.loads(log.get(timeout=WAIT))
+        if line["id"] == request_id:
+            return line
+
+
+@contextlib.contextmanager
+def streamed(server: Running, path: str, body: Any, first: Piece, count: int = 1) -> Iterator[Any]:
+    """A stream of texts, the first of which has its first piece; the answer and the texts."""
+
+    def begin() -> list[Watched]:
+        streams: list[Watched] = server.engine.next(count)
+        streams[0].put(first)
+        return streams
+
+    thread, found = later(begin)
+    with server.http.stream("POST", path, json=body | {"stream": True}) as response:
+        thread.join(WAIT)
+        yield response, found[0]
+
+
+def write(stream: Watched, *texts: str, finished: Any = "eos", tokens: int = 2) -> None:
+    for i, text in enumerate(texts):
+        stream.put(Piece(text, [9] * tokens, finished if i == len(texts) - 1 else ""))
+
+
+def events(text: str) -> list[Any]:
+    """The data of a stream."""
+    lines = [line for line in text.split("\n") if line]
+    assert all(line.startswith("data: ") for line in lines)
+    said = [line.removeprefix("data: ") for line in lines]
+    return [each if each == "[DONE]" else json.loads(each) for each in said]
+
+
+def error(response: httpx.Response) -> dict[str, Any]:
+    assert {*response.json()} == {"error"} and response.headers["content-type"] == "application/json"
+    found: dict[str, Any] = response.json()["error"]
+    assert {*found} == {"message", "type", "param", "code"} and found["message"]
+    return found

@@ -15,19 +15,23 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import torch
+import tyro
 
 from opencola.checkpoints.hub import from_pretrained, hash_model, is_repo_id, locate
 from opencola.commands.terminal import Named
 from opencola.errors import UserError
 from opencola.layers.device import device
 from opencola.paths import home
-from opencola.ranges import Count, Positive, Range, Size, check
+from opencola.ranges import Range, Size, check
 from opencola.run import flags
+from opencola.serve.admission import Admission
+from opencola.serve.engine import Engine
+from opencola.serve.requests import Limits
 from opencola.version import __version__
 
 NEEDED = ("fastapi", "uvicorn", "prometheus_client")
@@ -47,18 +51,8 @@ class ServeFlags(Named):
     api_key: str = ""
     """What clients must send as `Authorization: Bearer KEY`, beside those that only look at / and /health. Other users
     of this machine can read flags: rather set OPENCOLA_API_KEY in the environment, which counts where this is empty."""
-    max_batch: Count = 16
-    """Number of texts to write at a time."""
-    max_waiting: Count = 64
-    """Number of texts that may wait; requests for more are refused with status 429."""
-    cache_mib: Count = 4096
-    """MiB for the caches of the texts that are being written."""
-    max_body: Count = 2 * 2**20
-    """Bytes of a request's body, at most."""
-    max_work: Count = 4096
-    """Passes of the network that a block may cost, at most: steps times candidates, or a LLaDA's tokens of a block."""
-    timeout: Positive = 600.0
-    """Seconds for a request, from its arrival to the end of its answer."""
+    limits: tyro.conf.OmitArgPrefixes[Limits] = field(default_factory=Limits)
+    admission: tyro.conf.OmitArgPrefixes[Admission] = field(default_factory=Admission)
     threads: Size = 0
     """Threads to compute with; 0: as many as there are cores."""
 
@@ -72,8 +66,6 @@ def command(argv: Sequence[str]) -> None:
     if any(importlib.util.find_spec(name) is None for name in NEEDED):
         raise UserError("the server's packages are not installed: pip install 'opencola[serve]'")
     from opencola.serve.api import app
-    from opencola.serve.engine import Engine
-    from opencola.serve.requests import Limits
     from opencola.serve.server import Server, bound
 
     key = options.api_key or os.environ.get(KEY) or None
@@ -81,23 +73,22 @@ def command(argv: Sequence[str]) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     model, tokenizer, sampling = from_pretrained(options.model)
-    engine = Engine(model.to(device()), tokenizer, Limits(options.max_batch, options.max_waiting, options.cache_mib))
+    engine = Engine(model.to(device()), tokenizer, options.limits)
+    name = options.name or name_of(options.model)
     api = app(
         engine,
-        options.name or name_of(options.model),
+        name,
         sampling,
         fingerprint=f"opencola-{__version__}-{hash_model(locate(options.model))[:16]}",
         api_key=key,
-        max_body=options.max_body,
-        max_work=options.max_work,
-        timeout=options.timeout,
+        admission=options.admission,
     )
     log()
     host, port = place.getsockname()[:2]
     if key is None and not ipaddress.ip_address(host).is_loopback:
         print(f"anybody who reaches {host} can use this server: {KEY} asks them for a key", file=sys.stderr)
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    Server(api, engine, ready=f"serving {options.name or name_of(options.model)} at {url}").run([place])
+    Server(api, engine, ready=f"serving {name} at {url}").run([place])
 
 
 def name_of(model: Path) -> str:

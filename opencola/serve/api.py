@@ -86,7 +86,7 @@ def app(engine: Engine, name: str, sampling: Sampling, **options: Any) -> FastAP
 
 async def answered(service: Service, request: Request, kind: type[Body], shape: Shape) -> Response:
     """The answer to a request for texts. Raises ApiError."""
-    body = await read(request, kind, service.max_body)
+    body = await read(request, kind, service.admission.max_body)
     work = await asyncio.to_thread(work_of, service, body)
     answer, told = Answer(service, Texts(service, work), shape), request.state.told
     with ExitStack() as unless_streamed:
@@ -104,7 +104,7 @@ async def answered(service: Service, request: Request, kind: type[Body], shape: 
         if not body.stream:
             return JSONResponse(first)
         unless_streamed.pop_all()
-    return Events(answer.texts, first, chunks, told, service.timeout + GRACE)
+    return Events(answer.texts, first, chunks, told, service.admission.timeout + GRACE)
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, Any]) -> Any:

@@ -46,10 +46,10 @@ def work_of(service: Service, body: Body) -> Work:
         sampling = replace(service.sampling, **given, chat=isinstance(body, ChatBody))
     except UserError as error:  # fields that exclude each other
         raise ApiError(400, str(error), code="invalid_value") from None
-    if sampling.work > max(service.max_work, service.sampling.work):
+    if sampling.work > max(service.admission.max_work, service.sampling.work):
         raise ApiError(
             400,
-            f"a block would cost {sampling.work} passes of the network, and may cost {service.max_work}: "
+            f"a block would cost {sampling.work} passes of the network, and may cost {service.admission.max_work}: "
             "ask for fewer steps or candidates, or a shorter block",
             code="too_large",
         )

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from opencola.models.sampling import Sampling
+from opencola.serve.admission import Admission
 from opencola.serve.engine import Engine
 from opencola.serve.grammar import Grammars
 from opencola.serve.metrics import Metrics
@@ -22,12 +23,7 @@ class Service:
     """Of weights and code: with the same one, a seed gives the same text."""
     api_key: str | None = None
     """What clients must know; None: nothing."""
-    max_body: int = 2 * 2**20
-    """Bytes of a request's body, at most."""
-    max_work: int = 4096
-    """What a block may cost, at most (`Sampling.work`); no less than the model's own settings ask for."""
-    timeout: float = 600.0
-    """Seconds for a request, from its arrival to the end of its answer."""
+    admission: Admission = field(default_factory=Admission)
     metrics: Metrics = field(init=False)
     grammars: Grammars = field(init=False)
 

@@ -37,7 +37,7 @@ class Texts:
         except UserError as error:
             raise unwritable(error) from None
         self._start = time.monotonic()
-        self._end = asyncio.get_running_loop().time() + service.timeout
+        self._end = asyncio.get_running_loop().time() + service.admission.timeout
         metrics.tokens.labels("prompt").inc(work.prompt_tokens)
 
     def cancel(self) -> None:
@@ -57,7 +57,7 @@ class Texts:
                     async with asyncio.timeout_at(self._end):
                         i, piece = await arrived.get()
                 except TimeoutError:
-                    message = f"not done within {self._service.timeout:g} seconds"
+                    message = f"not done within {self._service.admission.timeout:g} seconds"
                     raise ApiError(504, message, type=SERVER, code="timeout") from None
                 if isinstance(piece, StoppingError):
                     raise self._stopping(piece) from None

@@ -1,137 +1,200 @@
-"""What clients are told beside texts: log-probabilities, states of blocks, and how many tokens were forced."""
+"""The interface around an engine whose pieces the test hands out: shapes of answers, streams, and who leaves."""
 
+import gc
 import json
-import re
+import socket
+import time
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from serving import AR_SAMPLING, COLA, Running, ar, cola, running, tokenizer
+from serving import CHAT, COLA, PATHS, WAIT, Running, Scripted, events, fresh, later, running, scripted, streamed, write
 
-from opencola.models.ar.score import ARScoring
-from opencola.serve.engine import Engine
-
-PROMPT = "The fox ran"
+from opencola.serve.admission import Admission
+from opencola.serve.requests import Piece
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
-    """Of an AR model."""
-    tokens = tokenizer()
-    with running(Engine(ar(tokens.vocab_size), tokens), AR_SAMPLING) as server:
+def shared() -> Iterator[Running]:
+    with scripted() as server:
         yield server
 
 
-@pytest.fixture(scope="module")
-def cola_server() -> Iterator[Running]:
-    """Of a Cola DLM."""
-    tokens = tokenizer()
-    with running(Engine(cola(tokens.vocab_size), tokens), COLA) as server:
-        yield server
+@pytest.fixture
+def server(shared: Running) -> Running:
+    return fresh(shared)
 
 
-def total(server: Running, prompt: str, text: str) -> float:
-    """Log-probability of a text's tokens behind a prompt."""
-    encode = server.engine.tokenizer.encode
-    tokens = [*encode(prompt)], [*encode(text)]
-    return float(server.engine.model.score([tokens[0]], [tokens[1]], ARScoring()).total)
+def test_a_completion(server: Running) -> None:
+    thread, found = later(server.post, "/v1/completions", {"prompt": ["a", "bc"], "n": 2, "echo": True, "seed": 5})
+    streams = server.engine.next(4)
+    assert [stream.request.sample for stream in streams] == [0, 1, 2, 3]
+    for i, stream in enumerate(reversed(streams)):
+        write(stream, f" {i}", ".", finished=("eos", "stop", "length", "eos")[i], tokens=i)
+    thread.join(WAIT)
+    answer = found[0].json()
+    assert answer.pop("id").startswith("cmpl-") and abs(answer.pop("created") - time.time()) < 600
+    assert answer == {
+        "object": "text_completion",
+        "model": "tiny",
+        "system_fingerprint": "mark",
+        "seed": 5,
+        "choices": [
+            {"index": 0, "text": "a 3.", "logprobs": None, "finish_reason": "stop"},
+            {"index": 1, "text": "a 2.", "logprobs": None, "finish_reason": "length"},
+            {"index": 2, "text": "bc 1.", "logprobs": None, "finish_reason": "stop"},
+            {"index": 3, "text": "bc 0.", "logprobs": None, "finish_reason": "stop"},
+        ],
+        "usage": {"prompt_tokens": 3, "completion_tokens": 12, "total_tokens": 15},
+    }
 
 
-def ask(server: Running, **fields: Any) -> Any:
-    return server.client().completions.create(model="tiny", prompt=PROMPT, seed=3, **fields)
+def test_a_chat(server: Running) -> None:
+    thread, found = later(server.post, "/v1/chat/completions", CHAT | {"stop": "x"})
+    (stream,) = server.engine.next()
+    tokenizer, asked = server.engine.tokenizer, stream.request
+    start, end = (tokenizer.special_id(f"<|im_{name}|>") for name in ("start", "end"))
+    assert asked.prompt[0] == start and asked.prompt.count(end) == 1 and asked.prompt.count(start) == 2
+    assert asked.end_ids == (tokenizer.eos_id, end)
+    assert asked.sampling.chat and asked.sampling.stop == ("x",) and asked.sampling.steps == COLA.steps
+    write(stream, "Fi", "ne")
+    thread.join(WAIT)
+    answer = found[0].json()
+    assert answer["object"] == "chat.completion" and answer["id"].startswith("chatcmpl-")
+    message = {"role": "assistant", "content": "Fine", "refusal": None}
+    assert answer["choices"] == [{"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}]
+    assert answer["usage"]["prompt_tokens"] == len(asked.prompt)
 
 
-def test_logprobs_of_completions(server: Running) -> None:
-    """Those of an echoed prompt are exact, and what is streamed is what comes whole."""
-    whole = ask(server, max_tokens=6, logprobs=2, echo=True).choices[0]
-    logprobs = whole.logprobs
-    count = len(server.engine.tokenizer.encode(PROMPT))
-    assert "".join(logprobs.tokens[:count]) == PROMPT and whole.text.startswith(PROMPT)
-    assert sum(logprobs.token_logprobs[:count]) == pytest.approx(total(server, "", PROMPT), abs=1e-4)
-    assert logprobs.text_offset[:2] == [0, len(logprobs.tokens[0])]
-    assert all(len(top) <= 2 and max(top.values()) <= 0 for top in logprobs.top_logprobs)
-    assert all(value <= max(top.values()) for value, top in zip(logprobs.token_logprobs, logprobs.top_logprobs))  # noqa: B905
-    chunks = [chunk.choices[0] for chunk in ask(server, max_tokens=6, logprobs=2, echo=True, stream=True)]
-    streamed = [value for choice in chunks if choice.logprobs for value in choice.logprobs.token_logprobs]
-    assert streamed == logprobs.token_logprobs
-    assert "".join(choice.text for choice in chunks) == whole.text
-    plain = ask(server, max_tokens=6).choices[0]
-    assert plain.logprobs is None and whole.text == PROMPT + plain.text
+def test_a_streamed_completion(server: Running) -> None:
+    body = {"prompt": "a", "n": 2, "stream": True, "echo": True, "stream_options": {"include_usage": True}}
+    with streamed(server, "/v1/completions", body, Piece("", [9, 9], ""), 2) as (response, (first, second)):
+        write(first, " b", "", finished="length")
+        lines, seen = response.iter_lines(), ""
+        while '"length"' not in seen:
+            seen += f"{next(lines)}\n"
+        write(second, " c", "d")
+        seen += "\n".join(lines)
+    *chunks, last, done = events(seen)
+    assert response.headers["content-type"] == "text/event-stream; charset=utf-8" and done == "[DONE]"
+    assert len({(c["id"], c["created"], c["object"], c["model"], c["seed"]) for c in [*chunks, last]}) == 1
+    assert [c["choices"][0] for c in chunks] == [
+        {"index": i, "text": text, "logprobs": None, "finish_reason": reason}
+        for i, text, reason in [
+            (0, "a", None),
+            (0, " b", None),
+            (0, "", "length"),
+            (1, "a c", None),
+            (1, "d", None),
+            (1, "", "stop"),
+        ]
+    ]
+    assert all(c["usage"] is None for c in chunks) and last["choices"] == []
+    assert last["usage"] == {"prompt_tokens": 1, "completion_tokens": 10, "total_tokens": 11}
 
 
-def test_logprobs_of_chats(server: Running) -> None:
-    messages: Any = [{"role": "user", "content": "hello"}]
-    create = server.client().chat.completions.create
-    fields: dict[str, Any] = {"model": "tiny", "messages": messages, "max_tokens": 5, "seed": 1, "logprobs": True}
-    (choice,) = create(**fields, top_logprobs=3).choices
-    assert choice.logprobs is not None and choice.logprobs.content
-    for entry in choice.logprobs.content:
-        assert len(entry.top_logprobs) == 3 and entry.logprob <= entry.top_logprobs[0].logprob
-        assert bytes(entry.bytes or []).decode() == entry.token
-    chunks = [chunk.choices[0] for chunk in create(**fields, stream=True)]
-    streamed = [entry.logprob for part in chunks if part.logprobs for entry in part.logprobs.content or []]
-    assert streamed == [entry.logprob for entry in choice.logprobs.content]
+def test_a_streamed_chat(server: Running) -> None:
+    thread, found = later(server.post, "/v1/chat/completions", CHAT | {"stream": True})
+    write(*server.engine.next(), "", "Fi", "ne")
+    thread.join(WAIT)
+    *chunks, done = events(found[0].text)
+    assert done == "[DONE]" and all(c["object"] == "chat.completion.chunk" and "usage" not in c for c in chunks)
+    assert [(c["choices"][0]["delta"], c["choices"][0]["finish_reason"]) for c in chunks] == [
+        ({"role": "assistant", "content": ""}, None),
+        ({"content": "Fi"}, None),
+        ({"content": "ne"}, None),
+        ({}, "stop"),
+    ]
 
 
-def test_a_family_without_exact_ones_says_so(cola_server: Running) -> None:
-    response = cola_server.post("/v1/completions", {"prompt": "a", "logprobs": 1})
-    assert response.status_code == 400 and "log-probabilities of tokens" in response.json()["error"]["message"]
+def test_blocks_are_told_of_to_those_who_watch(server: Running) -> None:
+    thread, found = later(server.post, "/v1/completions", {"prompt": "a", "stream": True, "watch": True})
+    write(*server.engine.next(), "", "b", tokens=1)
+    thread.join(WAIT)
+    *chunks, _ = events(found[0].text)
+    told = [9, server.engine.tokenizer.decode([9])]
+    assert [c["choices"][0].get("opencola") for c in chunks] == [
+        {"block": 0, "tokens": [told]},
+        {"block": 1, "tokens": [told]},
+        None,
+    ]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_chunks_come_as_soon_as_they_are_there(server: Running, path: str) -> None:
+    with streamed(server, path, PATHS[path], Piece("one", [9], "")) as (response, (stream,)):
+        lines = response.iter_lines()
+        assert "one" in next(lines) and next(lines) == ""
+        for text in ("two", "three"):
+            stream.put(Piece(text, [9], ""))  # the next is not there yet
+            assert text in next(lines) and next(lines) == ""
+
+
+def test_two_requests_without_a_seed_differ(server: Running) -> None:
+    seeds = []
+    for _ in range(2):
+        thread, found = later(server.post, "/v1/completions", {"prompt": "a", "n": 2})
+        first, second = server.engine.next(2)
+        assert first.request.sampling.seed == second.request.sampling.seed
+        write(first, "b"), write(second, "b")
+        thread.join(WAIT)
+        assert found[0].json()["seed"] == first.request.sampling.seed < 2**53
+        seeds.append(first.request.sampling.seed)
+    assert seeds[0] != seeds[1]
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_texts_are_held_to_what_is_asked(server: Running, cola_server: Running, stream: bool) -> None:
-    schema = {
-        "type": "object",
-        "properties": {"n": {"type": "integer"}},
-        "required": ["n"],
-        "additionalProperties": False,
-    }
-    of_json = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
-    for each in (server, cola_server):
-        for fields, pattern in (
-            ({"response_format": of_json}, r"\s*\{\s*\"n\"\s*:\s*-?\d+\s*\}"),
-            ({"regex": "(ab)+c"}, "(ab)+c"),
-            ({"grammar": 'start: "x" /[0-9]{3}/'}, r"x\d{3}"),
-        ):
-            body = {"prompt": PROMPT, "max_tokens": 40, "n": 2, "seed": 5, "stream": stream} | fields
-            if stream:
-                body["stream_options"] = {"include_usage": True}
-            response = each.post("/v1/completions", body)
-            assert response.status_code == 200, response.text
-            texts, reasons, usage = told(response.text if stream else response.json())
-            assert all(re.fullmatch(pattern, text) for text in texts.values()), (texts, pattern)
-            assert [*reasons] == ["stop", "stop"] and usage["forced_tokens"] > 0
-    assert "forced_tokens" not in server.post("/v1/completions", {"prompt": "a"}).json()["usage"]
+@pytest.mark.parametrize("path", PATHS)
+def test_who_leaves_is_noticed(server: Running, path: str, stream: bool) -> None:
+    for begun in (False, True):
+        body = json.dumps(PATHS[path] | {"stream": stream, "n": 3}).encode()
+        head = (
+            f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
+        with socket.create_connection(server.url.removeprefix("http://").split(":"), timeout=WAIT) as connection:
+            connection.sendall(head.encode() + body)
+            streams = server.engine.next(3)
+            if begun:
+                streams[1].put(Piece("one", [9], ""))
+                if stream:
+                    assert connection.recv(10)
+            assert not any(each.cancelled for each in streams)
+        assert all(each.dropped.wait(WAIT) for each in streams)
+    thread, found = later(server.post, path, PATHS[path])
+    write(*server.engine.next(), "b")
+    thread.join(WAIT)
+    assert found[0].status_code == 200
 
 
-def told(answer: Any) -> tuple[dict[int, str], list[str], dict[str, Any]]:
-    """Texts, why they ended, and what was used."""
-    if isinstance(answer, dict):
-        choices = answer["choices"]
-        return {c["index"]: c["text"] for c in choices}, [c["finish_reason"] for c in choices], answer["usage"]
-    chunks = [json.loads(line[6:]) for line in answer.split("\n\n") if line[6:] not in ("", "[DONE]")]
-    texts: dict[int, str] = {}
-    for choice in (choice for chunk in chunks for choice in chunk["choices"]):
-        texts[choice["index"]] = texts.get(choice["index"], "") + choice["text"]
-    reasons = [c["finish_reason"] for chunk in chunks for c in chunk["choices"] if c["finish_reason"]]
-    return texts, reasons, chunks[-1]["usage"]
+def test_who_does_not_read_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opencola.serve.api.GRACE", 0.0)
+    body = b'{"prompt": "a", "stream": true}'
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    with running(Scripted(), COLA, admission=Admission(timeout=1.0)) as server:
+        with socket.create_connection(server.url.removeprefix("http://").split(":"), timeout=WAIT) as connection:
+            connection.sendall(head % len(body) + body)
+            (stream,) = server.engine.next()
+            for _ in range(20):  # more than fits between the two
+                stream.put(Piece("a" * 2**20, [9], ""))
+            assert stream.dropped.wait(WAIT)
+        text = server.get("/metrics").text
+    assert 'status="500"' not in text
 
 
-def test_a_grammar_that_leaves_no_room_is_refused(server: Running) -> None:
-    response = server.post("/v1/completions", {"prompt": "a", "regex": "abcdef", "max_tokens": 2})
-    assert response.status_code == 400 and "too few" in response.json()["error"]["message"]
+def test_what_is_done_leaves_nothing_behind(server: Running) -> None:
+    def streams() -> list[Any]:
+        for body in ({"prompt": "a"}, {"prompt": "a", "stream": True}):
+            thread, _ = later(server.post, "/v1/completions", body)
+            write(*server.engine.next(), "b")
+            thread.join(WAIT)
+        kept = [weakref.ref(stream) for stream in server.engine.taken]
+        server.engine.taken = []
+        return kept
 
-
-def test_a_watched_stream_tells_the_states_of_every_block(cola_server: Running) -> None:
-    body = {"prompt": PROMPT, "stream": True, "seed": 2, "max_tokens": 9, "steps": 3}
-    plain, watched = (cola_server.post("/v1/completions", body | {"watch": watch}).text for watch in (False, True))
-    assert "states" not in plain
-    chunks = [json.loads(line[6:]) for line in watched.split("\n\n") if line[6:] not in ("", "[DONE]")]
-    seen = [chunk["choices"][0]["opencola"] for chunk in chunks if "opencola" in chunk["choices"][0]]
-    assert [block["block"] for block in seen] == [*range(len(seen))] and len(seen) > 1
-    for block in seen:
-        assert [state["t"] for state in block["states"]] == [0.6667, 0.3333, 0.0]
-        for state in block["states"]:
-            assert len(state["tokens"]) == len(state["margins"]) == len(state["latents"]) == 4
-    text = "".join(chunk["choices"][0]["text"] for chunk in chunks)
-    assert text == "".join(json.loads(line[6:])["choices"][0]["text"] for line in plain.split("\n\n")[:-2])
+    kept = streams()
+    end = time.monotonic() + WAIT
+    while any(ref() for ref in kept) and time.monotonic() < end:
+        server.get("/health")
+        gc.collect()
+    assert len(kept) == 2 and not any(ref() for ref in kept)

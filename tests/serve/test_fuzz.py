@@ -15,6 +15,7 @@ from serving import COLA, Running, cola_engine, others, running, tokenizer
 
 from opencola.models.cola.sampling import ColaSampling
 from opencola.ranges import ranged
+from opencola.serve.admission import Admission
 from opencola.serve.engine import Engine
 
 PATHS = ("/v1/completions", "/v1/chat/completions")
@@ -22,7 +23,7 @@ PATHS = ("/v1/completions", "/v1/chat/completions")
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
-    with running(cola_engine(), replace(COLA, max_new_tokens=4), max_work=8, timeout=20) as server:
+    with running(cola_engine(), replace(COLA, max_new_tokens=4), admission=Admission(max_work=8, timeout=20)) as server:
         yield server
         server.engine.close()
 
@@ -112,7 +113,7 @@ def test_settings_of_other_families_at_their_ends(family: str) -> None:
     own = tokenizer()
     model, sampling = others(own.vocab_size)[family]
     engine = Engine(model, own)
-    with running(engine, replace(sampling, max_new_tokens=4), max_work=8, timeout=20) as server:
+    with running(engine, replace(sampling, max_new_tokens=4), admission=Admission(max_work=8, timeout=20)) as server:
         fuzz(server, PATHS[0], extremes(type(sampling)), 500)
     engine.close()
 

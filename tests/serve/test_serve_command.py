@@ -99,15 +99,12 @@ def test_a_port_that_is_taken(model: Path, capsys: pytest.CaptureFixture[str]) -
     assert "--port" in capsys.readouterr().err
 
 
-def test_without_its_packages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in [name for name in sys.modules if name.startswith(("opencola.serve", "opencola.commands.serve"))]:
-        monkeypatch.delitem(sys.modules, name)
-    for name in ("fastapi", "starlette", "uvicorn", "prometheus_client", "pydantic"):
-        monkeypatch.setitem(sys.modules, name, None)
-    assert cli.main(["serve"]) == 2
-    said = capsys.readouterr()
-    assert said.err == "error: the server's packages are not installed: pip install 'opencola[serve]'\n"
-    assert not said.out
+def test_without_its_packages() -> None:
+    code = "import sys; sys.modules.update(fastapi=None, uvicorn=None, prometheus_client=None, pydantic=None)\n"
+    code += "from opencola.commands.main import main\nsys.exit(main(['serve']))"
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=WAIT)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr == "error: the server's packages are not installed: pip install 'opencola[serve]'\n"
 
 
 def test_names_of_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
