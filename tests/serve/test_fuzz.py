@@ -94,11 +94,11 @@ def extremes(sampling: Any = ColaSampling) -> Any:
 
 def test_what_a_schema_generates(server: Running) -> None:
     for path in PATHS:
-        fuzz(server, path, bodies(server, path), 40)
+        fuzz(server, path, bodies(server, path), 30)
 
 
 def test_settings_at_their_ends(server: Running) -> None:
-    fuzz(server, PATHS[0], extremes(), 100)
+    fuzz(server, PATHS[0], extremes(), 80)
 
 
 @pytest.mark.slow  # ten thousand requests

@@ -1,6 +1,7 @@
 """`opencola serve` as a process: it says where it is, ends what it has begun, and leaves with a word or none."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -99,6 +100,14 @@ def test_a_port_that_is_taken(model: Path, capsys: pytest.CaptureFixture[str]) -
     assert "--port" in capsys.readouterr().err
 
 
+def test_a_package_that_lacks(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None if name == "uvicorn" else find(name))
+    assert cli.main(["serve", "--model", str(model)]) == 2
+    assert capsys.readouterr().err == "error: the server's packages are not installed: pip install 'opencola[serve]'\n"
+
+
+@pytest.mark.slow  # another process that loads all
 def test_without_its_packages() -> None:
     code = "import sys; sys.modules.update(fastapi=None, uvicorn=None, prometheus_client=None, pydantic=None)\n"
     code += "from opencola.commands.main import main\nsys.exit(main(['serve']))"
