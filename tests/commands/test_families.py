@@ -146,6 +146,7 @@ def test_damaged_files(main: Main, place: Path, family: str, old: str, new: str,
     assert code == 2 and "model.safetensors" in error
 
 
+@pytest.mark.usefixtures("workers_start_at_once")
 @pytest.mark.parametrize("family", BASELINES)
 def test_evaluate_and_report(main: Main, place: Path, family: str) -> None:
     """The same records at any batch size and with two processes; option scores are the model's own."""
