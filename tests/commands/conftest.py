@@ -3,6 +3,7 @@
 import contextlib
 import io
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,15 @@ from forked import FORKS
 
 from opencola.commands import main as cli
 from opencola.evaluation import pool
+from opencola.run import stage
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_batches_are_validated() -> Iterator[None]:
+    """What a run costs is little then."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "VALID_BATCHES", 5)
+        yield
 
 
 @pytest.fixture(scope="session")
