@@ -21,6 +21,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
+@pytest.mark.usefixtures("workers_start_at_once")
 def test_ctrl_c_and_going_on_equal_not_stopping(main: Main, place: Path) -> None:
     flags = ["tokenize", "stories", "--limit", "8000", "--vocab-size", "300", "--shard-tokens", "20000"]
     process = Started(command(*flags, "--to", "a b", "--workers", "2"), alone=True)
