@@ -5,8 +5,9 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 DOCS_STAMP := .venv/.docs-installed
 WORKERS ?= 2
-# One thread a process: the tests' tensors are tiny, and `-n` already keeps the cores busy.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+# One thread a process: the tests' tensors are tiny, and `-n` already keeps the cores busy. Neighbours stay together, for
+# what they share is made once a process.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow test-page test-kernels test-oldest lint format map docs gpu-bundle clean

@@ -2,16 +2,14 @@
 
 import ast
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import done
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-ROOT = EXAMPLES.parent
 # Arguments that make it short, and what the output has.
 SCRIPTS: dict[str, tuple[list[str], list[str]]] = {
     "generate.py": ([], ["Once a little girl named Mia", "One sunny day,|"]),
@@ -22,12 +20,9 @@ SCRIPTS: dict[str, tuple[list[str], list[str]]] = {
 
 
 def python(*argv: str, cwd: Path) -> str:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
-    done = subprocess.run(
-        [sys.executable, *argv], cwd=cwd, env=environment, capture_output=True, text=True, encoding="utf-8"
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    run = done([sys.executable, *argv], cwd)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
 
 
 def cells(kind: str) -> list[str]:
@@ -40,7 +35,8 @@ def test_all_are_tested() -> None:
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_scripts_run(name: str, tmp_path: Path) -> None:
+def test_scripts_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPLBACKEND", "Agg")
     (tmp_path / "words.txt").write_text("\n".join(f"The fox number {i} ran to the hill." for i in range(60)))
     arguments, expected = SCRIPTS[name]
     output = python(str(EXAMPLES / name), *arguments, cwd=tmp_path)
@@ -55,7 +51,8 @@ def test_scripts_are_short_and_say_what_they_cost(name: str) -> None:
     assert len(text.splitlines()) < 40 and "one core" in about.split("\n")[0] and f"examples/{name}" in about
 
 
-def test_notebook_runs_from_top_to_bottom(tmp_path: Path) -> None:
+def test_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPLBACKEND", "Agg")
     (tmp_path / "cells.py").write_text("\n".join(cells("code")), encoding="utf-8")
     output = python("cells.py", cwd=tmp_path)
     assert "nats (estimate)  Mia met a frog" in output and "logSNR" in output

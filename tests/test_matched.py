@@ -26,13 +26,21 @@ def families(out: Path, **budget: Any) -> tuple[dict[str, matched.Stages], Token
     return {family: matched.derive(family, options, tokenizer) for family in matched.FAMILIES}, tokenizer
 
 
-def test_budgets_by_operations_and_by_tokens(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def by_tokens(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, matched.Stages], Tokenizer]:
+    """So many tokens for every family; left as they are by all tests."""
+    return families(tmp_path_factory.mktemp("by_tokens"), tokens=64_000)
+
+
+def test_budgets_by_operations_and_by_tokens(
+    by_tokens: tuple[dict[str, matched.Stages], Tokenizer], tmp_path: Path
+) -> None:
     found, tokenizer = families(tmp_path, flops=3e9)
     for family, stages in found.items():
         spent = sum(recipe.train.steps * matched.step_flops(name, recipe, tokenizer) for name, recipe in stages)
         assert spent == pytest.approx(3e9, rel=0.02), family
     assert set(matched.held_equal(found, tokenizer)["core parameters"]) == set(matched.FAMILIES)
-    found, _ = families(tmp_path, tokens=64_000)
+    found, _ = by_tokens
     for family, stages in found.items():
         assert sum(recipe.train.steps * 64 for _, recipe in stages) == pytest.approx(64_000, rel=0.01), family
     found, _ = families(tmp_path, seconds=100)
@@ -59,10 +67,16 @@ def test_the_million_is_matched_within_two_percent(tmp_path: Path) -> None:
         (("model", "trunk", "ffn_dim"), 400, "llada has [0-9,]+ core parameters, but cola"),
     ],
 )
-def test_what_differs_is_refused(tmp_path: Path, path: tuple[str, ...], value: Any, message: str) -> None:
-    found, tokenizer = families(tmp_path, tokens=1000)
-    file = tmp_path / "recipes" / "llada.yaml"
-    plan = yaml.safe_load(file.read_text())
+def test_what_differs_is_refused(
+    by_tokens: tuple[dict[str, matched.Stages], Tokenizer],
+    tmp_path: Path,
+    path: tuple[str, ...],
+    value: Any,
+    message: str,
+) -> None:
+    found, tokenizer = by_tokens
+    out, file = found["llada"][0][1].out, tmp_path / "llada.yaml"
+    plan = yaml.safe_load((out.parent / "recipes" / "llada.yaml").read_text())
     place = plan
     for key in path[:-1]:
         place = place[key]

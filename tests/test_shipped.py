@@ -70,7 +70,7 @@ def test_writes_without_what_only_training_needs(tmp_path: Path) -> None:
     assert shown == f"Once a little girl{text}" and len(text) > 20
 
 
-@pytest.mark.parametrize("module", ["opencola.flow", "safetensors"])
+@pytest.mark.parametrize("module", ["opencola.checkpoints.hub", "torch"])
 def test_the_refusal_refuses(module: str, tmp_path: Path) -> None:
     code = [sys.executable, "-c", WRITE, module]
     done = subprocess.run(code, cwd=tmp_path, env=environment(), capture_output=True, text=True)

@@ -128,8 +128,8 @@ def test_chat(main: Main, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("chat --model runs/tiny <&-", 0),
         ("generate --model runs/tiny --prompt 'The fox' >&-", 0),
-        ("generate --help >&-", 0),
-        ("generate --model runs/tiny --prompt a --steps 0 2>&-", 2),
+        ("train --help >&-", 0),
+        ("tarin 2>&-", 2),
     ],
 )
 def test_streams_that_are_closed_are_no_bug(asked: str, code: int, trained: Path) -> None:

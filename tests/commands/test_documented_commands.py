@@ -1,7 +1,10 @@
 """Every command that help texts, README, guide and recipes' headers show is understood; the quick ones are run."""
 
 import argparse
+import contextlib
+import functools
 import importlib
+import io
 import json
 import re
 import shutil
@@ -27,7 +30,7 @@ GENERATION = ("--model", "runs/tiny", "--steps", "2", "--max-new-tokens", "4")
 SMALL: dict[str, tuple[str, ...]] = {
     "generate": GENERATION,
     "chat": GENERATION,
-    "score": ("--model", "runs/tiny", "--samples", "1"),
+    "score": ("--model", "runs/tiny", "--steps", "2", "--samples", "1"),
     "evaluate": (*GENERATION, "--limit", "1", "--processes", "1", "--scoring.steps", "1", "--scoring.samples", "1"),
     "latents": ("--model", "runs/tiny", "--sequences", "2", "--length", "16"),
     "inspect": (*GENERATION[:-2], "--samples", "2"),
@@ -65,9 +68,11 @@ RUN = [
 ]
 
 
-@pytest.fixture
-def files(place: Path) -> Path:
-    """A folder with all files and runs that documented commands name, made up."""
+@pytest.fixture(scope="module")
+def made(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with all files and runs that documented commands name, made up; left as it is by all tests."""
+    place = tmp_path_factory.mktemp("made") / "place"
+    shutil.copytree(trained, place)
     for name in ("mine", "demo", "ar", "sft", "chat", "shipped"):
         shutil.copytree(place / "runs" / "tiny", place / "runs" / name)
     shutil.rmtree(place / "runs" / "sft" / "vae")
@@ -89,6 +94,21 @@ def files(place: Path) -> Path:
     return place
 
 
+@pytest.fixture
+def files(made: Path, place: Path) -> Path:
+    """A copy of that folder, to work in."""
+    shutil.copytree(made, place, dirs_exist_ok=True)
+    return place
+
+
+@functools.cache
+def helped(*argv: str) -> str:
+    """The help of a command."""
+    with pytest.raises(SystemExit), contextlib.redirect_stdout(io.StringIO()) as said:
+        cli.main([*argv, "--help"])
+    return said.getvalue()
+
+
 def test_they_are_collected() -> None:
     counted = Counter(place.split("/")[0] for place, *_ in COMMANDS)
     assert counted["README.md"] > 10 and counted["docs"] > 20 and counted["opencola"] > 30 and counted["recipes"] > 15
@@ -98,9 +118,9 @@ def test_they_are_collected() -> None:
         assert any(place == f"opencola/commands/{cli.module_of(command)}.py" for place, *_ in COMMANDS), command
 
 
-@pytest.mark.usefixtures("files")
 @pytest.mark.parametrize("command", WHOLE)
-def test_they_are_understood(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_they_are_understood(command: str, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(made)
     program, words = WHOLE[command]
     if program == "make":
         for target in words:
@@ -148,20 +168,19 @@ def test_their_flags_exist(command: str, monkeypatch: pytest.MonkeyPatch, capsys
     if program == "opencola" and words and not words[0].startswith(("-", "COMMAND", "lm_eval")):
         assert words[0] in cli.COMMANDS
         monkeypatch.setenv("COLUMNS", "200")
-        for argv in [words[:1], *([["train", words[1]]] if words[0] == "train" and is_recipe(words[1:2]) else [])]:
-            with pytest.raises(SystemExit):
-                cli.main([*argv, "--help"])
-        helped = capsys.readouterr().out
+        shown = helped(words[0])
+        if words[0] == "train" and is_recipe(words[1:2]):
+            shown += helped(*words[:2])
         for name in given:
-            assert re.search(rf"{name}\b", helped), f"{command}: there is no {name}"
+            assert re.search(rf"{name}\b", shown), f"{command}: there is no {name}"
     elif program.startswith(("benchmarks", "experiments")) and given:
         monkeypatch.setattr("sys.argv", [program, "--help"])
         with pytest.raises(SystemExit):
             module = importlib.import_module(program)
             (module if hasattr(module, "main") else importlib.import_module(f"{program}.__main__")).main()
-        helped = capsys.readouterr().out
+        shown = capsys.readouterr().out
         for name in given:
-            assert name in helped, f"{command}: there is no {name}"
+            assert name in shown, f"{command}: there is no {name}"
 
 
 def is_recipe(words: list[str]) -> bool:
@@ -170,9 +189,13 @@ def is_recipe(words: list[str]) -> bool:
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
 def test_flags_in_a_recipes_header_are_its_own(file: Path) -> None:
+    given: dict[str, list[str]] = {}
     for name, value in re.findall(r"(--(?:[a-z_]+\.[a-z_.]+|valid))[ =]([^\s()]+)", "\n".join(header(file))):
-        value = "1" if value == "..." else value
-        recipe.read(str(file), [name, value], build.config_class, build.sampling_class)
+        given.setdefault(name, []).append("1" if value == "..." else value)
+    while given:  # each with the first of its values, then those with a second, ...
+        words = [word for name, values in given.items() for word in (name, values.pop(0))]
+        recipe.read(str(file), words, build.config_class, build.sampling_class)
+        given = {name: values for name, values in given.items() if values}
 
 
 @pytest.mark.parametrize("words", RUN, ids=" ".join)

@@ -7,13 +7,13 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import WEIGHTS, Main, command, environment
+from command_line import WEIGHTS, Main, command
+from forked import Started
 
 from opencola.checkpoints import hub
 from opencola.commands.evaluate import DTYPES
@@ -88,6 +88,7 @@ def test_all_tasks(main: Main, place: Path) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("workers_start_at_once")
 def test_the_file_depends_neither_on_batches_nor_on_processes(main: Main, place: Path) -> None:
     questions = [
         {"id": i, "prompt": "Who ran? " * i + "Who?", "answer": "b", "choices": ["the fox", "a bear", f"{i} hills"]}
@@ -159,7 +160,7 @@ def kill_and_go_on(main: Main, place: Path, kills: int) -> int:
         wanted = before + chance.choice([3000, 9000, 1])
         size, processes = str(chance.choice([1, 3, 7])), str(2 - number % 2)
         argv = command(*flags, "--out", "killed", "--batch-size", size, "--processes", processes)
-        with subprocess.Popen(argv, env=environment(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+        with Started(argv, quick=True) as process:
             while process.poll() is None and not (draft.exists() and draft.stat().st_size >= wanted):
                 time.sleep(0.001)
             process.kill()
@@ -187,10 +188,7 @@ def test_killed_often(main: Main, place: Path) -> None:
 @pytest.mark.parametrize("processes", ["1", "2"])
 def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(main: Main, place: Path, processes: str) -> None:
     flags = ["evaluate", *QUICK, "--tasks", "stories", "--limit", "300", "--batch-size", "2", "--processes", processes]
-    process = subprocess.Popen(
-        command(*flags, "--overwrite", "--out", "a b"),
-        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
+    process = Started(command(*flags, "--overwrite", "--out", "a b"), alone=True)
     (place / "a b").mkdir()
     (place / "a b" / RESULTS).write_text("earlier")
     draft = place / "a b/results.draft.jsonl"

@@ -1,6 +1,11 @@
 """Every family of whole models by the same commands: trained, resumed, exported, loaded by name, writing, scoring."""
 
+import contextlib
+import functools
+import io
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,6 +13,7 @@ import torch
 from command_line import Main
 
 from opencola.checkpoints.hub import from_pretrained, load
+from opencola.commands import main as cli
 from opencola.models.build import sampling_class, scoring_class
 from opencola.text.tokenizer import Tokenizer
 
@@ -22,6 +28,7 @@ train: {steps: 4, warmup: 1, log_every: 2, sample_every: 4, save_every: 2}
 sampling: {STEPSmax_new_tokens: 12}
 """
 BASELINES = ("ar", "llada", "plaid")
+Baseline = Callable[[str], str]
 
 
 def written(place: Path, family: str, **changes: str) -> str:
@@ -30,6 +37,33 @@ def written(place: Path, family: str, **changes: str) -> str:
         text = text.replace(f"{old}: ", f"{old}: {new} # ", 1)
     (place / f"{family}.yaml").write_text(text)
     return f"{family}.yaml"
+
+
+@pytest.fixture(scope="module")
+def finished(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The run of a family, trained when it is first asked for; left as it is by all tests."""
+    folder = tmp_path_factory.mktemp("finished")
+    shutil.copy(trained / "words.txt", folder)
+
+    @functools.cache
+    def run(family: str) -> Path:
+        said = io.StringIO()
+        with contextlib.chdir(folder), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            assert cli.main(["train", written(folder, family)]) == 0, said.getvalue()
+        return folder / "runs" / family
+
+    return run
+
+
+@pytest.fixture
+def baseline(finished: Callable[[str], Path], place: Path) -> Baseline:
+    """Copies the run of a family into runs/; its recipe."""
+
+    def copy(family: str) -> str:
+        shutil.copytree(finished(family), place / "runs" / family)
+        return written(place, family)
+
+    return copy
 
 
 @pytest.mark.parametrize("family", BASELINES)
@@ -66,8 +100,8 @@ def test_train_export_write_and_score(main: Main, place: Path, family: str) -> N
 
 
 @pytest.mark.parametrize("family", BASELINES)
-def test_the_next_stage_starts_from_the_weights(main: Main, place: Path, family: str) -> None:
-    assert main("train", written(place, family))[0] == 0
+def test_the_next_stage_starts_from_the_weights(main: Main, place: Path, baseline: Baseline, family: str) -> None:
+    baseline(family)
     still = (
         "--train.steps",
         "1",
@@ -99,17 +133,17 @@ def test_dry_run(main: Main, place: Path, family: str) -> None:
     assert "trunk.blocks" in said and "core, N" in said
 
 
-def test_what_needs_latents(main: Main, place: Path) -> None:
-    assert main("train", written(place, "ar"))[0] == 0
+def test_what_needs_latents(main: Main, baseline: Baseline) -> None:
+    baseline("ar")
     code, _, error = main("inspect", "The fox", "--model", "runs/ar")
     assert code == 2 and error.endswith("runs/ar holds a model without latents (AR): name a Cola DLM\n")
     code, _, error = main("score", "words.txt", "--model", "runs/ar", "--samples", "3")
     assert code == 2 and "--samples" in error
 
 
-def test_a_llama_of_the_hub(main: Main, place: Path) -> None:
+def test_a_llama_of_the_hub(main: Main, place: Path, baseline: Baseline) -> None:
     """A folder that is a Hugging Face Llama itself."""
-    assert main("train", written(place, "ar"))[0] == 0
+    baseline("ar")
     (place / "runs/ar/ar_model").rename(place / "llama")
     (place / "runs/ar/tokenizer.json").rename(place / "llama/tokenizer.json")
     code, said, error = main("generate", "--model", "llama", "--prompt", "The fox", "--max-new-tokens", "3")
@@ -130,9 +164,10 @@ def test_a_llama_of_the_hub(main: Main, place: Path) -> None:
         ('"vocab_size"', '"vocabulary"', "vocab_size is missing"),
     ],
 )
-def test_damaged_files(main: Main, place: Path, family: str, old: str, new: str, message: str) -> None:
-    if not (place / "runs" / family).exists():
-        assert main("train", written(place, family))[0] == 0
+def test_damaged_files(
+    main: Main, place: Path, baseline: Baseline, family: str, old: str, new: str, message: str
+) -> None:
+    baseline(family)
     file = place / "runs" / family / f"{family}_model" / "config.json"
     text = file.read_text()
     assert old in text
@@ -146,10 +181,11 @@ def test_damaged_files(main: Main, place: Path, family: str, old: str, new: str,
     assert code == 2 and "model.safetensors" in error
 
 
+@pytest.mark.usefixtures("workers_start_at_once")
 @pytest.mark.parametrize("family", BASELINES)
-def test_evaluate_and_report(main: Main, place: Path, family: str) -> None:
+def test_evaluate_and_report(main: Main, place: Path, baseline: Baseline, family: str) -> None:
     """The same records at any batch size and with two processes; option scores are the model's own."""
-    assert main("train", written(place, family))[0] == 0
+    baseline(family)
     rows = [
         {"id": n, "question": f"Where is the fox{'?' * n}", "choices": ["the hill", "a bear", "x", "ö"], "answer": "x"}
         for n in range(5)

@@ -1,10 +1,10 @@
 """What exists is replaced only by what is whole: refused, interrupted, killed, on a full disk, and by two at once."""
 
+import contextlib
 import re
 import resource
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 import yaml
-from command_line import WEIGHTS, Main, command, environment
+from command_line import WEIGHTS, Main, command
+from forked import Started
 from results_files import answers, head, write
 
 from opencola import storage
 from opencola.checkpoints import card
 from opencola.commands import generate
+from opencola.commands import main as cli
 from opencola.run import stage
 from opencola.train.loop import Interrupted
 
@@ -44,13 +46,23 @@ def exported(folder: Path) -> dict[str, bytes]:
     return {name: content for name, content in contents(folder).items() if name.startswith(kept)}
 
 
+@pytest.fixture(scope="module")
+def finished(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of one stage; left as it is by all tests."""
+    folder = tmp_path_factory.mktemp("finished")
+    shutil.copy(trained / "words.txt", folder)
+    (folder / "ar.yaml").write_text(AR)
+    with contextlib.chdir(folder):
+        assert cli.main(RUN) == 0
+    out = folder / "runs" / "ar"
+    assert not list(out.glob(".*")) and not (out / "unfinished").exists()
+    return folder
+
+
 @pytest.fixture
-def out(place: Path, main: Main) -> Path:
-    """A finished run of one stage."""
-    (place / "ar.yaml").write_text(AR)
-    code, _, error = main(*RUN)
-    assert code == 0, error
-    assert not list((place / "runs" / "ar").glob(".*")) and not (place / "runs" / "ar" / "unfinished").exists()
+def out(place: Path, finished: Path) -> Path:
+    """A copy of that run, beside the tiny one."""
+    shutil.copytree(finished, place, dirs_exist_ok=True)
     return place / "runs" / "ar"
 
 
@@ -278,9 +290,7 @@ TWO = {
 @pytest.mark.parametrize("name", TWO)
 def test_two_processes_on_one_folder(main: Main, place: Path, name: str) -> None:
     argv, sign = TWO[name]
-    first = subprocess.Popen(
-        command(*argv.split()), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    first = Started(command(*argv.split()))
     try:
         while not (place / sign).exists() and first.poll() is None:
             time.sleep(0.05)

@@ -76,5 +76,3 @@ def test_in_a_process_of_its_own(report: Main, tmp_path: Path) -> None:
     done = opencola("report", "a.jsonl", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "report" / "results.html").exists()
-    assert "opencola report" in opencola("report", "--help", cwd=tmp_path).stdout
-    assert "Make tables and drawings of evaluations" in opencola("--help", cwd=tmp_path).stdout

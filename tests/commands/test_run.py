@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from command_line import TINY, WEIGHTS, Main, command, environment
+from command_line import TINY, WEIGHTS, Main, command
+from forked import Started
 
 from opencola.checkpoints import card, official
 from opencola.checkpoints.parts import PARTS
@@ -195,9 +196,7 @@ def test_stages_one_by_one(main: Main, place: Path) -> None:
 
 def test_ctrl_c_and_resume_equal_not_stopping(main: Main, place: Path) -> None:
     flags = ["train", "tiny.yaml", "--train.steps", "60", "--train.log_every", "1", "--out"]
-    process = subprocess.Popen(
-        command(*flags, "a b"), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = Started(command(*flags, "a b"))
     metrics = place / "a b" / "prior" / "metrics.jsonl"
     for _ in range(2000):
         if (metrics.exists() and metrics.read_text().count("\n") > 2) or process.poll() is not None:

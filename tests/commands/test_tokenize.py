@@ -5,13 +5,13 @@ import os
 import re
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from command_line import WEIGHTS, Main, command, environment
+from command_line import WEIGHTS, Main, command
+from forked import Started
 
 from opencola.data.corpus import Corpus, CorpusConfig
 from opencola.text.tokenizer import Tokenizer
@@ -21,12 +21,10 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
+@pytest.mark.usefixtures("workers_start_at_once")
 def test_ctrl_c_and_going_on_equal_not_stopping(main: Main, place: Path) -> None:
     flags = ["tokenize", "stories", "--limit", "8000", "--vocab-size", "300", "--shard-tokens", "20000"]
-    process = subprocess.Popen(
-        command(*flags, "--to", "a b", "--workers", "2"),
-        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
+    process = Started(command(*flags, "--to", "a b", "--workers", "2"), alone=True)
     manifest = place / "a b" / "manifest.json"
     for _ in range(12000):
         if (manifest.exists() and "shard-00001" in manifest.read_text()) or process.poll() is not None:
@@ -49,10 +47,8 @@ def test_ctrl_c_and_going_on_equal_not_stopping(main: Main, place: Path) -> None
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds its processes in /proc")
 def test_ctrl_c_while_the_workers_start_says_no_more_than_that_it_is_interrupted(place: Path) -> None:
-    process = subprocess.Popen(
-        command("tokenize", "stories", "--limit", "8000", "--vocab-size", "300", "--to", "new", "--workers", "2"),
-        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
+    flags = ["tokenize", "stories", "--limit", "8000", "--vocab-size", "300", "--to", "new", "--workers", "2"]
+    process = Started(command(*flags), alone=True)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     workers: list[bytes] = []
     while not workers and process.poll() is None:

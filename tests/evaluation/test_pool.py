@@ -33,10 +33,10 @@ def prepare(what: str) -> Callable[[int], tuple[int, int]]:
     return work
 
 
-@pytest.mark.parametrize("processes", [1, 2, 9])
-def test_every_item_once(processes: int) -> None:
-    found = list(spread(functools.partial(prepare, ""), range(6), processes))
-    assert sorted(square for square, _ in found) == [0, 1, 4, 9, 16, 25]
+@pytest.mark.parametrize(("processes", "items"), [(1, 6), (2, 6), (9, 3)])
+def test_every_item_once(processes: int, items: int) -> None:
+    found = list(spread(functools.partial(prepare, ""), range(items), processes))
+    assert sorted(square for square, _ in found) == [0, 1, 4, 9, 16, 25][:items]
     used = {process for _, process in found}
     assert used == {os.getpid()} if processes == 1 else os.getpid() not in used
     assert list(spread(functools.partial(prepare, "cannot"), [], processes)) == []

@@ -1,10 +1,14 @@
 """The kernels are compiled once, and where they cannot be, torch does it all and says why."""
 
 import contextlib
+import functools
 import os
+import runpy
+import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,29 +19,53 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from opencola.kernels import build
 from opencola.kernels import library as kernels
 
+# In the place of a C compiler: what it links is what a real one has made before.
+COMPILER = """#!/bin/sh
+for last; do :; done
+case " $* " in *" -shared "*) while [ "$1" != -o ]; do shift; done; cp {library} "$2" ;; *) : > "$last" ;; esac
+"""
+Say = Callable[..., tuple[str, str]]
 
-@pytest.fixture(autouse=True)
-def compiled_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """How fast the kernels are is not what is tested."""
-    monkeypatch.setenv("CC", f"{os.environ.get('CC') or 'cc'} -O0")
+
+@pytest.fixture
+def compiler(need_kernels: None, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile nothing again: the kernels of this processor are there."""
+    script = tmp_path_factory.mktemp("compiler") / "cc"
+    script.write_text(COMPILER.format(library=shlex.quote(str(kernels.load().file))))
+    script.chmod(0o700)
+    monkeypatch.setenv("CC", shlex.quote(str(script)))
 
 
-def say(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "opencola.kernels"]
-    environment = os.environ | {"XDG_CACHE_HOME": str(folder)} | environment
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+@pytest.fixture
+def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Say:
+    """`python -m opencola.kernels` in this process: what it prints, and its exit code and errors in one."""
+
+    def run(folder: Path, **environment: str) -> tuple[str, str]:
+        with monkeypatch.context() as patch:
+            patch.setattr(tempfile, "tempdir", None)
+            for name, value in {"XDG_CACHE_HOME": str(folder), **environment}.items():
+                patch.setenv(name, value)
+            try:
+                runpy.run_module("opencola.kernels", run_name="__main__")
+            except SystemExit as stop:
+                print(stop.code, file=sys.stderr)
+        return capsys.readouterr()
+
+    return run
 
 
 @pytest.mark.usefixtures("need_kernels")
-def test_several_processes_compile_one_library_once(tmp_path: Path) -> None:
+def test_several_processes_compile_one_library_once(say: Say, tmp_path: Path) -> None:
+    """By the real compiler, whose work has the same bytes wherever it is done."""
     command = [sys.executable, "-m", "opencola.kernels"]
-    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "CC": f"{os.environ.get('CC') or 'cc'} -O0"}
     started = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     said = {process.communicate()[0] for process in started}
     (library,) = (tmp_path / "opencola").iterdir()
     assert said == {f"kernels: {library} (native, compiled by cc)\n"}
     before = library.stat().st_mtime_ns
-    assert say(tmp_path).returncode == 0 and library.stat().st_mtime_ns == before
+    assert say(tmp_path, CC=environment["CC"]) == (*said, "")
+    assert library.stat().st_mtime_ns == before and [*(tmp_path / "opencola").iterdir()] == [library]
 
 
 @pytest.mark.parametrize(
@@ -45,7 +73,7 @@ def test_several_processes_compile_one_library_once(tmp_path: Path) -> None:
     [({"CC": "no-such-compiler"}, "no-such-compiler"), ({"CC": "false"}, "false -std"), ({}, "cache is a file")],
 )
 def test_without_a_compiler_or_a_folder_the_reason_is_said(
-    environment: dict[str, str], reason: str, tmp_path: Path
+    environment: dict[str, str], reason: str, say: Say, tmp_path: Path
 ) -> None:
     folder = tmp_path / "cache is a file"
     if not environment:
@@ -53,16 +81,18 @@ def test_without_a_compiler_or_a_folder_the_reason_is_said(
         temporary = tmp_path / f"opencola-{os.getuid()}"
         temporary.write_text("")
         environment = {"TMPDIR": str(tmp_path)}
-    said = say(folder, **environment)
-    assert said.returncode == 1 and said.stderr.startswith("no kernels, torch does it all: ") and reason in said.stderr
+    _, error = say(folder, **environment)
+    assert error.startswith("no kernels, torch does it all: ") and reason in error
 
 
 @pytest.mark.parametrize("environment", [{"CC": "no-such-compiler"}, {"OPENCOLA_KERNELS": "0"}])
-def test_without_kernels_torch_does_it(environment: dict[str, str], tmp_path: Path) -> None:
-    code = "import torch; from opencola.kernels.library import library, usable; print(library(), usable(torch.ones(1)))"
-    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)} | environment
-    said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert said.stdout == "None False\n"
+def test_without_kernels_torch_does_it(
+    environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "library", functools.cache(kernels.library.__wrapped__))
+    for name, value in {"XDG_CACHE_HOME": str(tmp_path), **environment}.items():
+        monkeypatch.setenv(name, value)
+    assert kernels.library() is None and not kernels.usable(torch.ones(1))
 
 
 @pytest.mark.usefixtures("need_kernels")
@@ -77,18 +107,17 @@ def test_kernels_take_float32_outside_of_autocast_and_where_they_are_on() -> Non
     assert kernels.usable(x)
 
 
-@pytest.mark.usefixtures("need_kernels")
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:-100], lambda data: data[:5000] + b"\0" * 9])
 def test_a_damaged_library_is_made_anew(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
-    first = say(tmp_path)
-    (library,) = (tmp_path / "opencola").iterdir()
+    library = kernels.compile_library(tmp_path, build.NATIVE)
     whole = library.read_bytes()
     library.write_bytes(damage(whole))
-    assert (say(tmp_path).stdout, library.read_bytes()) == (first.stdout, whole)
-    assert [*(tmp_path / "opencola").iterdir()] == [library]
+    assert (kernels.compile_library(tmp_path, build.NATIVE), library.read_bytes()) == (library, whole)
+    assert [*tmp_path.iterdir()] == [library]
 
 
-@pytest.mark.usefixtures("need_kernels")
+@pytest.mark.usefixtures("compiler")
 def test_where_nothing_may_be_loaded_from_the_cache_it_is_a_temporary_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,54 +140,56 @@ def test_where_nothing_may_be_loaded_from_the_cache_it_is_a_temporary_folder(
         kernels.load()
 
 
-@pytest.mark.usefixtures("need_kernels")
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("variable", ["HOME", "XDG_CACHE_HOME"])
-def test_no_folder_is_named_like_the_home_folder(variable: str, tmp_path: Path) -> None:
+def test_no_folder_is_named_like_the_home_folder(
+    variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Neither where nobody knows it (HOME empty or ~, no such user), nor where the environment says ~."""
-    code = (
-        "import pwd; pwd.getpwuid = lambda uid: {}[uid]; from opencola.kernels.library import load; print(load().file)"
-    )
-    environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME")}
-    environment |= {"TMPDIR": str(tmp_path), "PYTHONPATH": str(Path(kernels.__file__).parents[2])}
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     where = tmp_path / f"opencola-{os.getuid()}"
     if variable == "XDG_CACHE_HOME":
-        environment |= {"HOME": str(tmp_path / "home"), "XDG_CACHE_HOME": "~/cache"}
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        monkeypatch.setenv("XDG_CACHE_HOME", "~/cache")
         where = tmp_path / "home" / "cache" / "opencola"
-    command = [sys.executable, "-c", code]
-    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert Path(said.stdout.strip()).parent == where and not (tmp_path / "~").exists()
+    assert kernels.load().file.parent == where and not (tmp_path / "~").exists()
 
 
 @pytest.mark.usefixtures("need_kernels")
-def test_without_a_compiler_those_of_the_wheel_are_loaded(tmp_path: Path) -> None:
+def test_without_a_compiler_those_of_the_wheel_are_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The best that the processor can run, by torch's OpenMP; and none for `native`, or where its file is damaged."""
     *_, least = build.runnable()
-    file = tmp_path / f"{least}.so"
-    build.compile_kernels(file, least)
-    code = f"""
-from pathlib import Path
-from opencola.kernels import library
-library.PREBUILT = Path({str(tmp_path)!r})
-print(library.load().about, library.usable(library.torch.ones(1)))
-"""
-    environment = os.environ | {"CC": "no-such-compiler", "XDG_CACHE_HOME": str(tmp_path)}
-    command = [sys.executable, "-c", code]
-    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    assert said.startswith(f"{least}, of the wheel: ") and "no-such-compiler" in said and said.endswith(" True\n")
-    environment["OPENCOLA_KERNELS"] = "native"
-    assert "NotCompiled" in subprocess.run(command, env=environment, capture_output=True, text=True).stderr
-    environment["OPENCOLA_KERNELS"] = "1"
-    file.write_bytes(b"")
-    assert "NotCompiled" in subprocess.run(command, env=environment, capture_output=True, text=True).stderr
+    made = kernels.load().file.read_bytes()
+    for folder, content in (("whole", made), ("damaged", b"")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"{least}.so").write_bytes(content)
+    monkeypatch.setenv("CC", "no-such-compiler")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(kernels, "library", functools.cache(kernels.library.__wrapped__))
+    monkeypatch.setattr(kernels, "PREBUILT", tmp_path / "whole")
+    loaded = kernels.load()
+    assert loaded.file == tmp_path / "whole" / f"{least}.so" and kernels.usable(torch.ones(1))
+    assert loaded.about.startswith(f"{least}, of the wheel: ") and "no-such-compiler" in loaded.about
+    monkeypatch.setenv("OPENCOLA_KERNELS", "native")
+    with pytest.raises(kernels.NotCompiled):
+        kernels.load()
+    monkeypatch.setenv("OPENCOLA_KERNELS", "1")
+    monkeypatch.setattr(kernels, "PREBUILT", tmp_path / "damaged")
+    with pytest.raises(kernels.NotCompiled):
+        kernels.load()
 
 
-def test_values_of_the_variable_are_known(tmp_path: Path) -> None:
-    said = say(tmp_path, OPENCOLA_KERNELS="x86-64-v9")
-    assert said.returncode == 2 and said.stderr.count("\n") == 1
-    assert "OPENCOLA_KERNELS is 'x86-64-v9'" in said.stderr and "0, 1, native, x86-64-v4-bf16" in said.stderr
+def test_values_of_the_variable_are_known(say: Say, tmp_path: Path) -> None:
+    _, error = say(tmp_path, OPENCOLA_KERNELS="x86-64-v9")
+    assert error.endswith("\n2\n") and error.count("\n") == 2
+    assert "OPENCOLA_KERNELS is 'x86-64-v9'" in error and "0, 1, native, x86-64-v4-bf16" in error
     others = {name for names in build.VARIANTS.values() for name in names} - {*build.runnable()}
-    said = say(tmp_path, OPENCOLA_KERNELS=min(others))
-    assert said.returncode == 1 and f"OPENCOLA_KERNELS is {min(others)}, and this processor can run" in said.stderr
+    _, error = say(tmp_path, OPENCOLA_KERNELS=min(others))
+    assert error.startswith("no kernels") and f"OPENCOLA_KERNELS is {min(others)}, and this processor can run" in error
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no forks here")
@@ -184,6 +215,8 @@ print(os.waitstatus_to_exitcode(os.wait()[1]), torch.get_num_threads())
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def test_kernels_that_are_switched_off_are_not_said_to_be_there(tmp_path: Path) -> None:
-    said = say(tmp_path, OPENCOLA_KERNELS="0")
-    assert said.returncode == 1 and "OPENCOLA_KERNELS is 0" in said.stderr and not [*tmp_path.iterdir()]
+def test_kernels_that_are_switched_off_are_not_said_to_be_there(say: Say, tmp_path: Path) -> None:
+    said, error = say(tmp_path, OPENCOLA_KERNELS="0")
+    assert (
+        not said and error.startswith("no kernels") and "OPENCOLA_KERNELS is 0" in error and not [*tmp_path.iterdir()]
+    )

@@ -1,14 +1,13 @@
 """Products by every implementation and their gradients, against float64; and how one of them is chosen."""
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from forked import Started
 from torch import Tensor
 
 from opencola.errors import UserError
@@ -163,14 +162,12 @@ def test_rates_are_measured_where_no_folder_can_be_written(monkeypatch: pytest.M
         assert of["torch"] > 0 and {*of} <= {"torch", "onednn", "ours"}
 
 
-def test_processes_that_start_together_choose_alike(tmp_path: Path) -> None:
+def test_processes_that_start_together_choose_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = "import json; from opencola.kernels import matmul; print(json.dumps(matmul.rates(1)))"
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "OPENCOLA_KERNELS": "0"}
-    both = [
-        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    first, second = (process.communicate(timeout=300)[0] for process in both)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("OPENCOLA_KERNELS", "0")
+    both = [Started([sys.executable, "-c", code]) for _ in range(2)]
+    first, second = (process.communicate(300)[0] for process in both)
     assert first == second and json.loads(first).keys() == {
         f"{precision} {direction} {size}"
         for precision in IMPLEMENTATIONS

@@ -28,12 +28,13 @@ DIT = {"latent_dim": 5, "width": 45, "num_heads": 3, "head_dim": 22, "expansion"
 PREDICTS = {"num_layers": 3, "trunk_layers": 2, "vocab_size": VOCABULARY}
 MODELS: dict[str, Callable[[], Any]] = {
     "cola": lambda: tiny_cola(VAE, DIT),
-    "cola, blocks of 1": lambda: tiny_cola(VAE | {"patch_size": 3, "multi_query": True}, DIT | {"block_size": 1}),
-    "cola, blocks of 8": lambda: tiny_cola(
-        VAE | {"attention": "block_causal", "block_size": 8}, DIT | {"block_size": 8}
+    "cola, blocks of 1, gelu": lambda: tiny_cola(
+        VAE | {"patch_size": 3, "multi_query": True, "activation": "gelu", "ffn_dim": 91}, DIT | {"block_size": 1}
     ),
-    "cola, gelu": lambda: tiny_cola(VAE | {"activation": "gelu", "ffn_dim": 91}, DIT),
-    "cola, silu": lambda: tiny_cola(VAE | {"activation": "silu", "ffn_dim": 91, "post_norm": False}, DIT),
+    "cola, blocks of 8, silu": lambda: tiny_cola(
+        VAE | {"attention": "block_causal", "block_size": 8, "activation": "silu", "ffn_dim": 91, "post_norm": False},
+        DIT | {"block_size": 8},
+    ),
     "cola, two speeds": lambda: tiny_cola(VAE, DIT | {"num_layers": 3, "trunk_layers": 2}),
     "cola, checked": lambda: tiny_cola(VAE, DIT | PREDICTS | {"block_size": 3}),
     "cola, ranked": lambda: tiny_cola(VAE, DIT | PREDICTS | {"block_size": 2}),

@@ -105,13 +105,13 @@ def everything(state: TrainState) -> list[Tensor]:
     return [*state.model.state_dict().values(), *optimizers, *average, torch.get_rng_state()]
 
 
-@pytest.fixture(name="run")
+@pytest.fixture(name="run", scope="session")
 def run_fixture() -> Callable[..., TrainState]:
     """Train the toy."""
     return run
 
 
-@pytest.fixture(name="everything")
+@pytest.fixture(name="everything", scope="session")
 def everything_fixture() -> Callable[[TrainState], list[Tensor]]:
     """All tensors of a state."""
     return everything
@@ -130,7 +130,7 @@ if __name__ == "__main__":
 
         checkpoint.checksum = die
         run(folder)
-    elif mode == "slowly":  # saving all the time, to be killed from outside
+    else:  # saving all the time, to be killed from outside
 
         def wait(step: int) -> None:
             print(step, flush=True)
@@ -138,15 +138,3 @@ if __name__ == "__main__":
 
         run(folder, resume=True, hook=wait, steps=200, save_every=2, keep=2)
         print("done", flush=True)
-    else:
-
-        def announce(step: int) -> None:
-            if step == 7:
-                print("in step 7", flush=True)
-                time.sleep(0.5)  # the signal arrives here, inside the step
-
-        try:
-            run(folder, hook=announce)
-        except KeyboardInterrupt as interrupt:
-            print(interrupt)
-            sys.exit(130)

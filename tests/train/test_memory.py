@@ -3,8 +3,11 @@
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from command_line import environment
+from forked import done
 
 CODE = """
 import resource, torch
@@ -20,12 +23,14 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-def faults(keep: bool, **environment: str) -> int:
-    command = [sys.executable, "-c", CODE.format(keep=keep)]
-    return int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+def command(keep: bool) -> list[str]:
+    return [sys.executable, "-c", CODE.format(keep=keep)]
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another library than glibc allocates")
-def test_pages_are_not_mapped_anew() -> None:
-    assert faults(keep=False) > 1000 > faults(keep=True)
-    assert faults(keep=True, MALLOC_MMAP_THRESHOLD_="1000000") > 1000  # the user's word
+def test_pages_are_not_mapped_anew(tmp_path: Path) -> None:
+    freed, kept = (int(done(command(keep), tmp_path).stdout) for keep in (False, True))
+    assert freed > 1000 > kept
+    # the user's word, which is heard when a process starts
+    env = environment() | {"MALLOC_MMAP_THRESHOLD_": "1000000"}
+    assert int(subprocess.run(command(True), env=env, capture_output=True, text=True, check=True).stdout) > 1000
