@@ -72,6 +72,7 @@ class Scripted(Engine):
     """An engine that writes nothing: its texts are handed out by the test, by `put` of the streams in `taken`."""
 
     running = cache_bytes = 0
+    alive = True
 
     def __init__(self, limits: Limits | None = None) -> None:
         self.tokenizer, self.limits = tokenizer(), limits or Limits()

@@ -49,8 +49,8 @@ def app(engine: Engine, name: str, sampling: Sampling, **options: Any) -> FastAP
         return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=UNFRAMED)
 
     @api.get("/health")
-    async def health() -> dict[str, str]:
-        return {"status": "ok"}
+    async def health() -> Response:
+        return JSONResponse({"status": "ok" if engine.alive else "stopping"}, 200 if engine.alive else 503)
 
     @api.get("/metrics")
     async def metrics() -> Response:

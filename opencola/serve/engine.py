@@ -26,6 +26,8 @@ from opencola.serve.requests import (
 )
 from opencola.text.tokenizer import Tokenizer
 
+STOPPING = "the server is stopping"
+
 
 @dataclass(frozen=True)
 class Job:
@@ -64,6 +66,11 @@ class Engine:
         self._thread.start()
 
     @property
+    def alive(self) -> bool:
+        """Whether texts are taken on."""
+        return self._thread.is_alive() and not self._closing
+
+    @property
     def running(self) -> int:
         """Number of texts that are being written."""
         return len(self._jobs)
@@ -83,7 +90,7 @@ class Engine:
         streams = [Stream(request, asyncio.get_running_loop()) for request in requests]
         with self._changed:
             if self._closing:
-                raise StoppingError("the server is stopping")
+                raise StoppingError(STOPPING)
             waiting = sum(not stream.cancelled for stream in self.waiting)
             if waiting + len(streams) > self.limits.max_waiting:
                 raise QueueFullError(f"{waiting} texts wait already, of at most {self.limits.max_waiting}")
@@ -126,20 +133,28 @@ class Engine:
 
     def _refuse(self) -> None:
         while self.waiting:
-            self.waiting.popleft().put(StoppingError("the server is stopping"))
+            self.waiting.popleft().put(StoppingError(STOPPING))
 
     def _work(self) -> None:
+        try:
+            self._go_on()
+        finally:  # also after a bug: nobody waits for what will not come
+            with self._changed:
+                self._closing = True
+                self._refuse()
+            for job in self._jobs.values():
+                job.stream.put(StoppingError(STOPPING))
+
+    def _go_on(self) -> None:
         packs: Packs = {}
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self.waiting or self._closing or self._lanes)
                 if self._aborting or not (self.waiting or self._lanes):
-                    break
+                    return
                 admitted = self._admit()
             with adding_to(packs):
                 self._round(admitted)
-        for job in self._jobs.values():
-            job.stream.put(StoppingError("the server is stopping"))
 
     def _admit(self) -> list[Job]:
         """Those that wait and have room, the first first."""

@@ -300,3 +300,21 @@ def test_a_watched_text_tells_its_states_and_is_the_same(name: str) -> None:
     assert whole(plain) == whole(watched)
     assert not any(piece.states for piece in plain)
     assert all(len(piece.states) == 4 for piece in watched)
+
+
+def test_nobody_waits_for_an_engine_that_broke(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("ar")
+    request = Request([1], sampling_of("ar", max_new_tokens=9))
+
+    async def ask() -> None:
+        with engine_of(model, max_batch=1) as engine:
+            monkeypatch.setattr(engine, "_round", None)
+            for stream in engine.submit(request, request):
+                with pytest.raises(StoppingError):
+                    await read(stream)
+            assert not engine.alive
+            with pytest.raises(StoppingError):
+                engine.submit(request)
+
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    asyncio.run(ask())
