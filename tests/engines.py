@@ -66,8 +66,7 @@ def requests_for(name: str, number: int, seed: int = 0) -> list[Request]:
             "seed": rng.randrange(3),
         }
         fields |= COMMON.get(family, {}) | rng.choice(MODELS[name][1])
-        if fields.get("verify", "off") == "off" and fields.get("candidates", 1) == 1:
-            fields["repetition_penalty"] = rng.choice([1.0, 1.3])
+        fields["repetition_penalty"] = rng.choice([1.0, 1.3])
         sampling = build.sampling_class(family)(**fields)
         made.append(Request(prompt, sampling, (TOKENIZER.eos_id,), rng.randrange(3)))
     return made

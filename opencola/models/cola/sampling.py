@@ -67,7 +67,7 @@ class ColaSampling(Sampling):
         super().__post_init__()
         if self.release and self.stop:
             raise UserError("the public release knows no stop strings: leave out either stop or compatibility release")
-        for field, without in (("candidates", 1), ("repetition_penalty", 1), ("compatibility", "none")):
+        for field, without in (("candidates", 1), ("compatibility", "none")):
             if self.verify != "off" and getattr(self, field) != without:
                 raise UserError(f"verify {self.verify} excludes {field} {getattr(self, field)}: leave out one")
 

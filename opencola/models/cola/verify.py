@@ -26,7 +26,7 @@ from opencola.models.cola.sampling import ColaSampling
 from opencola.models.constraint import Constraint, agreed
 from opencola.models.constraint import next_token as first_held
 from opencola.models.finite import check_logits, check_states
-from opencola.models.sampling import probabilities
+from opencola.models.sampling import penalise, probabilities
 from opencola.models.stopping import State, Text, TokenBlock
 from opencola.vae.text_vae import TextVAE
 
@@ -59,7 +59,8 @@ class Checked:
     @classmethod
     def begun(cls, vae: TextVAE, dit: BlockCausalDiT, clock: Clock, texts: Sequence[Text], caches: Caches) -> "Checked":
         """Texts of which nothing is written. caches: of the prompts."""
-        certain = [begin_with(row, text) for row, text in zip(caches.next_token(dit), texts, strict=True)]
+        logits = penalised(caches.next_token(dit)[:, None], [[] for _ in texts], texts)
+        certain = [begin_with(row, text) for row, text in zip(logits[:, 0], texts, strict=True)]
         return cls(vae, dit, clock, texts, caches, torch.stack(certain))
 
     @torch.inference_mode()
@@ -72,7 +73,7 @@ class Checked:
         read = read_latents(dit, caches.dit, z, self.clock(0.0, 0))
         logits = head(read)
         check_logits(logits, [text.id for text in texts], f", cycle {texts[0].blocks + 1}")
-        kept, self.certain = accept(logits, tokens, texts)
+        kept, self.certain = accept(penalised(logits, tokens.tolist(), texts), tokens, texts)
         self.caches = caches.count(torch.tensor(kept, device=tokens.device), read)
         rows = zip(texts, tokens.tolist(), kept, states, strict=True)
         return [text.take(row[:count], seen) for text, row, count, seen in rows]
@@ -120,6 +121,19 @@ def draft(
     states = looked(path, decode, [text.watched for text in texts])
     tokens = decode(path[-1][1]).argmax(-1)
     return torch.cat((certain[:, None], tokens[:, 1:]), dim=1), states
+
+
+def penalised(logits: Tensor, drafted: Sequence[Sequence[int]], texts: Sequence[Text]) -> Tensor:
+    """Logits (B, S, V) of what follows each of the tokens drafted, those of a text and its draft up to there made less
+    likely; with none drafted (B, 1, V) of what follows the texts."""
+    penalties = [text.sampling.repetition_penalty for text in texts]
+    if all(penalty == 1 for penalty in penalties):
+        return logits
+    places = []
+    for place in range(logits.shape[1]):
+        seen = [[*text.tokens, *tokens[: place + 1]] for text, tokens in zip(texts, drafted, strict=True)]
+        places.append(penalise(logits[:, place : place + 1], seen, penalties))
+    return torch.cat(places, 1)
 
 
 def accept(logits: Tensor, tokens: Tensor, texts: Sequence[Text]) -> tuple[list[int], Tensor]:

@@ -16,6 +16,7 @@ from opencola.models.cola.model import Cola
 from opencola.models.cola.sampling import ColaSampling
 from opencola.models.cola.score import Scoring
 from opencola.models.cola.verify import accept
+from opencola.models.sampling import penalise
 from opencola.models.stopping import Text
 
 TRUNK = Scoring(estimator="trunk")
@@ -29,14 +30,19 @@ def predicting(vocab_size: int = VOCABULARY, block_size: int = 4, **prior: Any) 
 
 
 @torch.no_grad()
-def probabilities(model: Cola, text: list[int]) -> Tensor:
+def logits_of(model: Cola, text: list[int]) -> Tensor:
     """Of the token that follows a text (V,), from nothing."""
     head = model.dit.next_token
     assert head is not None
     if not text:
-        return head(head.start).softmax(-1)
+        return head(head.start)
     z = model.vae.normalise(model.vae.encode(torch.tensor([text])).mean)
-    return head(model.dit.read_text(z))[0, -1].softmax(-1)
+    return head(model.dit.read_text(z))[0, -1]
+
+
+def probabilities(model: Cola, text: list[int]) -> Tensor:
+    """The same as probabilities."""
+    return logits_of(model, text).softmax(-1)
 
 
 def write(model: Cola, prompts: list[list[int]], **fields: Any) -> tuple[list[list[int]], int]:
@@ -92,14 +98,15 @@ def test_the_probabilities_of_all_texts_of_a_length_add_up_to_one(prompt: list[i
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 4, 7])
-@pytest.mark.parametrize("fields", [{}, {"steps": 3, "guidance": 2.0, "solver": "stochastic"}])
+@pytest.mark.parametrize("fields", [{"repetition_penalty": 1.7}, {"steps": 3, "guidance": 2.0, "solver": "stochastic"}])
 def test_greedy_verification_gives_the_trunks_greedy_text(block_size: int, fields: dict[str, Any]) -> None:
     model = predicting(block_size=block_size)
     expected = []
     for prompt in PROMPTS:
         text = list(prompt)
         for _ in range(15):
-            text.append(int(probabilities(model, text).argmax()))
+            penalty = fields.get("repetition_penalty", 1.0)
+            text.append(int(penalise(logits_of(model, text)[None, None], [text], [penalty]).argmax()))
         expected.append(text[len(prompt) :])
     together, cycles = write(model, PROMPTS, verify="greedy", max_new_tokens=15, **fields)
     assert together == expected
@@ -229,7 +236,7 @@ def test_what_cannot_be_checked_is_refused() -> None:
         next(plain.generate([[1]], ColaSampling(compatibility="release")))
     with pytest.raises(ValueError, match="estimator trunk: this prior has no trunk that predicts"):
         plain.score([[]], [[1]], TRUNK)
-    for fields in ({"candidates": 2}, {"repetition_penalty": 1.2}, {"compatibility": "release"}):
+    for fields in ({"candidates": 2}, {"compatibility": "release"}):
         with pytest.raises(ValueError, match=f"verify greedy excludes {next(iter(fields))} "):
             ColaSampling(verify="greedy", **fields)
     for parts, message in (
