@@ -34,6 +34,7 @@ examples:
 COMMANDS = (
     "generate",
     "chat",
+    "serve",
     "demo",
     "train",
     "tokenize",

@@ -18,7 +18,7 @@ Solver = Literal["euler", "heun", "midpoint", "adaptive", "stochastic"]
 def time_grid(num_steps: int, shift: float = 1.0) -> list[float]:
     """num_steps + 1 times from 1 down to 0: uniform ones t, moved to shift t / (1 + (shift - 1) t)."""
     uniform = (1 - step / num_steps for step in range(num_steps + 1))
-    return [shift * t / (1 + (shift - 1) * t) for t in uniform]
+    return [shift * t / (1 + (shift - 1) * t or shift) for t in uniform]  # at t = 1 a tiny shift is rounded away
 
 
 def evaluation_times(grid: Sequence[float], solver: Solver) -> list[float]:

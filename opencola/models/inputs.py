@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from opencola.errors import UserError
+from opencola.models.stopping import Text
 
 
 def sample_ids(prompts: Sequence[object], ids: Sequence[int] | None) -> list[int]:
@@ -34,3 +35,9 @@ def checked_texts(
 def _check(tokens: list[int], name: str, vocab_size: int) -> None:
     if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
         raise UserError(f"{name} has a token id outside 0..{vocab_size - 1}")
+
+
+def check_free(texts: Sequence[Text], owner: str) -> None:
+    """Raise UserError where a text is to be held to a grammar, for a family that does not write from left to right."""
+    if any(text.constraint is not None for text in texts):
+        raise UserError(f"{owner} cannot be held to a grammar: it does not write from left to right")

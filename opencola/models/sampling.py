@@ -62,6 +62,11 @@ class Sampling:
         return replace(self, **asdict(Sampling()))
 
     @property
+    def work(self) -> int:
+        """What a block costs, in passes of the network: at most, and roughly."""
+        return 1
+
+    @property
     def shows_padding(self) -> bool:
         """Whether the model sees the token that prompts are filled up with."""
         return False
@@ -79,7 +84,7 @@ def penalise(logits: Tensor, seen: Sequence[Sequence[int]], penalties: Sequence[
         if penalty != 1 and tokens:
             place = torch.tensor(sorted(set(tokens)), device=row.device)
             known = row[:, place]
-            row[:, place] = torch.where(known < 0, known * penalty, known / penalty)
+            row[:, place] = torch.where(known < 0, known * penalty, known / penalty).clamp(-1e30, 1e30)
     return logits
 
 

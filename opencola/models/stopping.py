@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from opencola.models.constraint import Constraint
+
 StopRule = Callable[[int, list[int]], int | None]
 Finished = Literal["", "eos", "stop", "length"]
 
@@ -60,22 +62,31 @@ class Text:
     """(sample, new tokens) -> how many of these to keep, or None to go on."""
     watched: bool = False
     """Whether to note the states of its blocks."""
+    constraint: Constraint | None = None
+    """What it is held to (families that write from left to right); its end is among its tokens then."""
     new: list[int] = field(default_factory=list)
     """Tokens written so far."""
     blocks: int = 0
     """Blocks written so far."""
+    forced: int = 0
+    """Tokens that the constraint has put in the place of others."""
 
     @property
     def tokens(self) -> list[int]:
         """All of them, the prompt's first."""
         return self.prompt + self.new
 
+    @property
+    def room(self) -> int:
+        """Number of tokens that it may still have."""
+        return int(self.sampling.max_new_tokens) - len(self.new)
+
     def take(self, block: list[int], states: Sequence[State] = ()) -> TokenBlock:
         """Go on with a block of new tokens: what of it to give out; the end-of-text token is not among that."""
-        before, budget = len(self.new), self.sampling.max_new_tokens
+        before = len(self.new)
         finished: Finished = ""
-        block = block[: budget - before]
-        if before + len(block) == budget:
+        block = block[: self.room]
+        if len(block) == self.room:
             finished = "length"
         ends = () if self.sampling.ignore_eos else self.eos_ids
         end = next((place for place, token in enumerate(block) if token in ends), None)

@@ -7,7 +7,9 @@ from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
+from opencola.errors import UserError
 from opencola.kernels.choice import Packs, adding_to
+from opencola.models.constraint import check_room
 from opencola.models.language_model import LanguageModel
 from opencola.models.stopping import Text, TokenBlock, unfinished
 from opencola.models.text_stream import Continuation
@@ -39,8 +41,8 @@ class Job:
     @property
     def lane(self) -> Hashable:
         """Alike for texts that can be written side by side."""
-        sampling = self.stream.request.sampling
-        return sampling.common, self.text.sample if sampling.ends_together else None
+        sampling = self.text.sampling
+        return sampling.common, self.text.constraint is None, self.text.sample if sampling.ends_together else None
 
 
 class Engine:
@@ -99,6 +101,14 @@ class Engine:
             )
         if request.logprobs is not None:
             self.model.log_probabilities([0], 1)
+        if request.constraint is not None:
+            if not self.model.left_to_right:
+                raise UserError("this model cannot be held to a grammar: it does not write from left to right")
+            if request.sampling.ignore_eos or request.sampling.ends_together:
+                raise UserError(
+                    "a text that is held to a grammar ends by itself: leave out ignore_eos and compatibility"
+                )
+            check_room(request.constraint, request.sampling.max_new_tokens)
 
     def close(self, timeout: float | None = None) -> bool:
         """Refuse what waits, write to their ends the texts that are begun, and return whether that is done."""
@@ -156,6 +166,7 @@ class Engine:
             request.end_ids,
             lambda sample, tokens: continuation.stop(tokens),
             request.watch,
+            request.constraint,
         )
         return Job(stream, text, continuation, self.model.cache_bytes(text))
 
@@ -246,7 +257,7 @@ class Engine:
             scores = self._scores(prompt + job.given, len(taken.tokens), request.logprobs)
             if first and request.prompt_logprobs:
                 of_prompt = self._scores(prompt, len(prompt), request.logprobs)
-        return Piece(taken.text, taken.tokens, block.finished, block.states, scores, of_prompt)
+        return Piece(taken.text, taken.tokens, block.finished, block.states, scores, of_prompt, job.text.forced)
 
     def _scores(self, text: list[int], count: int, best: int) -> list[Scored]:
         """Of the last tokens of a text."""

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
 from opencola.errors import UserError
+from opencola.models.constraint import Constraint
 from opencola.models.sampling import Sampling
 from opencola.models.stopping import Finished, State
 from opencola.ranges import Count, check
@@ -54,6 +55,8 @@ class Request:
     """Number of most probable tokens to tell in each place, beside the one that is written; None: nothing of that."""
     prompt_logprobs: bool = False
     """The same of the prompt's tokens."""
+    constraint: Constraint | None = None
+    """What the text is held to."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,8 @@ class Piece:
     """Of `tokens`."""
     prompt_scores: Sequence[Scored] = ()
     """Of the prompt's tokens, with the first piece."""
+    forced: int = 0
+    """Number of tokens so far that the constraint has put in the place of others."""
 
 
 @dataclass

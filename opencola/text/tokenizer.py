@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import tokenizers
@@ -11,6 +12,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from opencola.errors import UserError
 from opencola.paths import home
 from opencola.storage import write_text
+from opencola.text.token_bytes import decoder_steps, token_bytes
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
@@ -48,12 +50,11 @@ class Tokenizer:
         self._eos_id = None if eos is None else self.special_id(eos)
         self._pad_id = None if pad is None else self.special_id(pad)
         self._vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        decoder = _decoder(backend)
+        decoder = decoder_steps(backend)
         self._byte_level = decoder == ["ByteLevel"]
         names = (f"<0x{byte:02X}>" for byte in range(256)) if "ByteFallback" in decoder else ()
         self._special_ids = {id_ for id_, token in added.items() if token.special}  # which leave no text
         self._byte_ids = {id_ for name in names if (id_ := backend.token_to_id(name)) is not None}
-        self._num_bytes: dict[int, int] = {}
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, special: Sequence[str] = ()) -> "Tokenizer":
@@ -173,6 +174,11 @@ class Tokenizer:
             raise UserError(f"the tokenizer has no special token {name!r}; it has: {known}")
         return self._added[name]
 
+    @cached_property
+    def bytes(self) -> list[bytes]:
+        """What each token adds to a text that has begun (`token_bytes`): nothing, if it is a special one."""
+        return token_bytes(self._backend, self.vocab_size)
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with nothing added in front or behind."""
         return self._backend.encode(text, add_special_tokens=False).ids
@@ -217,7 +223,7 @@ class Tokenizer:
         """
         if not self._byte_level:
             return len(self.decode(ids).encode())
-        return sum(self._bytes_of(int(id_)) for id_ in ids)
+        return sum(len(self.bytes[id_]) for id_ in map(int, ids) if id_ < self.vocab_size)
 
     @property
     def joins(self) -> bool:
@@ -227,18 +233,6 @@ class Tokenizer:
     def stream(self) -> "TextStream":
         """A decoder for ids that arrive block by block."""
         return TextStream(self)
-
-    def _bytes_of(self, id_: int) -> int:
-        if id_ not in self._num_bytes:
-            token = self._backend.id_to_token(id_)
-            if token is None:
-                count = 0
-            elif token in self._added:
-                count = len(self.decode([id_]).encode())  # nothing for a special token
-            else:
-                count = len(token)  # the byte-level alphabet writes each byte as one character
-            self._num_bytes[id_] = count
-        return self._num_bytes[id_]
 
     def _find(self, chosen: int | None, names: Sequence[str], role: str) -> int:
         if chosen is not None:
@@ -294,16 +288,10 @@ class TextStream:
 
 def num_shared(first: Sequence[int], second: Sequence[int]) -> int:
     """How many tokens two lists begin with alike."""
+    if first[: len(second)] == second:
+        return len(second)
     pairs = enumerate(zip(first, second, strict=False))
     return next((place for place, (here, there) in pairs if here != there), min(len(first), len(second)))
-
-
-def _decoder(backend: tokenizers.Tokenizer) -> list[str]:
-    """The kinds of the decoder's steps. Of ByteLevel alone, each character of a token stands for one byte."""
-    decoder = json.loads(backend.to_str())["decoder"]
-    if decoder is None:
-        return []
-    return [step["type"] for step in decoder.get("decoders", [decoder])]
 
 
 def _one_line(error: Exception) -> str:

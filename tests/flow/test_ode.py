@@ -47,6 +47,8 @@ def test_the_grid_falls_from_one_to_zero_in_equal_steps() -> None:
     assert time_grid(4) == [1, 0.75, 0.5, 0.25, 0]
     assert time_grid(1) == [1, 0]
     assert time_grid(4, shift=3.0) == pytest.approx([1, 0.9, 0.75, 0.5, 0])
+    for extreme in (5e-324, 1e-30, 1e30):
+        assert time_grid(2, shift=extreme) == pytest.approx([1, extreme / (1 + extreme), 0])
 
 
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2), ("midpoint", 2)])

@@ -55,6 +55,24 @@ def test_penalty_counts_every_seen_token_once(seen: list[list[int]], penalty: fl
     assert torch.equal(LOGITS, before)
 
 
+def test_what_a_block_costs() -> None:
+    assert ARSampling().work == 1
+    assert ColaSampling(steps=3, candidates=5, repaint_repeats=7).work == 15
+    assert ColaSampling(steps=3, candidates=5, repaint_repeats=7, first_block="partial").work == 105
+    assert LLaDASampling(steps=9, block_length=4).work == 4 and PlaidSampling(steps=9).work == 9
+
+
+@pytest.mark.parametrize("penalty", [1e-40, 1e-300, 3e38])
+@pytest.mark.parametrize("temperature", [1e-5, 1.0, 3e38])
+def test_no_penalty_is_too_large_for_a_choice(penalty: float, temperature: float) -> None:
+    sampling = Sampling(temperature=temperature, repetition_penalty=penalty)
+    for dtype in (torch.float32, torch.float64):
+        logits = penalise(LOGITS.to(dtype), [[0, 1, 2], [*range(12)]], [penalty] * 2)
+        assert probabilities(logits, sampling).isfinite().all()
+    generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
+    assert choose(logits, [sampling] * 2, generators).shape == (2, 3)
+
+
 @pytest.mark.parametrize("penalty", [1.0, 1.2])
 def test_broken_logits_become_finite(penalty: float) -> None:
     logits = torch.tensor([[[math.nan, math.inf, -math.inf, 1.0]]])

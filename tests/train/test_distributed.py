@@ -46,6 +46,7 @@ STRATEGIES = {
     ),
     "interval": ("--model.prior.strategy", "interval"),
     "recompute": ("--model.prior.recompute", "True", "--train.accumulate", "2"),
+    "two speeds": ("--model.dit.num_layers", "3", "--model.dit.trunk_layers", "2", "--model.prior.lambda_ar", "1"),
     "adamw": ("--train.optimizer", "adamw", "--model.prior.vae_learning_rate_ratio", "0.1"),
 }
 

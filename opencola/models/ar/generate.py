@@ -3,12 +3,14 @@
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from opencola.kernels.choice import invariant
 from opencola.layers import randomness
 from opencola.layers.cache import ROUND, KVCache, whole_steps
 from opencola.models.ar.network import ARNetwork
 from opencola.models.ar.sampling import ARSampling
+from opencola.models.constraint import next_token
 from opencola.models.finite import check_logits
 from opencola.models.inputs import checked_prompts
 from opencola.models.sampling import choose, penalise
@@ -60,9 +62,11 @@ class ARWriting:
         check_logits(logits, [text.id for text in self.texts])
         samplings = [text.sampling for text in self.texts]
         logits = penalise(logits, texts, [sampling.repetition_penalty for sampling in samplings])
-        draws = [(text.sampling.seed, "token", text.id, len(text.tokens)) for text in self.texts]
-        new = choose(logits, samplings, [randomness.generator(*draw) for draw in draws]).tolist()
+        new = choose(logits, samplings, [_generator(text) for text in self.texts]).tolist()
+        forced = [_hold(text, row, tokens) for text, row, tokens in zip(self.texts, logits, new, strict=True)]
         self.cache = self.cache.append(1)
+        for text, count in zip(self.texts, forced, strict=True):
+            text.forced += count
         return [text.take(tokens) for text, tokens in zip(self.texts, new, strict=True)]
 
     @torch.inference_mode()
@@ -75,6 +79,23 @@ class ARWriting:
     def join(self, other: "ARWriting") -> "ARWriting":
         """As in the protocol."""
         return ARWriting(self.model, [*self.texts, *other.texts], self.cache.join(other.cache))
+
+
+def _generator(text: Text) -> torch.Generator:
+    """For the draw of its next token."""
+    return randomness.generator(text.sampling.seed, "token", text.id, len(text.tokens))
+
+
+def _hold(text: Text, logits: Tensor, tokens: list[int]) -> int:
+    """Have the next token, the only one of the list, follow the text's constraint; whether it is another one then."""
+    if text.constraint is None:
+        return 0
+
+    def draw(scores: Tensor) -> int:
+        return int(choose(scores[None, None], [text.sampling], [_generator(text)]))
+
+    free, tokens[0] = tokens[0], next_token(text.constraint, text.new, logits[0], text.room, draw)
+    return int(tokens[0] != free)
 
 
 def cache_bytes(model: ARNetwork, text: Text) -> int:

@@ -10,6 +10,7 @@ from opencola.flow.dit import BlockCausalDiT, Modulation
 from opencola.layers.cache import FEW, KVCache
 from opencola.models.cola.prompts import Prompts
 from opencola.models.cola.sampling import ColaSampling
+from opencola.models.stopping import Text
 from opencola.vae.text_vae import TextVAE
 
 
@@ -86,15 +87,17 @@ def read_latents(dit: BlockCausalDiT, cache: KVCache, z: Tensor, modulation: Mod
 
 
 def prefill(
-    vae: TextVAE, dit: BlockCausalDiT, prompts: Prompts, samplings: Sequence[ColaSampling], modulation: Modulation
+    vae: TextVAE, dit: BlockCausalDiT, prompts: Prompts, texts: Sequence[Text], modulation: Modulation
 ) -> Caches:
     """Caches that hold the whole prompt blocks, with room for what will be written; modulation: of time 0."""
-    size, patch, batch, sampling = dit.config.block_size, vae.config.patch_size, len(prompts.latents), samplings[0]
+    size, patch, batch = dit.config.block_size, vae.config.patch_size, len(texts)
+    sampling: ColaSampling = texts[0].sampling
     longest = -(-int(prompts.history.max()) // FEW) * FEW  # so that no sum depends on the batch
-    most = max(own.max_new_tokens for own in samplings)
+    most = max(text.sampling.max_new_tokens for text in texts)
     room = longest + size * (2 + (most + size * patch - 1) // (size * patch))
     dit_cache, decoder = dit.empty_cache(batch, room), vae.empty_cache(batch, room, "decoder")
     reads = (sampling.candidates > 1 and sampling.rank == "round_trip") or sampling.verify != "off"
+    reads |= texts[0].constraint is not None
     encoder = vae.empty_cache(batch, room, "encoder") if reads else None
     last = prompts.latents.new_zeros(batch, dit.config.width) if dit.config.trunk_layers else None
     caches = Caches(dit_cache, decoder, encoder, last)

@@ -22,10 +22,11 @@ class Block:
     pinned: Tensor  # (B, S) bool: rows whose latents are known
     known: Tensor  # (B, S, d) their values, 0 elsewhere
     first: bool = False  # of all texts
+    given: Sequence[int] = ()  # number of tokens with which each text's begins, as its prompt ends with them
 
     def select(self, rows: Tensor) -> "Block":
         """The block of the samples `rows`."""
-        return Block(self.pinned[rows], self.known[rows], self.first)
+        return Block(self.pinned[rows], self.known[rows], self.first, [self.given[row] for row in rows.tolist()])
 
 
 def looked(

@@ -13,6 +13,7 @@ from opencola.layers.cache import ROUND, whole_steps
 from opencola.layers.few_rows import prepacked
 from opencola.models.cola.caches import Caches, prefill
 from opencola.models.cola.denoise import Block, Clock, denoise, looked
+from opencola.models.cola.hold import Begun, hold
 from opencola.models.cola.parts import ColaParts
 from opencola.models.cola.prompts import Prompts, encode_prompts
 from opencola.models.cola.release import ReleaseStop
@@ -63,7 +64,7 @@ def begin(model: ColaParts, texts: Sequence[Text], pad_id: int = 0, noise: Noise
     prompts = encode_prompts(vae, [text.prompt for text in texts], sampling, model.dit.config.grid, pad_id)
     clock = Clock(model.dit, sampling, prompts.latents)
     dit = prepacked(model.dit, "blocks", 2 * model.dit.config.block_size * len(texts))
-    caches = prefill(vae, dit, prompts, [text.sampling for text in texts], clock(0.0, 0))
+    caches = prefill(vae, dit, prompts, texts, clock(0.0, 0))
     if sampling.verify != "off":
         return Checked.begun(vae, dit, clock, texts, caches)
     release = ReleaseStop(prompts, texts, dit.config.block_size * vae.config.patch_size) if sampling.release else None
@@ -100,13 +101,12 @@ class ColaWriting:
         block = first_block(prompts, size) if prompts is not None else no_rows(len(texts), size, self.clock.like)
         written = write_block(self.vae, self.dit, caches, block, texts, self.clock, self.noise)
         self.z, tokens, self.caches, states = written
-        given = prompts.known if prompts is not None else [[]] * len(texts)
         self.prompts = None
         new = tokens.tolist()
         if self.release is not None:
             return self.release.take(texts, new)
-        rows = zip(texts, new, given, states, strict=True)
-        return [text.take(row[len(known) :], seen) for text, row, known, seen in rows]
+        rows = zip(texts, new, block.given, states, strict=True)
+        return [text.take(row[given:], seen) for text, row, given, seen in rows]
 
     @torch.inference_mode()
     def select(self, rows: Sequence[int]) -> "ColaWriting":
@@ -139,13 +139,14 @@ def first_block(prompts: Prompts, size: int) -> Block:
     pinned = offset < prompts.pinned[:, None]
     place = (prompts.history[:, None] + offset).clamp(max=prompts.latents.shape[1] - 1)
     rows = torch.arange(len(place), device=place.device)[:, None]
-    return Block(pinned, prompts.latents[rows, place] * pinned[..., None], first=True)
+    known = prompts.latents[rows, place] * pinned[..., None]
+    return Block(pinned, known, True, [len(tokens) for tokens in prompts.known])
 
 
 def no_rows(batch: int, size: int, like: Tensor) -> Block:
     """A block of which nothing is known."""
     pinned = torch.zeros(batch, size, dtype=torch.bool, device=like.device)
-    return Block(pinned, like.new_zeros(batch, size, like.shape[-1]))
+    return Block(pinned, like.new_zeros(batch, size, like.shape[-1]), given=[0] * batch)
 
 
 def write_block(
@@ -198,17 +199,39 @@ def write_block(
     settings = [text.sampling for text, _ in copies]
     # the release draws in the logits' type
     tokens = choose(logits, settings, generators("token"), wide=not sampling.release)
+    good, forced = torch.ones(batch, count, dtype=torch.bool, device=z.device), [[0] * count for _ in texts]
+    if texts[0].constraint is not None:
+
+        def again(row: int, place: int, scores: Tensor) -> int:
+            text, copy = copies[row]
+            generator = randomness.generator(text.sampling.seed, "held", text.id, text.blocks, copy, place)
+            return int(choose(scores[None, None], [text.sampling], [generator]))
+
+        begun = [
+            None if text.constraint is None else Begun(text.constraint, text.new, text.room, given)
+            for text, given in zip(texts, block.given[::count], strict=True)
+        ]
+        made = hold(vae, caches, block, z, logits, tokens, begun, again)
+        z, tokens, good, forced = made.z, made.tokens, made.good, made.forced
     caches = replace(caches, decoder=caches.decoder.append(size))
+    chosen = torch.zeros(batch, dtype=torch.long, device=z.device)
     if count > 1:
-        if caches.encoder is not None:
+        if sampling.rank == "round_trip":
+            assert caches.encoder is not None
             mean = vae.normalise(vae.encode(tokens, cache=caches.encoder).mean)
             merit = -(z - mean).square().sum((1, 2))
-            caches = replace(caches, encoder=caches.encoder.append(size))
         else:
             merit, caches = log_probability(dit, caches, z, tokens, clock)
-        best = merit.view(batch, count).argmax(-1) + torch.arange(batch, device=z.device) * count
+        chosen = merit.view(batch, count).masked_fill(~good, -torch.inf).argmax(-1)
+        best = chosen + torch.arange(batch, device=z.device) * count
         z, tokens, caches = z[best], tokens[best], caches.select(best)
         states = [states[row] for row in best.tolist()]
+    if caches.encoder is not None:
+        if texts[0].constraint is not None:
+            vae.encode(tokens, cache=caches.encoder)
+        caches = replace(caches, encoder=caches.encoder.append(size))
+    for text, counts, place in zip(texts, forced, chosen.tolist(), strict=True):
+        text.forced += counts[place]
     return z, tokens, caches, states
 
 

@@ -77,6 +77,11 @@ class ColaSampling(Sampling):
         return self.verify == "greedy" or super().greedy
 
     @property
+    def work(self) -> int:
+        """As in the base class: of `adaptive`, which finds its own steps, the fewest."""
+        return self.steps * self.candidates * (self.repaint_repeats if self.first_block == "partial" else 1)
+
+    @property
     def release(self) -> bool:
         """Whether to do as the public release does."""
         return self.compatibility == "release"

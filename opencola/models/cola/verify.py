@@ -23,6 +23,8 @@ from opencola.models.cola.caches import Caches, read_latents
 from opencola.models.cola.denoise import Block, Clock, denoise, looked
 from opencola.models.cola.predict import predictor
 from opencola.models.cola.sampling import ColaSampling
+from opencola.models.constraint import Constraint, agreed
+from opencola.models.constraint import next_token as first_held
 from opencola.models.finite import check_logits, check_states
 from opencola.models.sampling import probabilities
 from opencola.models.stopping import State, Text, TokenBlock
@@ -57,7 +59,7 @@ class Checked:
     @classmethod
     def begun(cls, vae: TextVAE, dit: BlockCausalDiT, clock: Clock, texts: Sequence[Text], caches: Caches) -> "Checked":
         """Texts of which nothing is written. caches: of the prompts."""
-        certain = [next_token(row, text, 0) for row, text in zip(caches.next_token(dit), texts, strict=True)]
+        certain = [begin_with(row, text) for row, text in zip(caches.next_token(dit), texts, strict=True)]
         return cls(vae, dit, clock, texts, caches, torch.stack(certain))
 
     @torch.inference_mode()
@@ -127,6 +129,11 @@ def accept(logits: Tensor, tokens: Tensor, texts: Sequence[Text]) -> tuple[list[
     """
     kept, following = [], []
     for row, drafted, text in zip(logits, tokens.tolist(), texts, strict=True):
+        if text.constraint is not None:
+            count, token = accept_held(text.constraint, row, drafted, text)
+            kept.append(count)
+            following.append(tokens.new_tensor(token))
+            continue
         count = 1
         while count < len(drafted) and accepts(row[count - 1], drafted[count], text, count):
             count += 1
@@ -134,6 +141,32 @@ def accept(logits: Tensor, tokens: Tensor, texts: Sequence[Text]) -> tuple[list[
         kept.append(count)
         following.append(next_token(row[count - 1], text, count, refused))
     return kept, torch.stack(following)
+
+
+def accept_held(constraint: Constraint, logits: Tensor, drafted: list[int], text: Text) -> tuple[int, int]:
+    """The same for a text that is held to a constraint: logits (S, V) of the tokens drafted."""
+
+    def takes(place: int, scores: Tensor, token: int) -> bool:
+        return accepts(scores, token, text, place)
+
+    def own(place: int, scores: Tensor) -> int:
+        return int(next_token(scores, text, place))
+
+    typical = takes if text.sampling.verify == "typical" else None
+    count, token = agreed(constraint, text.new, logits, drafted, text.room, own, typical)
+    if constraint.closing([*text.new, *drafted[:count]]) != []:  # behind the end nothing is chosen
+        text.forced += own(count, logits[count - 1]) != token
+    return count, token
+
+
+def begin_with(logits: Tensor, text: Text) -> Tensor:
+    """The first token () that the trunk writes, by its logits (V,)."""
+    free = next_token(logits, text, 0)
+    if text.constraint is None:
+        return free
+    held = first_held(text.constraint, text.new, logits, text.room, lambda scores: int(next_token(scores, text, 0)))
+    text.forced += held != int(free)
+    return torch.full_like(free, held)
 
 
 def accepts(logits: Tensor, token: int, text: Text, place: int) -> bool:

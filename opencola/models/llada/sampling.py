@@ -21,3 +21,8 @@ class LLaDASampling(Sampling):
     """Which of the proposed tokens stay masked: the least probable ones, or any."""
     guidance: Finite = 1.0
     """Classifier-free guidance; 1: none, without the second pass."""
+
+    @property
+    def work(self) -> int:
+        """As in the base class: a pass is as long as the block, which never takes more of them than it has tokens."""
+        return self.block_length

@@ -18,3 +18,8 @@ class PlaidSampling(Sampling):
     """Time grid: t becomes shift t / (1 + (shift - 1) t), so that above 1 more steps are near the noise."""
     guidance: Finite = 1.0
     """Token guidance towards the prompt; 1: none, without the gradient."""
+
+    @property
+    def work(self) -> int:
+        """As in the base class."""
+        return self.steps
