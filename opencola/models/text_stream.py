@@ -96,18 +96,26 @@ class Continuation:
         self._tokenizer = tokenizer
         self._prompt = prompt
         self._stops = stops
-        # A decoder may treat the beginning of a text differently, so the prompt is decoded along and cut off.
-        self._start = len(tokenizer.decode(prompt))
         self._stream = tokenizer.stream()
-        self._stream.push(prompt)
-        self._stream.close()  # a prompt is whole, even one that ends in U+FFFD
         self._text = ""
         self._given = 0  # characters
         self._end: int | None = None  # where a stop string begins
+        # A decoder may treat the beginning of a text differently, so the prompt is decoded along and cut off.
+        self._stream.push(prompt)
+        self._stream.close()  # a prompt is whole, even one that ends in U+FFFD
+        # Beside it the same of all tokens, those that are not given out, too, with the prompt's text.
+        self._ahead = tokenizer.stream()
+        self._written = self._ahead.push(prompt)
+        self._start = len(self._written + self._ahead.rest())
+        self._pushed = 0  # new tokens
 
     def stop(self, tokens: list[int]) -> int | None:
         """How many of all new tokens to keep if the text that they give holds a stop string, else None."""
-        text = self._decode(tokens)
+        if not self._stops:
+            return None
+        self._written += self._ahead.push(tokens[self._pushed :])
+        self._pushed = len(tokens)
+        text = (self._written + self._ahead.rest())[self._start :]
         starts = [place for string in self._stops if (place := text.find(string)) >= 0]
         if not starts:
             return None

@@ -46,11 +46,11 @@ class Generator:
 
 @dataclass
 class Comparison:
-    """Of rounds of as many texts as there are clients, and of texts that are alone."""
+    """Of rounds of as many texts as there are clients, and of texts that are alone: (server, model) of each."""
 
-    tokens: dict[str, int] = field(default_factory=lambda: {"serve": 0, "generate": 0})
-    seconds: dict[str, float] = field(default_factory=lambda: {"serve": 0.0, "generate": 0.0})
-    alone: dict[str, list[float]] = field(default_factory=lambda: {"serve": [], "generate": []})
+    rates: list[tuple[float, float]] = field(default_factory=list)
+    """Tokens a second of each round."""
+    alone: list[tuple[float, float]] = field(default_factory=list)
     """Seconds to the first block of each text."""
     texts: int = 0
     same: int = 0
@@ -59,17 +59,14 @@ class Comparison:
     def add(self, outcomes: Sequence[Outcome], batch: Batch) -> None:
         """A round: outcomes in the order of its prompts, and what the model wrote."""
         start = min(outcome.start for outcome in outcomes)
-        self.seconds["serve"] += max(outcome.start + outcome.latency for outcome in outcomes) - start
-        self.tokens["serve"] += sum(outcome.tokens for outcome in outcomes)
-        self.seconds["generate"] += batch.seconds
-        self.tokens["generate"] += batch.tokens
+        seconds = max(outcome.start + outcome.latency for outcome in outcomes) - start
+        self.rates.append((sum(outcome.tokens for outcome in outcomes) / seconds, batch.tokens / batch.seconds))
         self._count(outcomes, batch)
 
     def add_alone(self, outcome: Outcome, batch: Batch) -> None:
         """A text that nobody else was written beside."""
         if outcome.first_block is not None:
-            self.alone["serve"].append(outcome.first_block)
-            self.alone["generate"].append(batch.first_block)
+            self.alone.append((outcome.first_block, batch.first_block))
         self._count([outcome], batch)
 
     def _count(self, outcomes: Sequence[Outcome], batch: Batch) -> None:
@@ -77,15 +74,25 @@ class Comparison:
         self.same += sum(outcome.text == text for outcome, text in zip(outcomes, batch.texts, strict=True))
 
     def record(self) -> dict[str, Any]:
-        """Throughput side by side, times to the first block alone, and the ratios, server over model."""
-        rates = {side: self.tokens[side] / seconds for side, seconds in self.seconds.items() if seconds}
-        first = {side: statistics.median(values) for side, values in self.alone.items() if values}
+        """Throughput side by side, times to the first block alone, and the ratios, server over model: medians all."""
         return {
             "record": "against",
-            "tokens_per_second": rates,
-            "throughput_ratio": rates["serve"] / rates["generate"] if rates.get("generate") else None,
-            "first_block_alone": first,
-            "first_block_ratio": first["serve"] / first["generate"] if first else None,
+            "tokens_per_second": _sides(self.rates),
+            "throughput_ratio": _ratio(self.rates),
+            "first_block_alone": _sides(self.alone),
+            "first_block_ratio": _ratio(self.alone),
+            "rounds": len(self.rates),
             "texts": self.texts,
             "same_texts": self.same,
         }
+
+
+def _sides(pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
+    sides = zip(("serve", "generate"), zip(*pairs, strict=True), strict=True) if pairs else ()
+    return {side: statistics.median(values) for side, values in sides}
+
+
+def _ratio(pairs: Sequence[tuple[float, float]]) -> float | None:
+    """Of what was measured right after each other, so that what else the machine does touches both."""
+    ratios = [ours / theirs for ours, theirs in pairs if theirs]
+    return statistics.median(ratios) if ratios else None

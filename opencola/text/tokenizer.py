@@ -225,6 +225,11 @@ class Tokenizer:
             return len(self.decode(ids).encode())
         return sum(len(self.bytes[id_]) for id_ in map(int, ids) if id_ < self.vocab_size)
 
+    @property
+    def joins(self) -> bool:
+        """Whether texts of parts of ids, each of whole characters, are together the text of the whole."""
+        return self._byte_level
+
     def stream(self) -> "TextStream":
         """A decoder for ids that arrive block by block."""
         return TextStream(self)
@@ -251,16 +256,28 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
+        """Those whose text is not all there, or may still change."""
         self._text = ""
+        """What was returned of theirs."""
 
     def push(self, ids: Sequence[int]) -> str:
         """Take the next ids (possibly none) and return the text that they complete."""
         self._ids.extend(int(id_) for id_ in ids)
-        # Always from the beginning: decoders may treat the first token differently. Only the end can be unfinished.
-        return self._advance(self._tokenizer.settled(self._ids))
+        if not self._tokenizer.joins:  # then always from the beginning, which decoders may treat differently
+            return self._advance(self._tokenizer.settled(self._ids))
+        text = self._tokenizer.decode(self._ids)
+        settled = text.rstrip(UNFINISHED)
+        new = self._advance(settled)
+        if settled == text:
+            self._ids, self._text = [], ""
+        return new
+
+    def rest(self) -> str:
+        """What is held back as possibly unfinished (U+FFFD where it stays unfinished)."""
+        return self._tokenizer.decode(self._ids)[len(self._text) :]
 
     def close(self) -> str:
-        """The rest: what was held back as possibly unfinished (U+FFFD where it stayed unfinished)."""
+        """The same, when no more ids come."""
         return self._advance(self._tokenizer.decode(self._ids))
 
     def _advance(self, text: str) -> str:

@@ -7,13 +7,15 @@ from typing import Any
 import pytest
 import tokenizers
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from opencola.flow.dit import DiTConfig
 from opencola.models.cola.model import Cola
 from opencola.models.cola.parts import ColaConfig
 from opencola.models.cola.sampling import ColaSampling
 from opencola.models.stopping import TokenBlock
-from opencola.models.text_stream import TextPiece, generate_text
+from opencola.models.text_stream import Continuation, TextPiece, generate_text
 from opencola.models.writing import begun
 from opencola.text.conversations import ChatML, Message
 from opencola.text.tokenizer import Tokenizer
@@ -111,6 +113,35 @@ def test_stop_strings(size: int, text: str, stops: tuple[str, ...], expected: st
         assert len(first) == -(-len(text[:needed].encode()) // size)
         assert len(tokens_of(first)) <= len(text[:needed].encode())
     assert text_of(second) == "some other text"
+
+
+ANY_BYTES = st.lists(st.sampled_from([*BYTES.encode("abé🙂\ufffd"), BYTES.eos_id]), max_size=12)
+
+
+@given(ANY_BYTES, ANY_BYTES, st.integers(1, 5), st.lists(st.sampled_from(["a", "b", "ab", "é", "🙂", "\ufffd"])))
+def test_stop_strings_in_any_bytes(prompt: list[int], tokens: list[int], size: int, stops: list[str]) -> None:
+    """As if all were decoded anew with each block, broken characters and special tokens included."""
+    text = Continuation(BYTES, prompt, stops)
+    start = len(BYTES.decode(prompt))
+    for end in range(size, len(tokens) + size, size):
+        whole = BYTES.decode(prompt + tokens[:end])[start:]
+        places = [whole.find(stop) for stop in stops if stop in whole]
+        kept = text.stop(tokens[:end])
+        assert kept == text.stop(tokens[:end])  # a block that failed elsewhere is asked for again
+        if places:
+            lengths = [len(BYTES.decode(prompt + tokens[:n])[start:].rstrip("\ufffd")) for n in range(end + 1)]
+            assert kept == next(n for n, length in enumerate(lengths) if length >= min(places))
+            return
+        assert kept is None
+
+
+def test_a_long_text_is_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is decoded grows with the text, and not with its square."""
+    decode, decoded = Tokenizer.decode, []
+    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: decoded.append(len(ids)) or decode(self, ids))
+    pieces = write(["a fox é " * 300], size=2, stop=("stop",), max_new_tokens=5000)[0]
+    assert text_of(pieces) == "a fox é " * 300
+    assert sum(decoded) < 3 * len(tokens_of(pieces))
 
 
 def test_a_stop_string_in_the_prompt_does_not_count() -> None:

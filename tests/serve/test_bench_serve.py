@@ -134,20 +134,21 @@ def test_figures() -> None:
 
 
 def test_a_comparison() -> None:
-    """Two rounds, by hand: 12 tokens in 4 seconds against 12 in 3; alone 2 seconds against 1."""
+    """By hand: rounds of 6 tokens in 2 seconds against 1.5, once in 40 against 3; alone twice the seconds."""
     compared = Comparison()
-    for start in (0.0, 5.0):
+    for start, seconds, batch_seconds in ((0.0, 2.0, 1.5), (5.0, 40.0, 3.0), (50.0, 2.0, 1.5)):
         outcomes = [
-            Outcome(0, start, 200, text="a", tokens=2, latency=2.0),
+            Outcome(0, start, 200, text="a", tokens=2, latency=seconds),
             Outcome(1, start + 1, 200, text="b", tokens=4, latency=1.0),
         ]
-        compared.add(outcomes, Batch(["a", "c"], 6, 1.5, 0.1))
+        compared.add(outcomes, Batch(["a", "c"], 6, batch_seconds, 0.1))
     for seconds in (1.0, 2.0, 30.0):
         compared.add_alone(Outcome(0, 0.0, 200, text="a", first_block=seconds), Batch(["a"], 1, 1.0, seconds / 2))
     record = compared.record()
     assert record["tokens_per_second"] == {"serve": 3, "generate": 4} and record["throughput_ratio"] == 0.75
     assert record["first_block_alone"] == {"serve": 2, "generate": 1} and record["first_block_ratio"] == 2
-    assert (record["texts"], record["same_texts"]) == (7, 5)
+    assert (record["rounds"], record["texts"], record["same_texts"]) == (3, 9, 6)
+    assert Comparison().record()["throughput_ratio"] is None
 
 
 def test_a_model_writes_as_for_requests_of_their_own() -> None:
