@@ -8,9 +8,13 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-import httpx
-
 from opencola.errors import UserError
+
+try:
+    import httpx
+except ImportError:
+    raise UserError("a server is asked by httpx: pip install 'opencola[serve]'") from None
+
 
 COMPLETIONS = "/v1/completions"
 LONGEST_WAIT = 5.0

@@ -13,7 +13,7 @@ from opencola.layers.cache import ROUND, whole_steps
 from opencola.layers.few_rows import prepacked
 from opencola.models.cola.caches import Caches, prefill
 from opencola.models.cola.denoise import Block, Clock, denoise, looked
-from opencola.models.cola.hold import Begun, hold
+from opencola.models.cola.hold import hold
 from opencola.models.cola.parts import ColaParts
 from opencola.models.cola.prompts import Prompts, encode_prompts
 from opencola.models.cola.release import ReleaseStop
@@ -207,11 +207,7 @@ def write_block(
             generator = randomness.generator(text.sampling.seed, "held", text.id, text.blocks, copy, place)
             return int(choose(scores[None, None], [text.sampling], [generator]))
 
-        begun = [
-            None if text.constraint is None else Begun(text.constraint, text.new, text.room, given)
-            for text, given in zip(texts, block.given[::count], strict=True)
-        ]
-        made = hold(vae, caches, block, z, logits, tokens, begun, again)
+        made = hold(vae, caches, block, z, logits, tokens, texts, again)
         z, tokens, good, forced = made.z, made.tokens, made.good, made.forced
     caches = replace(caches, decoder=caches.decoder.append(size))
     chosen = torch.zeros(batch, dtype=torch.long, device=z.device)

@@ -12,21 +12,9 @@ from torch import Tensor
 
 from opencola.models.cola.caches import Caches
 from opencola.models.cola.denoise import Block
-from opencola.models.constraint import Constraint, best, held
+from opencola.models.constraint import best, held
+from opencola.models.stopping import Text
 from opencola.vae.text_vae import TextVAE
-
-
-@dataclass(frozen=True)
-class Begun:
-    """A text that is held to a grammar, as far as it is written."""
-
-    constraint: Constraint
-    tokens: Sequence[int]
-    """New ones, in blocks before."""
-    room: int
-    """Number of tokens that it may still have, its end among them."""
-    given: int = 0
-    """Number of tokens with which the block begins, as the prompt's end."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +38,7 @@ def hold(
     z: Tensor,
     logits: Tensor,
     tokens: Tensor,
-    texts: Sequence[Begun | None],
+    texts: Sequence[Text],
     choose: Callable[[int, int, Tensor], int],
 ) -> HeldBlock:
     """Hold B texts to their grammars, where they have one, each with K candidates for its block, side by side.
@@ -63,20 +51,21 @@ def hold(
     rows, good, forced = tokens.tolist(), torch.ones(len(texts), count, dtype=torch.bool), []
     for number, text in enumerate(texts):
         forced.append([0] * count)
-        if text is None:
+        if text.constraint is None:
             continue
         first = number * count
-        drafts = [row[text.given :] for row in rows[first : first + count]]
-        places = best(text.constraint, text.tokens, drafts, text.room)
+        given = block.given[first]
+        drafts = [row[given:] for row in rows[first : first + count]]
+        places = best(text.constraint, text.new, drafts, text.room)
         good[number] = torch.tensor([place in places for place in range(count)])
         for place in places:
             row = first + place
 
-            def at(offset: int, scores: Tensor, row: int = row, given: int = text.given) -> int:
+            def at(offset: int, scores: Tensor, row: int = row, given: int = given) -> int:
                 return choose(row, given + offset, scores)
 
-            made = held(text.constraint, text.tokens, logits[row, text.given :], drafts[place], text.room, at)
-            rows[row][text.given :] = made.tokens
+            made = held(text.constraint, text.new, logits[row, given:], drafts[place], text.room, at)
+            rows[row][given:] = made.tokens
             forced[number][place] = made.forced
     changed = torch.tensor(forced, device=z.device).flatten() > 0
     if changed.any():

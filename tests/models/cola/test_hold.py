@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
+from typing import Any
 
 import torch
 from tiny import VOCABULARY, tiny_dit, tiny_vae
@@ -10,7 +11,9 @@ from torch import Tensor
 
 from opencola.models.cola.caches import Caches
 from opencola.models.cola.denoise import Block
-from opencola.models.cola.hold import Begun, HeldBlock, hold
+from opencola.models.cola.hold import HeldBlock, hold
+from opencola.models.sampling import Sampling
+from opencola.models.stopping import Text
 
 END, SIZE, COUNT = 0, 4, 2
 VAE, DIT = tiny_vae(), tiny_dit()
@@ -51,7 +54,12 @@ def caches(batch: int) -> Caches:
     return replace(made, decoder=made.decoder.append(2 * SIZE), encoder=made.encoder.append(2 * SIZE))
 
 
-def drawn(texts: Sequence[Begun | None], tokens: list[list[int]], pinned: int = 0) -> tuple[HeldBlock, Tensor, Caches]:
+def begun(constraint: Any, new: list[int], room: int) -> Text:
+    """A text that may have so many tokens more."""
+    return Text([], Sampling(max_new_tokens=len(new) + room), new=new, constraint=constraint)
+
+
+def drawn(texts: Sequence[Text], tokens: list[list[int]], pinned: int = 0) -> tuple[HeldBlock, Tensor, Caches]:
     """What becomes of these tokens of all candidates, with latents and logits at random: greedy, where it is forced."""
     generator = torch.Generator().manual_seed(1)
     z = torch.randn(len(tokens), SIZE, 4, generator=generator, dtype=torch.float64)
@@ -59,7 +67,7 @@ def drawn(texts: Sequence[Begun | None], tokens: list[list[int]], pinned: int = 
     made = caches(len(tokens))
     VAE.decode(z, made.decoder)
     known = (torch.arange(SIZE) < pinned).expand(len(tokens), SIZE)
-    block = Block(known, z * known[..., None], given=[0] * len(tokens))
+    block = Block(known, z * known[..., None], given=[pinned] * len(tokens))
     places: list[tuple[int, int]] = []
 
     def choose(row: int, place: int, scores: Tensor) -> int:
@@ -75,7 +83,7 @@ def drawn(texts: Sequence[Begun | None], tokens: list[list[int]], pinned: int = 
 
 @torch.no_grad()
 def test_a_candidate_that_breaks_nothing_is_kept_as_it_is() -> None:
-    texts = [Begun(Only(5, 6, 7, 8, 9), [], 20), None, Begun(Only(3, 5, 6), [3], 20)]
+    texts = [begun(Only(5, 6, 7, 8, 9), [], 20), Text([], Sampling()), begun(Only(3, 5, 6), [3], 20)]
     tokens = [[5, 6, 7, 7], [5, 6, 7, 8], [1, 1, 1, 1], [2, 2, 2, 2], [5, 6, END, 9], [5, 6, END, 1]]
     done, z, _ = drawn(texts, tokens)
     assert done.tokens.tolist() == tokens and torch.equal(done.z, VAE.normalise(z))
@@ -85,7 +93,7 @@ def test_a_candidate_that_breaks_nothing_is_kept_as_it_is() -> None:
 
 @torch.no_grad()
 def test_where_all_break_it_the_longest_beginning_is_kept_and_the_rest_forced() -> None:
-    texts = [Begun(Only(5, 6, 7, 8, 9), [], 20), None, Begun(Only(3, 5, 6), [3], 20)]
+    texts = [begun(Only(5, 6, 7, 8, 9), [], 20), Text([], Sampling()), begun(Only(3, 5, 6), [3], 20)]
     tokens = [[5, 6, 1, 8], [5, 1, 7, 8], [1, 1, 1, 1], [2, 2, 2, 2], [5, 1, 1, 4], [5, 1, END, 4]]
     done, z, made = drawn(texts, tokens)
     assert done.good.tolist() == [[True, False], [True, True], [True, True]]
@@ -106,7 +114,7 @@ def test_where_all_break_it_the_longest_beginning_is_kept_and_the_rest_forced() 
 
 @torch.no_grad()
 def test_a_prompts_end_in_the_block_stays_what_it_is() -> None:
-    texts = [Begun(Only(5, 6), [], 20, given=2)]
+    texts = [begun(Only(5, 6), [], 20)]
     done, z, _ = drawn(texts, [[1, 2, 5, 9], [1, 2, 8, 9]], pinned=2)
     assert done.tokens.tolist() == [[1, 2, 5, 6], [1, 2, 8, 9]]
     assert (done.good.tolist(), done.forced) == ([[True, False]], [[1, 0]])
@@ -117,5 +125,5 @@ def test_a_prompts_end_in_the_block_stays_what_it_is() -> None:
 
 @torch.no_grad()
 def test_a_block_longer_than_the_room_is_brought_to_its_end() -> None:
-    done, _, _ = drawn([Begun(Only(5, 6, 7, 8), [5, 6, 7], 2)], [[9, 9, 9, 9]])
+    done, _, _ = drawn([begun(Only(5, 6, 7, 8), [5, 6, 7], 2)], [[9, 9, 9, 9]])
     assert done.tokens.tolist() == [[8, END, 9, 9]] and done.forced == [[2]]
