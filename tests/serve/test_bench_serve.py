@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from serving import COLA, cola_engine, running
 from stub_server import Stub, serving
 from tiny import tiny_cola
 
@@ -184,6 +185,26 @@ def test_the_command(stub: Stub, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert cli.main(["bench-serve", stub.url, "--requests", "2", "--rate", "50"]) == 0
     said = capsys.readouterr().out
     assert "2 of 2 requests, 50 a second" in said and "first block" in said and "2 whole, 0 refused" in said
+
+
+def test_against_generate(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real server and the model in it: the texts are the same, and both are measured."""
+    engine = cola_engine()
+    monkeypatch.setattr(
+        "opencola.commands.bench_serve.from_pretrained", lambda model: (engine.model, engine.tokenizer, COLA)
+    )
+    argv = ["--requests", "5", "--concurrency", "2", "--max-tokens", "9", "--seed", "3", "--against", "generate"]
+    with running(engine, COLA) as server:
+        assert cli.main(["bench-serve", server.url, *argv, "--json"]) == 0
+        *requests, summary, against = records_of(capsys.readouterr().out)
+        assert cli.main(["bench-serve", server.url, *argv]) == 0
+    assert [record["id"] for record in requests] == [*range(5)] and summary["whole"] == 5
+    assert all(record["status"] == 200 and 0 < record["tokens"] <= 9 for record in requests)
+    assert len({record["text"] for record in requests}) > 1
+    assert against["record"] == "against" and against["rounds"] == 3
+    assert against["texts"] == against["same_texts"] == 10
+    assert against["throughput_ratio"] > 0 and against["first_block_ratio"] > 0
+    assert "10 of 10 texts are the same" in capsys.readouterr().out
 
 
 def test_ctrl_c_keeps_what_is_done(
