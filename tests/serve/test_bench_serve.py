@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from serving import COLA, cola_engine, running
 from stub_server import Stub, serving
@@ -247,3 +248,16 @@ def test_a_key(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli.main(["bench-serve", stub.url, "--requests", "1", "--api-key", "secret"]) == 0
     monkeypatch.setenv("OPENCOLA_API_KEY", "secret")
     assert cli.main(["bench-serve", stub.url, "--requests", "1"]) == 0
+
+
+@pytest.mark.slow
+def test_a_server_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    """It is started, measured and stopped; slow, as two processes import torch."""
+    assert cli.main(["bench-serve", "--requests", "2", "--max-tokens", "4", "--json"]) == 0
+    *requests, summary = records_of(capsys.readouterr().out)
+    assert summary["whole"] == len(requests) == 2 and summary["model"] == "shipped" and summary["tokens"] == 8
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(summary["url"], trust_env=False)
+    assert cli.main(["bench-serve", "--model", "nowhere"]) == 2
+    error = capsys.readouterr().err
+    assert "the server did not start: error: " in error and "nowhere" in error
