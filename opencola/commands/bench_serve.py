@@ -117,7 +117,10 @@ class Bench:
         """All of it."""
         load, size = self.load, self.load.concurrency if self.generator else self.load.requests
         self.model = asyncio.run(self._named())
-        self._ask(replace(load, requests=1, rate=None, max_tokens=min(load.max_tokens, SHORT)), 0, lambda outcome: None)
+        one = replace(load, requests=1, rate=None, max_tokens=min(load.max_tokens, SHORT))
+        self._ask(one, 0, lambda outcome: None)
+        if self.generator:
+            self.generator.write([load.prompt(0)])
         with progress_bar() as bar:
             task = bar.add_task("asking", total=load.requests)
 
@@ -130,7 +133,6 @@ class Bench:
                 self._in_turns(some, first, number, done)
             if self.generator:
                 for number in bar.track(range(min(ALONE, load.requests)), description="alone"):
-                    one = replace(load, requests=1, max_tokens=min(load.max_tokens, SHORT))
                     self._in_turns(one, number, number, None)
 
     def _in_turns(self, load: Load, first: int, turn: int, done: Callable[[Outcome], None] | None) -> None:
@@ -165,6 +167,7 @@ class Bench:
     def _ask(self, load: Load, first: int, done: Callable[[Outcome], None]) -> None:
         async def drive() -> None:
             async with self._server() as server:
+                await server.model()  # opens a connection, as clients have that come again
                 await server.drive(load, self.model, done, first)
 
         asyncio.run(drive())

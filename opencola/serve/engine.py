@@ -160,10 +160,9 @@ class Engine:
         """Those that wait and have room, the first first."""
         admitted: list[Job] = []
         self.waiting = deque(stream for stream in self.waiting if not stream.cancelled)
-        while self.waiting:
+        while self.waiting and len(self._jobs) < self.limits.max_batch:
             job = self._job(self.waiting[0])
-            jobs = [*self._jobs.values(), job]
-            if len(jobs) > self.limits.max_batch or self._needed(jobs) > self.limits.cache_mib << 20:
+            if self._needed([*self._jobs.values(), job]) > self.limits.cache_mib << 20:
                 break
             self._jobs[job.text.sample] = job
             admitted.append(job)

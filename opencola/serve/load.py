@@ -80,6 +80,7 @@ class Server:
                 timeout=timeout,
                 limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
                 trust_env=False,  # a proxy would be measured along
+                verify=self.url.startswith("https:"),  # certificates take long to load
             )
         except httpx.InvalidURL as error:
             raise UserError(f"{url} is no URL: {error}") from None

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+from serving import COLA, cola_engine, running
 from stub_server import Stub, serving
 from tiny import tiny_cola
 
@@ -186,6 +188,26 @@ def test_the_command(stub: Stub, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "2 of 2 requests, 50 a second" in said and "first block" in said and "2 whole, 0 refused" in said
 
 
+def test_against_generate(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real server and the model in it: the texts are the same, and both are measured."""
+    engine = cola_engine()
+    monkeypatch.setattr(
+        "opencola.commands.bench_serve.from_pretrained", lambda model: (engine.model, engine.tokenizer, COLA)
+    )
+    argv = ["--requests", "5", "--concurrency", "2", "--max-tokens", "9", "--seed", "3", "--against", "generate"]
+    with running(engine, COLA) as server:
+        assert cli.main(["bench-serve", server.url, *argv, "--json"]) == 0
+        *requests, summary, against = records_of(capsys.readouterr().out)
+        assert cli.main(["bench-serve", server.url, *argv]) == 0
+    assert [record["id"] for record in requests] == [*range(5)] and summary["whole"] == 5
+    assert all(record["status"] == 200 and 0 < record["tokens"] <= 9 for record in requests)
+    assert len({record["text"] for record in requests}) > 1
+    assert against["record"] == "against" and against["rounds"] == 3
+    assert against["texts"] == against["same_texts"] == 10
+    assert against["throughput_ratio"] > 0 and against["first_block_ratio"] > 0
+    assert "10 of 10 texts are the same" in capsys.readouterr().out
+
+
 def test_ctrl_c_keeps_what_is_done(
     stub: Stub, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,3 +248,16 @@ def test_a_key(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli.main(["bench-serve", stub.url, "--requests", "1", "--api-key", "secret"]) == 0
     monkeypatch.setenv("OPENCOLA_API_KEY", "secret")
     assert cli.main(["bench-serve", stub.url, "--requests", "1"]) == 0
+
+
+@pytest.mark.slow
+def test_a_server_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    """It is started, measured and stopped; slow, as two processes import torch."""
+    assert cli.main(["bench-serve", "--requests", "2", "--max-tokens", "4", "--json"]) == 0
+    *requests, summary = records_of(capsys.readouterr().out)
+    assert summary["whole"] == len(requests) == 2 and summary["model"] == "shipped" and summary["tokens"] == 8
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(summary["url"], trust_env=False)
+    assert cli.main(["bench-serve", "--model", "nowhere"]) == 2
+    error = capsys.readouterr().err
+    assert "the server did not start: error: " in error and "nowhere" in error

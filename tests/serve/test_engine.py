@@ -16,6 +16,7 @@ from opencola.errors import NotFiniteError, UserError
 from opencola.models import build
 from opencola.models.cola import generate
 from opencola.models.stopping import Text
+from opencola.models.text_stream import Continuation
 from opencola.serve.engine import Engine
 from opencola.serve.requests import Limits, Piece, QueueFullError, Request, StoppingError, TooLargeError
 
@@ -186,6 +187,26 @@ def test_as_many_as_have_room_are_written_at_a_time() -> None:
 
     asyncio.run(ask())
     assert max(rows) == 2
+
+
+def test_who_waits_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt is read once, when there is room for its text, and not at every block of others."""
+    model, begun = model_of("ar"), []
+
+    class Counted(Continuation):
+        def __init__(self, *given: Any) -> None:
+            begun.append(given)
+            super().__init__(*given)
+
+    monkeypatch.setattr("opencola.serve.engine.Continuation", Counted)
+    many = [Request([1, 2], sampling_of("ar", max_new_tokens=9))] * 4
+
+    async def ask() -> None:
+        with engine_of(model, max_batch=1) as engine:
+            await texts_of(engine, many)
+
+    asyncio.run(ask())
+    assert len(begun) == 4
 
 
 def test_closing_writes_what_is_begun_and_refuses_what_waits() -> None:
