@@ -43,12 +43,12 @@ def test_the_shipped_model(main: Main, place: Path) -> None:
     floor = found["most_frequent_token", None]
     assert floor["value"] == pytest.approx(float(shares.max()))
     assert path[-1] < floor["high"], "noise alone tells nothing of the tokens"
-    assert found["accuracy_mean", 0.3]["value"] > 0.99 > found["accuracy_mean", 0.6]["value"] > 0.8
+    assert found["accuracy_mean", 0.3]["value"] > 0.99 > found["accuracy_mean", 1.0]["value"] > 0.6
     # this encoder has no layers: a latent tells its token and nothing else
     assert found["information", None]["value"] == pytest.approx(float(-(shares * shares.log()).sum()), abs=0.01)
     assert found["active_channels", None]["value"] == 16
     assert 10 < found["effective_dimension", None]["value"] <= 15, "the mean's norm takes one dimension of 16"
-    assert 2.8 < found["vae_logsnr", None]["value"] < 3.4
+    assert 2.2 < found["vae_logsnr", None]["value"] < 2.7
     assert f"{found['rate', None]['value']:.4g}" in said and f"{path[4]:.4f}" in said
     assert ElementTree.parse(place / "new" / "a" / "latents.svg").getroot().tag.endswith("svg")
 
