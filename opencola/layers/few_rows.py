@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from opencola.kernels import rows as kernels
 from opencola.kernels.choice import implemented_by
-from opencola.kernels.matmul import PACKED_BYTES, packed
+from opencola.kernels.matmul import packed
 from opencola.layers.attention import Attend
 from opencola.layers.operations import Linear, split_heads
 from opencola.layers.transformer import AdaptiveBlock
 
+PACKED_BYTES = 1 << 30
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -27,8 +28,8 @@ def prepacked(model: Model, blocks: str, rows: int) -> Model:
     if not fit or sum(w.nbytes for w in weights) >= PACKED_BYTES:
         return model
     copied, old = _shell(model), model.get_submodule(blocks).children()
-    packed = (for_few_rows(cast(AdaptiveBlock, _shell(block)), _weights(block), rows) for block in old)
-    copied.set_submodule(blocks, nn.ModuleList(packed))
+    ordered = (for_few_rows(cast(AdaptiveBlock, _shell(block)), _weights(block), rows) for block in old)
+    copied.set_submodule(blocks, nn.ModuleList(ordered))
     return copied
 
 
