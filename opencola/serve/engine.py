@@ -1,16 +1,18 @@
 """The engine: requests wait, are written together, and leave, whoever else is there."""
 
 import asyncio
+import functools
 import itertools
 import threading
 from collections import deque
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from opencola.errors import UserError
 from opencola.kernels.choice import Packs, adding_to
 from opencola.models.constraint import check_room
 from opencola.models.language_model import LanguageModel
+from opencola.models.sampling import Sampling
 from opencola.models.stopping import Text, TokenBlock, unfinished
 from opencola.models.text_stream import Continuation
 from opencola.models.writing import Writing
@@ -36,15 +38,11 @@ class Job:
     stream: Stream
     text: Text
     continuation: Continuation
+    lane: Hashable
+    """Alike for texts that can be written side by side."""
     cache_bytes: int
     given: list[int] = field(default_factory=list)
     """Tokens that have been given out."""
-
-    @property
-    def lane(self) -> Hashable:
-        """Alike for texts that can be written side by side."""
-        sampling = self.text.sampling
-        return sampling.common, self.text.constraint is None, self.text.sample if sampling.ends_together else None
 
 
 class Engine:
@@ -60,6 +58,7 @@ class Engine:
         self._jobs: dict[int, Job] = {}  # by the number that their texts are marked with
         self._lanes: dict[Hashable, list[Writing]] = {}
         self._numbers = itertools.count()
+        self._bytes = functools.lru_cache(1024)(self._bytes_anew)
         self._changed = threading.Condition()
         self._closing = self._aborting = False
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
@@ -100,7 +99,7 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """Raise UserError for what could never be written, or never be told."""
-        room, needed = self.limits.cache_mib << 20, self.model.cache_bytes(Text(list(request.prompt), request.sampling))
+        room, needed = self.limits.cache_mib << 20, self._bytes_of(request)
         if needed > room:
             raise TooLargeError(
                 f"prompt ({len(request.prompt)} tokens) and max_tokens ({request.sampling.max_new_tokens}) need "
@@ -182,7 +181,18 @@ class Engine:
             request.watch,
             request.constraint,
         )
-        return Job(stream, text, continuation, self.model.cache_bytes(text))
+        sampling = request.sampling
+        company = text.sample if sampling.ends_together else None
+        lane = sampling.common, text.constraint is None, company
+        return Job(stream, text, continuation, lane, self._bytes_of(request))
+
+    def _bytes_of(self, request: Request) -> int:
+        """Bytes of the caches of its text."""
+        key = len(request.prompt), request.sampling.max_new_tokens, request.sampling.common
+        return self._bytes(*key)
+
+    def _bytes_anew(self, prompt: int, budget: int, common: Sampling) -> int:
+        return self.model.cache_bytes(Text([0] * prompt, replace(common, max_new_tokens=budget)))
 
     def _needed(self, jobs: Sequence[Job]) -> int:
         """Bytes: of those side by side each takes as much as the largest."""
