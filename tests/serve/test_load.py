@@ -204,9 +204,15 @@ def test_a_server_that_is_killed_comes_up_again() -> None:
 
     async def killed(running: Started) -> list[Outcome]:
         async with Server(running.url) as http:
-            asking = [asyncio.create_task(asked(http, number)) for number in range(LIMITS.max_batch)]
-            while gauges(running.url)["running"] == 0:
-                await asyncio.sleep(0)
+
+            async def client(number: int) -> Outcome:
+                while not (outcome := await asked(http, number)).error:
+                    pass
+                return outcome
+
+            asking = [asyncio.create_task(client(number)) for number in range(LIMITS.max_batch)]
+            while (await asyncio.to_thread(gauges, running.url))["running"] == 0:
+                pass
             running.process.kill()
             return await asyncio.gather(*asking)
 
