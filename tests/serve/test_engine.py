@@ -113,10 +113,12 @@ def test_the_first_block_does_not_wait_for_others() -> None:
     asyncio.run(ask())
 
 
-def test_one_bad_text_does_not_spoil_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["cola", "cola, checked"])
+def test_one_bad_text_does_not_spoil_the_others(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers of its own that are not finite, or a fault of ours while it is read: it is told, they go on."""
-    model = model_of("cola, checked")
-    requests = requests_for("cola, checked", 6, 3)
+    model = model_of(name)
+    requests = requests_for(name, 6, 3)
+    requests[3] = replace(requests[3], prompt=[9, 8, 7])  # ends inside a block
     requests[4] = replace(requests[3], prompt=[9, 9, 9, 9, 9])
 
     async def ask(spoil: bool) -> list[Any]:

@@ -1,7 +1,7 @@
 """Block-wise generation with caches and guidance (model.md §5)."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -68,29 +68,24 @@ def begin(model: ColaParts, texts: Sequence[Text], pad_id: int = 0, noise: Noise
     if sampling.verify != "off":
         return Checked.begun(vae, dit, clock, texts, caches)
     release = ReleaseStop(prompts, texts, dit.config.block_size * vae.config.patch_size) if sampling.release else None
-    return ColaWriting(vae, dit, clock, texts, caches, None, prompts, release, noise)
+    return ColaWriting(vae, dit, clock, texts, caches, prompts, release, noise)
 
 
+@dataclass
 class ColaWriting:
-    """Texts that grow by a block at a time (`Writing`).
+    """Texts that grow by a block at a time (`Writing`)."""
 
-    z (B, S, d): the last latents, which the DiT has yet to read; prompts: of texts that have no block yet.
-    """
-
-    def __init__(
-        self,
-        vae: TextVAE,
-        dit: BlockCausalDiT,
-        clock: Clock,
-        texts: Sequence[Text],
-        caches: Caches,
-        z: Tensor | None = None,
-        prompts: Prompts | None = None,
-        release: ReleaseStop | None = None,
-        noise: Noise | None = None,
-    ) -> None:
-        self.vae, self.dit, self.clock, self.texts, self.caches, self.z = vae, dit, clock, texts, caches, z
-        self.prompts, self.release, self.noise = prompts, release, noise
+    vae: TextVAE
+    dit: BlockCausalDiT
+    clock: Clock
+    texts: Sequence[Text]
+    caches: Caches
+    prompts: Prompts | None
+    """Of texts that have no block yet."""
+    release: ReleaseStop | None
+    noise: Noise | None
+    z: Tensor | None = None
+    """(B, S, d): the last latents, which the DiT has yet to read."""
 
     @torch.inference_mode()
     def step(self) -> list[TokenBlock]:
@@ -112,17 +107,16 @@ class ColaWriting:
     def select(self, rows: Sequence[int]) -> "ColaWriting":
         """As in the protocol."""
         place = torch.tensor(rows, dtype=torch.long, device=self.clock.like.device)
-        z = None if self.z is None else self.z[place]
-        return self._with([self.texts[row] for row in rows], self.caches.select(place), z)
+        texts, caches = [self.texts[row] for row in rows], self.caches.select(place)
+        prompts = None if self.prompts is None else self.prompts.select(place)
+        return replace(self, texts=texts, caches=caches, prompts=prompts, z=None if self.z is None else self.z[place])
 
     @torch.inference_mode()
     def join(self, other: "ColaWriting") -> "ColaWriting":
         """As in the protocol."""
         assert self.z is not None and other.z is not None
-        return self._with([*self.texts, *other.texts], self.caches.join(other.caches), torch.cat((self.z, other.z)))
-
-    def _with(self, texts: Sequence[Text], caches: Caches, z: Tensor | None) -> "ColaWriting":
-        return ColaWriting(self.vae, self.dit, self.clock, texts, caches, z, noise=self.noise)
+        texts, caches = [*self.texts, *other.texts], self.caches.join(other.caches)
+        return replace(self, texts=texts, caches=caches, z=torch.cat((self.z, other.z)))
 
 
 def cache_bytes(model: ColaParts, text: Text) -> int:

@@ -22,6 +22,11 @@ class Prompts:
     pinned: Tensor  # (B,) latents known of the first generated block
     known: list[list[int]]  # prompt tokens inside the first generated block, which it gives again
 
+    def select(self, rows: Tensor) -> "Prompts":
+        """The prompts of the samples `rows`."""
+        known = [self.known[row] for row in rows.tolist()]
+        return Prompts(self.tokens[rows], self.latents[rows], self.history[rows], self.pinned[rows], known)
+
 
 def encode_prompts(
     vae: TextVAE, prompts: Sequence[Sequence[int]], sampling: ColaSampling, block_size: int, pad_id: int

@@ -12,6 +12,7 @@ probability Pr(draft = x) p(x) + sum over y != x of Pr(draft = y) (1 - p(y)) p(x
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,20 +42,17 @@ def check_verifiable(dit: BlockCausalDiT, sampling: ColaSampling) -> None:
         raise UserError(f"compatibility release: it has no trunk, but this prior has one of {dit.config.trunk_layers}")
 
 
+@dataclass
 class Checked:
-    """Texts that grow by the tokens of a draft that the trunk keeps (`Writing`). certain (B,): those that come next."""
+    """Texts that grow by the tokens of a draft that the trunk keeps (`Writing`)."""
 
-    def __init__(
-        self,
-        vae: TextVAE,
-        dit: BlockCausalDiT,
-        clock: Clock,
-        texts: Sequence[Text],
-        caches: Caches,
-        certain: Tensor,
-    ) -> None:
-        self.vae, self.dit, self.clock, self.texts = vae, dit, clock, texts
-        self.caches, self.certain = caches, certain
+    vae: TextVAE
+    dit: BlockCausalDiT
+    clock: Clock
+    texts: Sequence[Text]
+    caches: Caches
+    certain: Tensor
+    """(B,): the tokens that come next."""
 
     @classmethod
     def begun(cls, vae: TextVAE, dit: BlockCausalDiT, clock: Clock, texts: Sequence[Text], caches: Caches) -> "Checked":
@@ -82,16 +80,14 @@ class Checked:
     def select(self, rows: Sequence[int]) -> "Checked":
         """As in the protocol."""
         place = torch.tensor(rows, dtype=torch.long, device=self.certain.device)
-        return self._with([self.texts[row] for row in rows], self.caches.select(place), self.certain[place])
+        texts, caches = [self.texts[row] for row in rows], self.caches.select(place)
+        return replace(self, texts=texts, caches=caches, certain=self.certain[place])
 
     @torch.inference_mode()
     def join(self, other: "Checked") -> "Checked":
         """As in the protocol."""
-        certain = torch.cat((self.certain, other.certain))
-        return self._with([*self.texts, *other.texts], self.caches.join(other.caches), certain)
-
-    def _with(self, texts: Sequence[Text], caches: Caches, certain: Tensor) -> "Checked":
-        return Checked(self.vae, self.dit, self.clock, texts, caches, certain)
+        texts, caches = [*self.texts, *other.texts], self.caches.join(other.caches)
+        return replace(self, texts=texts, caches=caches, certain=torch.cat((self.certain, other.certain)))
 
 
 def draft(
