@@ -28,6 +28,7 @@ from opencola.evaluation.screen import progress_bar, put, table
 from opencola.evaluation.writing import PROMPT_SENTENCES, held_out
 from opencola.ranges import Count, Positive, Seed, check
 from opencola.run import flags
+from opencola.serve.admission import KEY
 from opencola.serve.against import Comparison, Generator
 from opencola.serve.load import Load, Outcome, Server
 from opencola.serve.load_figures import figures, to_record
@@ -35,7 +36,6 @@ from opencola.serve.process import started
 from opencola.storage import growing
 from opencola.text.lines import append_objects
 
-KEY = "OPENCOLA_API_KEY"
 ALONE = 16
 """Number of texts, at most, that are written alone to compare times to the first block; they end soon."""
 SHORT = 8

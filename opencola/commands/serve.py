@@ -29,13 +29,12 @@ from opencola.layers.device import device
 from opencola.paths import home
 from opencola.ranges import Range, Size, check
 from opencola.run import flags
-from opencola.serve.admission import Admission
+from opencola.serve.admission import KEY, Admission
 from opencola.serve.engine import Engine
 from opencola.serve.requests import Limits
 from opencola.version import __version__
 
 NEEDED = ("fastapi", "uvicorn", "prometheus_client")
-KEY = "OPENCOLA_API_KEY"
 SWITCH = 5e-4
 """Seconds after which a thread of Python makes way for another: with 5e-3, its default, whoever is answered waits that
 long for the engine at every system call."""

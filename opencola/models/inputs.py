@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from opencola.errors import UserError
+from opencola.models.constraint import check_room
 from opencola.models.stopping import Text
 
 
@@ -37,7 +38,12 @@ def _check(tokens: list[int], name: str, vocab_size: int) -> None:
         raise UserError(f"{name} has a token id outside 0..{vocab_size - 1}")
 
 
-def check_free(texts: Sequence[Text], owner: str) -> None:
-    """Raise UserError where a text is to be held to a grammar, for a family that does not write from left to right."""
-    if any(text.constraint is not None for text in texts):
-        raise UserError(f"{owner} cannot be held to a grammar: it does not write from left to right")
+def check_held(text: Text) -> None:
+    """Raise UserError where a text is to be held to a constraint, and cannot be, or cannot be in its budget."""
+    if text.constraint is None:
+        return
+    if not text.sampling.left_to_right:
+        raise UserError(f"{text.sampling.owner} cannot be held to a grammar: it does not write from left to right")
+    if text.sampling.ignore_eos or text.sampling.ends_together:
+        raise UserError("a text that is held to a grammar ends by itself: leave out ignore_eos and compatibility")
+    check_room(text.constraint, text.sampling.max_new_tokens)

@@ -129,11 +129,6 @@ class LanguageModel(Trainable, Protocol):
         """Tokens that it knows."""
         ...
 
-    @property
-    def left_to_right(self) -> bool:
-        """Whether a text's tokens stay as they are once later ones are chosen: it can then be held to a constraint."""
-        ...
-
     def begin(self, texts: Sequence[Text], pad_id: int = 0) -> Writing:
         """Texts whose prompts are read, to be written side by side; arguments and errors as in `generate`.
 

@@ -18,6 +18,8 @@ class Sampling:
 
     owner: ClassVar[str] = "a model"
     """What messages call a model of the family."""
+    left_to_right: ClassVar[bool] = True
+    """Whether a text's tokens stay as they are once later ones are chosen: it can then be held to a constraint."""
     max_new_tokens: Count = 64
     """Largest number of tokens to write, the prompt not counted."""
     temperature: NotNegative = 0.0

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from opencola.ranges import Count, Positive, check
 
+KEY = "OPENCOLA_API_KEY"
+"""The variable of the environment that holds what clients must know."""
+
 
 @dataclass(frozen=True)
 class Admission:

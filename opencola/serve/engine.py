@@ -8,9 +8,8 @@ from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 
-from opencola.errors import UserError
 from opencola.kernels.choice import Packs, adding_to
-from opencola.models.constraint import check_room
+from opencola.models.inputs import check_held
 from opencola.models.language_model import LanguageModel
 from opencola.models.sampling import Sampling
 from opencola.models.stopping import Text, TokenBlock, unfinished
@@ -107,14 +106,7 @@ class Engine:
             )
         if request.logprobs is not None:
             self.model.log_probabilities([0], 1)
-        if request.constraint is not None:
-            if not self.model.left_to_right:
-                raise UserError("this model cannot be held to a grammar: it does not write from left to right")
-            if request.sampling.ignore_eos or request.sampling.ends_together:
-                raise UserError(
-                    "a text that is held to a grammar ends by itself: leave out ignore_eos and compatibility"
-                )
-            check_room(request.constraint, request.sampling.max_new_tokens)
+        check_held(Text(list(request.prompt), request.sampling, constraint=request.constraint))
 
     def close(self, timeout: float | None = None) -> bool:
         """Refuse what waits, write to their ends the texts that are begun, and return whether that is done."""

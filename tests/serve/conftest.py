@@ -1,10 +1,23 @@
-"""A browser with the server's page, for the tests that ask for it; only they need selenium."""
+"""A server whose engine the test is, and a browser with the page, which alone needs selenium."""
 
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from serving import Running, fresh, scripted
 from stub_server import STORY, serving
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Running]:
+    with scripted() as server:
+        yield server
+
+
+@pytest.fixture
+def server(shared: Running) -> Running:
+    """Of an engine whose pieces the test hands out; nothing has been asked yet."""
+    return fresh(shared)
 
 
 @pytest.fixture(scope="session")

@@ -5,25 +5,13 @@ import json
 import socket
 import time
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from serving import CHAT, COLA, PATHS, WAIT, Running, Scripted, events, fresh, later, running, scripted, streamed, write
+from serving import CHAT, COLA, PATHS, WAIT, Running, Scripted, events, later, running, streamed, write
 
 from opencola.serve.admission import Admission
 from opencola.serve.requests import Piece
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[Running]:
-    with scripted() as server:
-        yield server
-
-
-@pytest.fixture
-def server(shared: Running) -> Running:
-    return fresh(shared)
 
 
 def test_a_completion(server: Running) -> None:

@@ -6,20 +6,9 @@ from collections.abc import Iterator
 
 import openai
 import pytest
-from serving import COLA, WAIT, Running, Scripted, error, fresh, later, line_of, running, scripted, streamed, write
+from serving import COLA, WAIT, Running, Scripted, error, later, line_of, running, streamed, write
 
 from opencola.serve.requests import Piece, QueueFullError
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[Running]:
-    with scripted() as server:
-        yield server
-
-
-@pytest.fixture
-def server(shared: Running) -> Running:
-    return fresh(shared)
 
 
 class Lines(logging.Handler):

@@ -1,26 +1,14 @@
 """What is refused, how it is said, and what goes wrong in the middle of a text."""
 
 import socket
-from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
-from serving import COLA, WAIT, Running, Scripted, error, events, fresh, later, running, scripted
+from serving import COLA, WAIT, Running, Scripted, error, events, later, running
 
 from opencola.serve.admission import Admission
 from opencola.serve.requests import Piece, QueueFullError, Request, StoppingError, Stream, TooLargeError
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[Running]:
-    with scripted() as server:
-        yield server
-
-
-@pytest.fixture
-def server(shared: Running) -> Running:
-    return fresh(shared)
 
 
 @pytest.mark.parametrize("stream", [False, True])

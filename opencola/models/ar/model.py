@@ -14,7 +14,6 @@ from opencola.models.language_model import Loss
 class AR(ARNetwork):
     """p(x) = prod_i p(x_i | bos, x_1 .. x_(i-1)), trained, writing and scoring."""
 
-    left_to_right = True
     begin = generation.begin
     cache_bytes = generation.cache_bytes
     log_probabilities = scoring.log_probabilities

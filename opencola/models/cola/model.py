@@ -25,7 +25,6 @@ from opencola.vae.text_vae import TextVAE
 class Cola(ColaParts):
     """A whole Cola DLM: Text VAE `vae` and prior `dit`. It is trained, writes, and scores (`LanguageModel`)."""
 
-    left_to_right = True
     begin = generation.begin
     cache_bytes = generation.cache_bytes
     log_probabilities = predict.log_probabilities

@@ -12,7 +12,7 @@ from torch import Tensor
 from opencola.kernels.choice import invariant
 from opencola.layers import randomness
 from opencola.models.finite import check_logits
-from opencola.models.inputs import check_free, checked_prompts
+from opencola.models.inputs import check_held, checked_prompts
 from opencola.models.llada.network import LLaDANetwork
 from opencola.models.llada.sampling import LLaDASampling
 from opencola.models.sampling import penalise, probabilities
@@ -49,7 +49,8 @@ def generate(
 
 def begin(model: LLaDANetwork, texts: Sequence[Text], pad_id: int = 0) -> "LLaDAWriting":
     """Texts to write. Arguments and errors as those of `generate`."""
-    check_free(texts, "a LLaDA")
+    for text in texts:
+        check_held(text)
     checked_prompts([text.prompt for text in texts], model.mask_id)
     return LLaDAWriting(model, texts, pad_id)
 

@@ -20,7 +20,6 @@ from opencola.models.llada.network import LLaDANetwork
 class LLaDA(LLaDANetwork):
     """The mask predictor, trained, writing and scoring."""
 
-    left_to_right = False
     begin = generation.begin
     cache_bytes = generation.cache_bytes
     log_probabilities = no_log_probabilities

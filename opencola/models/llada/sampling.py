@@ -12,6 +12,7 @@ class LLaDASampling(Sampling):
     """Settings of generation."""
 
     owner = "a LLaDA"
+    left_to_right = False
 
     steps: Count = 16
     """Steps of unmasking per block, of which a block has at most one a token."""

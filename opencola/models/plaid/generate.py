@@ -8,7 +8,7 @@ from torch import Tensor
 from opencola.kernels.choice import invariant
 from opencola.layers import randomness
 from opencola.models.finite import check_logits, check_states
-from opencola.models.inputs import check_free, checked_prompts
+from opencola.models.inputs import check_held, checked_prompts
 from opencola.models.plaid.network import PlaidNetwork, pattern
 from opencola.models.plaid.sampling import PlaidSampling
 from opencola.models.sampling import choose, penalise
@@ -40,7 +40,8 @@ def generate(
 
 def begin(model: PlaidNetwork, texts: Sequence[Text], pad_id: int = 0) -> "PlaidWriting":
     """Texts to write. Arguments and errors as those of `generate`."""
-    check_free(texts, "a Plaid")
+    for text in texts:
+        check_held(text)
     checked_prompts([text.prompt for text in texts], model.config.vocab_size)
     return PlaidWriting(model, texts)
 

@@ -20,7 +20,6 @@ GOLDEN, SILVER = (math.sqrt(5) - 1) / 2, math.sqrt(2) - 1
 class Plaid(PlaidNetwork):
     """Embeddings, noise schedule and trunk, trained, writing and scoring."""
 
-    left_to_right = False
     begin = generation.begin
     cache_bytes = generation.cache_bytes
     log_probabilities = no_log_probabilities

@@ -11,6 +11,7 @@ class PlaidSampling(Sampling):
     """Settings of generation."""
 
     owner = "a Plaid"
+    left_to_right = False
 
     steps: Count = 16
     """Steps of ancestral sampling."""
